@@ -1,0 +1,86 @@
+"""The action distribution of ALM: a Gaussian with a straight-through clamp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributions import Normal
+
+__all__ = ["ClampedNormal"]
+
+# Distance that samples keep from the action bounds, as in the authors' code.
+_MARGIN = 1e-6
+
+
+class ClampedNormal(Normal):
+    """Gaussian whose samples are clamped to bounds with a straight-through gradient.
+
+    A sample is ``loc + clip(scale * eps, -noise_clip, noise_clip)`` with
+    ``eps ~ N(0, 1)``, clamped to ``[low + 1e-6, high - 1e-6]``. The gradient of a
+    sample is that of the value before the clamp, so actions at the bounds still
+    learn (ALGORITHM: "Action noise"; the authors' code, following DrQ-v2).
+
+    ``mean``, ``mode`` and ``deterministic_sample`` are ``loc``, *not* clamped:
+    when evaluating, the environment clips. ``log_prob`` and ``entropy`` are those
+    of the Gaussian before the clamp.
+
+    Args:
+        loc (Tensor): mean, ``[*, A]``.
+        scale (Tensor): standard deviation, broadcastable to ``loc``.
+        low (Tensor or float): lower bound of the actions. Default: ``-1.0``.
+        high (Tensor or float): upper bound of the actions. Default: ``1.0``.
+
+    Examples:
+        >>> dist = ClampedNormal(torch.tensor([0.0, 5.0]), torch.zeros(2))
+        >>> dist.rsample()
+        tensor([0.0000, 1.0000])
+        >>> dist.deterministic_sample
+        tensor([0., 5.])
+    """
+
+    def __init__(
+        self,
+        loc: Tensor,
+        scale: Tensor,
+        low: Tensor | float = -1.0,
+        high: Tensor | float = 1.0,
+    ) -> None:
+        # Non-finite parameters must reach the loss, where they are reported.
+        super().__init__(loc, scale, validate_args=False)
+        self.low = low
+        self.high = high
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        """The mean, not clamped."""
+        return self.loc
+
+    def rsample(
+        self,
+        sample_shape: torch.Size | tuple[int, ...] = (),
+        noise_clip: float | None = None,
+    ) -> Tensor:
+        """Draws a clamped sample, differentiable in ``loc`` and ``scale``.
+
+        Args:
+            sample_shape (torch.Size): leading shape of the sample. Default: ``()``.
+            noise_clip (float, optional): largest magnitude of ``scale * eps``;
+                ``0.0`` gives the clamped mean. Default: ``None``, no clip (acting);
+                the losses use ``0.3``.
+
+        Returns:
+            Tensor: sample, ``[*sample_shape, *loc.shape]``.
+        """
+        shape = self._extended_shape(torch.Size(sample_shape))
+        eps = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        noise = self.scale * eps
+        if noise_clip is not None:
+            noise = noise.clamp(-noise_clip, noise_clip)
+        sample = self.loc + noise
+        clamped = sample.detach().clamp(self.low + _MARGIN, self.high - _MARGIN)
+        return clamped + (sample - sample.detach())
+
+    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Draws a clamped sample without gradient; see :meth:`rsample`."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)

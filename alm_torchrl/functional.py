@@ -1,0 +1,247 @@
+"""The mathematics of Aligned Latent Models: tensors in, tensors out.
+
+Nothing here owns parameters, reads keys or draws random numbers. Time, where
+there is any, is the last dimension (``[*, K]``) and step ``t`` of a horizon
+``K`` runs from 0 to ``K - 1``. Discounts arrive ready: a function that takes
+``discount`` expects ``gamma * (1 - terminated)``.
+
+Equation numbers refer to Ghugare et al., "Simplifying Model-based RL" (ICLR
+2023, https://arxiv.org/abs/2209.08466).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+__all__ = [
+    "bound_loc",
+    "bound_scale",
+    "discounted_mean",
+    "gaussian_kl",
+    "k_step_bound",
+    "lambda_return",
+    "log_density_ratio",
+    "model_objective",
+    "td_target",
+]
+
+
+def bound_loc(loc: Tensor, limit: float = 30.0) -> Tensor:
+    """Bounds a Gaussian mean softly: ``limit * tanh(loc / limit)``.
+
+    Args:
+        loc (Tensor): raw mean, any shape.
+        limit (float): largest magnitude. Default: ``30.0``, the authors' code.
+
+    Returns:
+        Tensor: mean in ``(-limit, limit)``, shape of ``loc``.
+
+    Examples:
+        >>> bound_loc(torch.tensor([0.0, 1e6]))
+        tensor([ 0., 30.])
+    """
+    return limit * torch.tanh(loc / limit)
+
+
+def bound_scale(raw: Tensor, low: float = 0.1, high: float = 10.0) -> Tensor:
+    """Bounds a standard deviation softly from both sides.
+
+    ``s = high - softplus(high - raw)``, then ``low + softplus(s - low)``: the
+    order of the authors' code, so that ``low`` is exact and ``high`` is exceeded
+    by at most ``softplus(low - high)``.
+
+    Args:
+        raw (Tensor): unbounded network output, any shape.
+        low (float): lower bound. Default: ``0.1``, the authors' code.
+        high (float): upper bound. Default: ``10.0``, the authors' code.
+
+    Returns:
+        Tensor: positive standard deviation, shape of ``raw``.
+
+    Examples:
+        >>> bound_scale(torch.tensor([-1e3, 1e3]))
+        tensor([ 0.1000, 10.0001])
+    """
+    return low + softplus(high - softplus(high - raw) - low)
+
+
+def gaussian_kl(loc_p: Tensor, scale_p: Tensor, loc_q: Tensor, scale_q: Tensor) -> Tensor:
+    """KL divergence between diagonal Gaussians, summed over the last dimension.
+
+    ``KL(p || q) = sum_i log(s_q / s_p) + (s_p^2 + (m_p - m_q)^2) / (2 s_q^2) - 1/2``
+
+    In Eq. 7 ``p`` is the latent model and ``q`` the (target) encoder of the next
+    observation.
+
+    Args:
+        loc_p (Tensor): mean of ``p``, ``[*, L]``.
+        scale_p (Tensor): standard deviation of ``p``, ``[*, L]``, positive.
+        loc_q (Tensor): mean of ``q``, ``[*, L]``.
+        scale_q (Tensor): standard deviation of ``q``, ``[*, L]``, positive.
+
+    Returns:
+        Tensor: divergence in nats, ``[*]``; zero where ``p`` equals ``q``.
+
+    Examples:
+        >>> zero, one = torch.zeros(2), torch.ones(2)
+        >>> gaussian_kl(zero, one, zero, one)
+        tensor(0.)
+        >>> gaussian_kl(one, one, zero, one)
+        tensor(1.)
+    """
+    ratio = (scale_p / scale_q).square()
+    shift = ((loc_p - loc_q) / scale_q).square()
+    return 0.5 * (ratio + shift - 1 - ratio.log()).sum(-1)
+
+
+def log_density_ratio(logits: Tensor) -> Tensor:
+    """Log of ``e(z'|s') / m(z'|z, a)`` as the classifier estimates it (Eq. 8, 9).
+
+    Args:
+        logits (Tensor): classifier output, ``[*, 2]``; index 1 is "real" (drawn
+            from the encoder), index 0 "imagined" (drawn from the model).
+
+    Returns:
+        Tensor: ``logits[..., 1] - logits[..., 0]``, ``[*]``.
+
+    Examples:
+        >>> log_density_ratio(torch.tensor([0.5, 2.0]))
+        tensor(1.5000)
+    """
+    return logits[..., 1] - logits[..., 0]
+
+
+def model_objective(
+    kl: Tensor, reward: Tensor, terminal_value: Tensor, gamma: Tensor | float = 1.0
+) -> Tensor:
+    """Encoder and model objective of one slice (Eq. 7), to be minimised.
+
+    ``sum_{t<K} gamma^t (kl_t - reward_t) - gamma^K terminal_value``
+
+    ``gamma=1`` is the authors' code, which does not discount here (footnote 2 of
+    the paper); the paper's equation is ``gamma < 1``.
+
+    Args:
+        kl (Tensor): ``KL(m(z_t, a_t) || e(s_{t+1}))`` for each step, ``[*, K]``.
+        reward (Tensor): predicted rewards ``r(z_t, a_t)``, ``[*, K]``.
+        terminal_value (Tensor): ``Q(z_K, a_K)``, ``[*]``.
+        gamma (Tensor or float): discount per step. Default: ``1.0``.
+
+    Returns:
+        Tensor: objective of each slice, ``[*]``.
+
+    Examples:
+        >>> kl, reward = torch.tensor([2.0, 2.0]), torch.tensor([1.0, 1.0])
+        >>> model_objective(kl, reward, torch.tensor(4.0))
+        tensor(-2.)
+        >>> model_objective(kl, reward, torch.tensor(4.0), gamma=0.5)
+        tensor(0.5000)
+    """
+    return -k_step_bound(reward - kl, terminal_value, gamma)
+
+
+def k_step_bound(reward: Tensor, terminal_value: Tensor, gamma: Tensor | float) -> Tensor:
+    """Discounted sum over a horizon plus a terminal value (Eq. 6, no logarithms).
+
+    ``sum_{t<K} gamma^t reward_t + gamma^K terminal_value``
+
+    With ``reward`` the predicted reward plus ``c`` times the classifier's log
+    ratio this is the K-step estimate of the lower bound that the bias study uses
+    (Fig. 4). It equals :func:`lambda_return` at ``t = 0`` and ``lmbda = 1``.
+
+    Args:
+        reward (Tensor): rewards along the rollout, ``[*, K]``.
+        terminal_value (Tensor): ``Q(z_K, a_K)``, ``[*]``.
+        gamma (Tensor or float): discount per step.
+
+    Returns:
+        Tensor: the bound for each rollout, ``[*]``.
+
+    Examples:
+        >>> k_step_bound(torch.tensor([1.0, 1.0]), torch.tensor(4.0), 0.5)
+        tensor(2.5000)
+    """
+    total = terminal_value
+    for reward_t in reversed(reward.unbind(-1)):
+        total = reward_t + gamma * total
+    return total
+
+
+def lambda_return(
+    reward: Tensor, next_value: Tensor, gamma: Tensor | float, lmbda: Tensor | float
+) -> Tensor:
+    """Lambda-weighted average of all shorter horizons (Eq. 8 with appendix A.3).
+
+    ``G_K = q_K`` and, for ``t = K-1 .. 0``,
+    ``G_t = reward_t + gamma ((1 - lmbda) q_{t+1} + lmbda G_{t+1})``
+
+    ``lmbda=0`` is the one-step return, ``lmbda=1`` the K-step one
+    (:func:`k_step_bound`). No termination enters: imagination has no model of it.
+
+    Args:
+        reward (Tensor): ``[*, K]``, reward plus weighted log ratio of each step.
+        next_value (Tensor): ``q_1 .. q_K``, ``[*, K]``; entry ``t`` belongs to
+            the latent that step ``t`` leads to.
+        gamma (Tensor or float): discount per step.
+        lmbda (Tensor or float): weight of the longer horizon, in ``[0, 1]``.
+
+    Returns:
+        Tensor: ``G_0 .. G_{K-1}``, ``[*, K]``.
+
+    Examples:
+        >>> reward, value = torch.tensor([1.0, 1.0]), torch.tensor([4.0, 8.0])
+        >>> lambda_return(reward, value, 0.5, 0.0)
+        tensor([3., 5.])
+        >>> lambda_return(reward, value, 0.5, 1.0)
+        tensor([3.5000, 5.0000])
+    """
+    step = next_value[..., -1]
+    returns = []
+    for reward_t, value_t in zip(
+        reversed(reward.unbind(-1)), reversed(next_value.unbind(-1)), strict=True
+    ):
+        step = reward_t + gamma * ((1 - lmbda) * value_t + lmbda * step)
+        returns.append(step)
+    return torch.stack(returns[::-1], -1)
+
+
+def discounted_mean(returns: Tensor, gamma: Tensor | float) -> Tensor:
+    """Mean over the horizon of ``gamma^t returns_t``: the policy objective.
+
+    The authors' code averages over all starts ``t``; the paper's Eq. 8 is
+    ``returns[..., 0]``.
+
+    Args:
+        returns (Tensor): ``G_0 .. G_{K-1}``, ``[*, K]``.
+        gamma (Tensor or float): discount per step.
+
+    Returns:
+        Tensor: objective of each start, ``[*]``, to be maximised.
+
+    Examples:
+        >>> discounted_mean(torch.tensor([2.0, 4.0]), 0.5)
+        tensor(2.)
+    """
+    zero = torch.zeros_like(returns[..., 0])
+    return k_step_bound(returns, zero, gamma) / returns.shape[-1]
+
+
+def td_target(reward: Tensor, discount: Tensor, next_value: Tensor) -> Tensor:
+    """One-step target of the critic (Eq. 10): ``reward + discount * next_value``.
+
+    Args:
+        reward (Tensor): reward of the transition, any shape.
+        discount (Tensor): ``gamma * (1 - terminated)``, shape of ``reward``. A time
+            limit is not a termination.
+        next_value (Tensor): ``Q'(z', pi(z'))``, shape of ``reward``.
+
+    Returns:
+        Tensor: target, shape of ``reward``.
+
+    Examples:
+        >>> td_target(torch.ones(2), torch.tensor([0.9, 0.0]), torch.full((2,), 10.0))
+        tensor([10.,  1.])
+    """
+    return reward + discount * next_value

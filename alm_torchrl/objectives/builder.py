@@ -1,0 +1,114 @@
+"""Builds an ALMLoss with the networks of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torchrl.data import Bounded
+from torchrl.envs import EnvBase
+
+from alm_torchrl.modules import (
+    HIDDEN_DIM,
+    LATENT_DIM,
+    MODEL_HIDDEN_DIM,
+    NoiseSchedule,
+    make_actor,
+    make_classifier,
+    make_encoder,
+    make_model,
+    make_qvalue,
+    make_reward,
+)
+from alm_torchrl.objectives.alm import ALMLoss
+
+
+def make_alm_loss(
+    env: EnvBase | None = None,
+    *,
+    observation_dim: int | None = None,
+    action_low: Tensor | Sequence[float] | None = None,
+    action_high: Tensor | Sequence[float] | None = None,
+    latent_dim: int = LATENT_DIM,
+    hidden_dim: int = HIDDEN_DIM,
+    model_hidden_dim: int = MODEL_HIDDEN_DIM,
+    noise_schedule: NoiseSchedule | None = None,
+    **loss_kwargs: Any,
+) -> ALMLoss:
+    """Builds the six networks of the paper and the loss over them.
+
+    Sizes come from an environment's specs or from the arguments.
+
+    Args:
+        env (EnvBase, optional): environment with a flat ``"observation"`` and a
+            bounded action. Default: ``None``.
+
+    Keyword Args:
+        observation_dim (int, optional): size of the observation, without ``env``.
+        action_low (Tensor or sequence of float, optional): lower bounds of the
+            action, ``[A]``, without ``env``.
+        action_high (Tensor or sequence of float, optional): upper bounds, likewise.
+        latent_dim (int): size of the latent, L. Default: ``50``.
+        hidden_dim (int): width of all networks but the model. Default: ``512``.
+        model_hidden_dim (int): width of the latent model. Default: ``1024``.
+        noise_schedule (NoiseSchedule, optional): exploration noise.
+            Default: ``None``, 1.0 to 0.1 over 100,000 training steps.
+        **loss_kwargs: arguments of :class:`~alm_torchrl.ALMLoss`; a network given
+            here replaces the built one.
+
+    Returns:
+        ALMLoss: the loss, with targets equal to the online networks.
+
+    Raises:
+        ValueError: if sizes are missing, given twice, or the specs do not fit.
+
+    Examples:
+        >>> loss = make_alm_loss(
+        ...     observation_dim=3, action_low=[-1.0], action_high=[1.0], hidden_dim=8
+        ... )
+        >>> loss.encoder.out_keys
+        ['latent_loc', 'latent_scale', 'latent']
+    """
+    sizes = (observation_dim, action_low, action_high)
+    if (env is None) == any(size is None for size in sizes):
+        raise ValueError(
+            "make_alm_loss needs either env or all of observation_dim, action_low and "
+            f"action_high, got env={env is not None}, observation_dim="
+            f"{observation_dim}, action_low={action_low}, action_high={action_high}."
+        )
+    if env is not None:
+        observation_dim, action_low, action_high = _sizes(env)
+    if observation_dim is None or action_low is None or action_high is None:
+        raise ValueError("observation_dim, action_low and action_high are required.")
+    action_dim = len(action_low)
+    width: dict[str, int] = {"latent_dim": latent_dim, "hidden_dim": hidden_dim}
+    built: dict[str, Any] = {
+        "encoder": lambda: make_encoder(observation_dim, **width),
+        "model": lambda: make_model(
+            action_dim, latent_dim=latent_dim, hidden_dim=model_hidden_dim
+        ),
+        "actor": lambda: make_actor(
+            action_low, action_high, noise_schedule=noise_schedule, **width
+        ),
+        "qvalue": lambda: make_qvalue(action_dim, **width),
+        "reward": lambda: make_reward(action_dim, **width),
+        "classifier": lambda: make_classifier(action_dim, **width),
+    }
+    parts = {name: build() for name, build in built.items() if name not in loss_kwargs}
+    return ALMLoss(**parts, **loss_kwargs)
+
+
+def _sizes(env: EnvBase) -> tuple[int, Tensor, Tensor]:
+    observation = env.observation_spec.get("observation", None)
+    action = env.action_spec_unbatched
+    if observation is None or observation.ndim - len(env.batch_size) != 1:
+        raise ValueError(
+            'env must have a flat "observation" entry [*, N], got observation spec '
+            f"{env.observation_spec}."
+        )
+    if not isinstance(action, Bounded) or action.ndim != 1:
+        raise ValueError(
+            f"env must have a bounded continuous action [A], got action spec {action}."
+        )
+    return observation.shape[-1], action.space.low, action.space.high

@@ -1,0 +1,414 @@
+"""What the ALM objective does with its networks: encode, step, act, score, imagine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import (
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictParams,
+    TensorDictSequential,
+)
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal
+from torchrl.envs.utils import (
+    ExplorationType,
+    exploration_type,
+    set_exploration_type,
+)
+from torchrl.objectives import LossModule
+from torchrl.objectives.utils import _cache_values
+
+from alm_torchrl import functional
+from alm_torchrl.distributions import ClampedNormal
+from alm_torchrl.modules import AlwaysSample, NoiseSchedule
+
+Parameters = Literal["live", "frozen", "target"]
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+PARTS = ("encoder", "model", "actor", "qvalue", "reward", "classifier")
+
+
+def sampling(method: Method) -> Method:
+    """Runs a method under the loss's own sampling mode, as its ``*_loss`` methods are."""
+
+    @wraps(method)
+    def wrapped(self: LossModule, *args: Any, **kwargs: Any) -> Any:
+        with set_exploration_type(self.deterministic_sampling_mode):
+            return method(self, *args, **kwargs)
+
+    return cast("Method", wrapped)
+
+
+class ALMNetworks(LossModule):
+    """The networks of ALM, bound to parameters and keys; base of ``ALMLoss``.
+
+    Its methods are the verbs that the loss terms are written in. Each runs with one
+    of three sets of parameters: ``"live"`` (trained by this term), ``"frozen"`` (the
+    same values; gradient reaches the inputs only) or ``"target"`` (the slow copy of
+    the encoder and the critic). Sequences are ``[B, K, ...]``.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Keys that ``set_keys`` accepts.
+
+        Attributes:
+            latent: what the networks read as latent; the classifier reads the next
+                one under ``("next", latent)``. Default: ``"latent"``.
+            action: action. Default: ``"action"``.
+            reward: reward under ``"next"``. Default: ``"reward"``.
+            terminated: termination under ``"next"``; a time limit is not one.
+                Default: ``"terminated"``.
+            predicted_reward: output of the reward model.
+                Default: ``"predicted_reward"``.
+            state_action_value: output of the critics, one entry each.
+                Default: ``"state_action_value"``.
+            logits: output of the classifier. Default: ``"logits"``.
+            imagined: optional boolean entry of the transitions: the rows whose next
+                latent comes from the model in the classifier's loss.
+                Default: ``"imagined"``.
+            slice: slices of a two-draw batch. Default: ``"slice"``.
+            transition: transitions of a two-draw batch. Default: ``"transition"``.
+        """
+
+        latent: NestedKey = "latent"
+        action: NestedKey = "action"
+        reward: NestedKey = "reward"
+        terminated: NestedKey = "terminated"
+        predicted_reward: NestedKey = "predicted_reward"
+        state_action_value: NestedKey = "state_action_value"
+        logits: NestedKey = "logits"
+        imagined: NestedKey = "imagined"
+        slice: NestedKey = "slice"
+        transition: NestedKey = "transition"
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+    deterministic_sampling_mode = ExplorationType.RANDOM
+
+    encoder: TensorDictModule
+    encoder_params: TensorDictParams
+    target_encoder_params: TensorDictParams
+    model: TensorDictModule
+    model_params: TensorDictParams
+    target_model_params: TensorDictParams
+    actor: TensorDictModule
+    actor_params: TensorDictParams
+    target_actor_params: TensorDictParams
+    qvalue: TensorDictModule
+    qvalue_params: TensorDictParams
+    target_qvalue_params: TensorDictParams
+    reward: TensorDictModule
+    reward_params: TensorDictParams
+    target_reward_params: TensorDictParams
+    classifier: TensorDictModule | None
+    classifier_params: TensorDictParams
+    target_classifier_params: TensorDictParams
+
+    noise_clip: float | None
+    classifier_coef: float
+    gamma: Tensor
+    lmbda: Tensor
+
+    def _bind(self, **parts: TensorDictModuleBase | None) -> None:
+        for name, part in parts.items():
+            if part is None:
+                self.__dict__[name] = None
+                continue
+            if not isinstance(part, TensorDictModuleBase):
+                raise TypeError(
+                    f"{name} must be a TensorDictModule, got {type(part).__name__}."
+                )
+            if name in ("encoder", "model") and not hasattr(part, "get_dist"):
+                raise TypeError(
+                    f"{name} must be probabilistic (have get_dist), for example a "
+                    f"ProbabilisticTensorDictSequential, got {type(part).__name__}."
+                )
+            self.convert_to_functional(
+                part, name, create_target_params=name in ("encoder", "qvalue")
+            )
+
+    @_cache_values
+    def _frozen(self, part: str) -> TensorDict:
+        return getattr(self, f"{part}_params").detach()
+
+    def _bound(self, part: str, parameters: Parameters) -> Any:
+        if parameters == "live":
+            params = getattr(self, f"{part}_params")
+        elif parameters == "target":
+            params = getattr(self, f"target_{part}_params")
+        else:
+            params = self._frozen(part)
+        return params.to_module(getattr(self, part), preserve_module_state=False)
+
+    def _inputs(self, **tensors: Tensor) -> TensorDict:
+        """Network inputs by accepted key; ``next_latent`` goes under ``"next"``."""
+        keys = self.tensor_keys
+        some = next(iter(tensors.values()))
+        inputs = TensorDict({}, batch_size=some.shape[:-1])
+        for name, tensor in tensors.items():
+            if name == "next_latent":
+                inputs.set(("next", keys.latent), tensor)
+            else:
+                inputs.set(getattr(keys, name), tensor)
+        return inputs
+
+    def _sample(self, dist: Distribution) -> Tensor:
+        deterministic = exploration_type() is ExplorationType.DETERMINISTIC
+        if isinstance(dist, ClampedNormal):
+            # Without noise the clamp stays: the clamped mean.
+            return dist.rsample(noise_clip=0.0 if deterministic else self.noise_clip)
+        return dist.deterministic_sample if deterministic else dist.rsample()
+
+    def encode(
+        self, tensordict: TensorDictBase, parameters: Parameters = "target"
+    ) -> Distribution:
+        """Distribution of the encoder, ``e(z | s)``.
+
+        Args:
+            tensordict (TensorDictBase): holds the encoder's ``in_keys``, ``[*]``.
+            parameters (str): ``"live"``, ``"frozen"`` or ``"target"``.
+                Default: ``"target"``.
+
+        Returns:
+            Distribution: over latents ``[*, L]``.
+        """
+        with self._bound("encoder", parameters):
+            return self.encoder.get_dist(tensordict.select(*self.encoder.in_keys))
+
+    def step(
+        self, latent: Tensor, action: Tensor, parameters: Parameters = "frozen"
+    ) -> Distribution:
+        """Distribution of the latent model, ``m(z' | z, a)``.
+
+        Args:
+            latent (Tensor): ``[*, L]``.
+            action (Tensor): ``[*, A]``.
+            parameters (str): ``"live"`` or ``"frozen"``. Default: ``"frozen"``.
+
+        Returns:
+            Distribution: over next latents ``[*, L]``.
+        """
+        with self._bound("model", parameters):
+            return self.model.get_dist(self._inputs(latent=latent, action=action))
+
+    def act(self, latent: Tensor, parameters: Parameters = "frozen") -> Tensor:
+        """Action of the actor, with the noise clipped as in the losses.
+
+        An actor with a :class:`~alm_torchrl.distributions.ClampedNormal` gets
+        ``noise_clip`` (the clamped mean in deterministic mode), one with another
+        distribution a reparameterised sample, one without its plain output.
+
+        Args:
+            latent (Tensor): ``[*, L]``.
+            parameters (str): ``"live"`` or ``"frozen"``. Default: ``"frozen"``.
+
+        Returns:
+            Tensor: action, ``[*, A]``.
+        """
+        inputs = self._inputs(latent=latent)
+        with self._bound("actor", parameters):
+            if hasattr(self.actor, "get_dist"):
+                return self._sample(self.actor.get_dist(inputs))
+            return self.actor(inputs).get(self.tensor_keys.action)
+
+    def state_action_value(
+        self, latent: Tensor, action: Tensor, parameters: Parameters = "frozen"
+    ) -> Tensor:
+        """Values of all critics, ``Q_i(z, a)``.
+
+        Args:
+            latent (Tensor): ``[*, L]``.
+            action (Tensor): ``[*, A]``.
+            parameters (str): ``"live"``, ``"frozen"`` or ``"target"``.
+                Default: ``"frozen"``.
+
+        Returns:
+            Tensor: ``[*, number of critics]``; the smallest is used as the value.
+        """
+        inputs = self._inputs(latent=latent, action=action)
+        with self._bound("qvalue", parameters):
+            return self.qvalue(inputs).get(self.tensor_keys.state_action_value)
+
+    def predict_reward(
+        self, latent: Tensor, action: Tensor, parameters: Parameters = "frozen"
+    ) -> Tensor:
+        """Reward model, ``r(z, a)``.
+
+        Args:
+            latent (Tensor): ``[*, L]``.
+            action (Tensor): ``[*, A]``.
+            parameters (str): ``"live"`` or ``"frozen"``. Default: ``"frozen"``.
+
+        Returns:
+            Tensor: predicted reward, ``[*]``.
+        """
+        inputs = self._inputs(latent=latent, action=action)
+        with self._bound("reward", parameters):
+            return self.reward(inputs).get(self.tensor_keys.predicted_reward).squeeze(-1)
+
+    def classify(
+        self,
+        latent: Tensor,
+        action: Tensor,
+        next_latent: Tensor,
+        parameters: Parameters = "frozen",
+    ) -> Tensor:
+        """Logits of the classifier, ``C(z, a, z')``.
+
+        Args:
+            latent (Tensor): ``[*, L]``.
+            action (Tensor): ``[*, A]``.
+            next_latent (Tensor): ``[*, L]``.
+            parameters (str): ``"live"`` or ``"frozen"``. Default: ``"frozen"``.
+
+        Returns:
+            Tensor: ``[*, 2]``; index 1 is "real".
+        """
+        inputs = self._inputs(latent=latent, action=action, next_latent=next_latent)
+        classifier = cast("TensorDictModule", self.classifier)
+        with self._bound("classifier", parameters):
+            return classifier(inputs).get(self.tensor_keys.logits)
+
+    def _rewards_along(self, latent: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicted reward and log ratio, [B, K] each, along latents [B, K+1, L]."""
+        now, after = latent[:, :-1], latent[:, 1:].detach()
+        reward = self.predict_reward(now, action)
+        if self.classifier_coef == 0:
+            return reward, torch.zeros_like(reward)
+        return reward, functional.log_density_ratio(self.classify(now, action, after))
+
+    @sampling
+    def imagine(self, latent: Tensor, horizon: int) -> TensorDict:
+        """Rolls the policy out in the latent model and scores it (Eq. 8, A.3).
+
+        The gradient reaches the actor's parameters through the actions and the chain
+        of latents; every other network is frozen. The actor sees latents without
+        gradient, the critics see actions without gradient.
+
+        Args:
+            latent (Tensor): start ``z_0``, ``[B, L]``.
+            horizon (int): number of steps K, at least 1.
+
+        Returns:
+            TensorDict: batch size ``[B]``, with ``latent`` ``[B, K+1, L]``, ``action``
+            ``[B, K+1, A]``, ``reward`` and ``log_ratio`` ``[B, K]`` for t = 0..K-1
+            (the log ratio is zero where ``classifier_coef`` is), ``value`` ``[B, K]``
+            for t = 1..K, and ``lambda_return`` ``[B, K]``.
+        """
+        latents, actions = [latent], []
+        for _ in range(horizon):
+            actions.append(self.act(latents[-1].detach(), "live"))
+            latents.append(self._sample(self.step(latents[-1], actions[-1])))
+        # The critics see no gradient of an action, and nothing else reads a_K.
+        with torch.no_grad():
+            actions.append(self.act(latents[-1]))
+        z, a = torch.stack(latents, 1), torch.stack(actions, 1)
+        reward, log_ratio = self._rewards_along(z, a[:, :-1])
+        value = self.state_action_value(z[:, 1:], a[:, 1:].detach()).amin(-1)
+        returns = functional.lambda_return(
+            reward + self.classifier_coef * log_ratio, value, self.gamma, self.lmbda
+        )
+        return TensorDict(
+            latent=z,
+            action=a,
+            reward=reward,
+            log_ratio=log_ratio,
+            value=value,
+            lambda_return=returns,
+            batch_size=[latent.shape[0]],
+        )
+
+    @sampling
+    @torch.no_grad()
+    def lower_bound(self, transitions: TensorDictBase, horizon: int) -> Tensor:
+        """K-step estimate of the lower bound for given first actions (Fig. 4, 8).
+
+        ``sum_{t<K} gamma^t (r(z_t, a_t) + c log ratio_t) + gamma^K min Q(z_K, a_K)``
+        from ``z_0 ~ e'(s)``, with the given first action and the actor's mean, not
+        clamped, afterwards.
+
+        Args:
+            transitions (TensorDictBase): observations and first actions, ``[B]``.
+            horizon (int): number of steps K, at least 1.
+
+        Returns:
+            Tensor: the estimate for each row, ``[B]``, without gradient.
+        """
+        latents = [self._sample(self.encode(transitions))]
+        actions = [transitions.get(self.tensor_keys.action)]
+        for _ in range(horizon):
+            latents.append(self._sample(self.step(latents[-1], actions[-1])))
+            actions.append(self._mean_action(latents[-1]))
+        z, a = torch.stack(latents, 1), torch.stack(actions, 1)
+        reward, log_ratio = self._rewards_along(z, a[:, :-1])
+        value = self.state_action_value(z[:, -1], a[:, -1]).amin(-1)
+        return functional.k_step_bound(
+            reward + self.classifier_coef * log_ratio, value, self.gamma
+        )
+
+    def _mean_action(self, latent: Tensor) -> Tensor:
+        with set_exploration_type(ExplorationType.DETERMINISTIC):
+            with self._bound("actor", "frozen"):
+                output = self.actor(self._inputs(latent=latent))
+        return output.get(self.tensor_keys.action)
+
+    def acting_policy(self) -> TensorDictSequential:
+        """The policy that acts: online encoder, then actor.
+
+        It shares the loss's modules, so it follows every update. The latent is always
+        sampled; the action is the actor's mean under a deterministic exploration type
+        and carries noise, not clipped, under a random one.
+
+        Returns:
+            TensorDictSequential: reads the encoder's ``in_keys``, writes the action.
+        """
+        return TensorDictSequential(
+            AlwaysSample(self.encoder),
+            self.actor,
+            selected_out_keys=[self.tensor_keys.action],
+        )
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule | None:
+        """The schedule inside the actor, or ``None`` where the actor has none."""
+        for module in self.actor.modules():
+            if isinstance(module, NoiseSchedule):
+                return module
+        return None
+
+    def reset_parameters_recursive(self) -> None:
+        """Draws all parameters anew; the targets are copies again."""
+        super().reset_parameters_recursive()
+        for part in ("encoder", "qvalue"):
+            online = getattr(self, f"{part}_params").data
+            self._modules[f"target_{part}_params"].data.update_(online)
+
+
+def normal_parameters(dist: Distribution, name: str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a diagonal Gaussian.
+
+    Args:
+        dist (Distribution): ``Normal``, or ``Independent`` over one.
+        name (str): what the error calls it.
+
+    Returns:
+        tuple of Tensor: location and scale.
+
+    Raises:
+        TypeError: if the distribution is no diagonal Gaussian.
+    """
+    base = dist.base_dist if isinstance(dist, Independent) else dist
+    if not isinstance(base, Normal):
+        raise TypeError(
+            f"{name} must return a diagonal Gaussian (Normal or Independent Normal) "
+            f"for the closed-form KL, got {type(base).__name__}."
+        )
+    return base.loc, base.scale
