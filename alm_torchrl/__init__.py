@@ -1,4 +1,49 @@
 """Aligned Latent Models as modular TorchRL components."""
 
+from alm_torchrl.distributions import ClampedNormal
+from alm_torchrl.envs import make_env
+from alm_torchrl.evaluation import evaluate_policy, random_policy, zero_policy
+from alm_torchrl.layers import AlwaysSample, NoiseSchedule, OrthogonalLinear
+from alm_torchrl.modules import (
+    make_actor,
+    make_classifier,
+    make_encoder,
+    make_model,
+    make_qvalue,
+    make_reward,
+)
 from alm_torchrl.objectives import ALMLoss, make_alm_loss
-from alm_torchrl.stepper import ALMOptimizationStepper
+from alm_torchrl.replay import UniformWindowSampler, make_replay_buffer
+from alm_torchrl.stepper import (
+    ALMOptimizationStepper,
+    ALMTargetUpdate,
+    NonFiniteError,
+)
+from alm_torchrl.trainer import make_trainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ALMLoss",
+    "ALMOptimizationStepper",
+    "ALMTargetUpdate",
+    "AlwaysSample",
+    "ClampedNormal",
+    "NoiseSchedule",
+    "NonFiniteError",
+    "OrthogonalLinear",
+    "UniformWindowSampler",
+    "evaluate_policy",
+    "make_actor",
+    "make_alm_loss",
+    "make_classifier",
+    "make_encoder",
+    "make_env",
+    "make_model",
+    "make_qvalue",
+    "make_replay_buffer",
+    "make_reward",
+    "make_trainer",
+    "random_policy",
+    "zero_policy",
+]

@@ -23,25 +23,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey
 from tensordict.nn import (
     InteractionType,
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
     TensorDictModule,
-    TensorDictModuleBase,
-    set_interaction_type,
 )
 from torch import Tensor, nn
 from torchrl.modules import IndependentNormal
 
 from alm_torchrl.distributions import ClampedNormal
-from alm_torchrl.functional import bound_loc, bound_scale
+from alm_torchrl.layers import (
+    ActorHead,
+    GaussianHead,
+    NoiseSchedule,
+    TensorModule,
+    TwinCritic,
+    elu_mlp,
+    value_mlp,
+)
 
 __all__ = [
-    "AlwaysSample",
-    "NoiseSchedule",
-    "OrthogonalLinear",
     "make_actor",
     "make_classifier",
     "make_encoder",
@@ -53,184 +56,6 @@ __all__ = [
 LATENT_DIM = 50
 HIDDEN_DIM = 512
 MODEL_HIDDEN_DIM = 1024
-
-
-class OrthogonalLinear(nn.Linear):
-    """Linear layer that resets to orthogonal weights (gain 1) and zero bias.
-
-    Examples:
-        >>> layer = OrthogonalLinear(3, 3)
-        >>> torch.allclose(layer.weight @ layer.weight.T, torch.eye(3), atol=1e-5)
-        True
-    """
-
-    def reset_parameters(self) -> None:
-        """Draws new orthogonal weights and sets the bias to zero."""
-        nn.init.orthogonal_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-
-class NoiseSchedule(nn.Module):
-    """Standard deviation of the exploration noise, linear in the training step.
-
-    ``std(n) = final + (1 - min(n / steps, 1)) (initial - final)`` after ``n`` calls
-    of :meth:`step`. One instance lives in the actor, which the loss and the acting
-    policy share; only the trainer steps it. Action ``n`` uses ``std(n - 1)``, update
-    ``n`` uses ``std(n)``.
-
-    Args:
-        initial (float): standard deviation at step 0. Default: ``1.0``.
-        final (float): standard deviation from ``steps`` on. Default: ``0.1``.
-        steps (int): training steps, warm-up excluded, to get there.
-            Default: ``100_000``.
-
-    Raises:
-        ValueError: if a standard deviation is negative or ``steps`` is not positive.
-
-    Examples:
-        >>> schedule = NoiseSchedule(1.0, 0.0, steps=4)
-        >>> schedule.step()
-        >>> schedule.std
-        tensor(0.7500)
-    """
-
-    std: Tensor
-    count: Tensor
-
-    def __init__(
-        self, initial: float = 1.0, final: float = 0.1, steps: int = 100_000
-    ) -> None:
-        super().__init__()
-        if initial < 0 or final < 0:
-            raise ValueError(
-                "initial and final must be standard deviations >= 0, got "
-                f"initial={initial} and final={final}."
-            )
-        if steps < 1:
-            raise ValueError(f"steps must be a positive integer, got {steps}.")
-        self.initial = initial
-        self.final = final
-        self.steps = steps
-        self.register_buffer("std", torch.tensor(float(initial)))
-        self.register_buffer("count", torch.tensor(0))
-
-    def step(self, n: int = 1) -> None:
-        """Advances the schedule by ``n`` training steps, in place."""
-        self.count.add_(n)
-        left = 1 - (self.count.double() / self.steps).clamp(max=1.0)
-        self.std.copy_(self.final + left * (self.initial - self.final))
-
-    def extra_repr(self) -> str:
-        """Arguments of the schedule."""
-        return f"initial={self.initial}, final={self.final}, steps={self.steps}"
-
-
-class AlwaysSample(TensorDictModuleBase):
-    """Runs a probabilistic module in random mode, whatever surrounds it.
-
-    ALM samples the latent when it acts, in evaluation too; only the action becomes
-    deterministic there.
-
-    Args:
-        module (TensorDictModuleBase): module to run, for example the encoder.
-
-    Examples:
-        >>> from tensordict import TensorDict
-        >>> policy = AlwaysSample(make_encoder(3, latent_dim=2))
-        >>> td = TensorDict(observation=torch.zeros(3))
-        >>> with set_interaction_type(InteractionType.DETERMINISTIC):
-        ...     bool((policy(td)["latent"] == td["latent_loc"]).any())
-        False
-    """
-
-    def __init__(self, module: TensorDictModuleBase) -> None:
-        super().__init__()
-        self.module = module
-        self.in_keys = module.in_keys
-        self.out_keys = module.out_keys
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Calls the module with samples drawn at random."""
-        with set_interaction_type(InteractionType.RANDOM):
-            return self.module(tensordict)
-
-
-class _Concatenate(nn.Module):
-    """Concatenates its inputs along the last dimension."""
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return torch.cat(inputs, -1) if len(inputs) > 1 else inputs[0]
-
-
-class _GaussianHead(nn.Module):
-    """Splits features into a bounded mean and a bounded standard deviation."""
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        loc, raw = features.chunk(2, -1)
-        return bound_loc(loc), bound_scale(raw)
-
-
-class _ActorHead(nn.Module):
-    """Squashes the mean and adds the schedule's std and the action bounds."""
-
-    def __init__(self, low: Tensor, high: Tensor, schedule: NoiseSchedule) -> None:
-        super().__init__()
-        self.schedule = schedule
-        self.register_buffer("low", low)
-        self.register_buffer("high", high)
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        loc = features.tanh()
-        # A copy: what is written must not change with the schedule.
-        scale = self.schedule.std * torch.ones_like(loc)
-        return loc, scale, self.low.expand_as(loc), self.high.expand_as(loc)
-
-
-class _TwinCritic(nn.Module):
-    """Two value networks that read the same input; their outputs are stacked last."""
-
-    def __init__(self, in_dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.q1 = _value_mlp(in_dim, hidden_dim, 1)
-        self.q2 = _value_mlp(in_dim, hidden_dim, 1)
-
-    def forward(self, latent: Tensor, action: Tensor) -> Tensor:
-        return torch.cat([self.q1(latent, action), self.q2(latent, action)], -1)
-
-
-class _Chain(nn.Sequential):
-    """Sequential whose first layer takes any number of inputs."""
-
-    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        output = self[0](*inputs)
-        for layer in self[1:]:
-            output = layer(output)
-        return output
-
-
-def _elu_mlp(in_dim: int, hidden_dim: int, out_dim: int, *head: nn.Module) -> _Chain:
-    return _Chain(
-        _Concatenate(),
-        OrthogonalLinear(in_dim, hidden_dim),
-        nn.ELU(),
-        OrthogonalLinear(hidden_dim, hidden_dim),
-        nn.ELU(),
-        OrthogonalLinear(hidden_dim, out_dim),
-        *head,
-    )
-
-
-def _value_mlp(in_dim: int, hidden_dim: int, out_dim: int) -> _Chain:
-    return _Chain(
-        _Concatenate(),
-        OrthogonalLinear(in_dim, hidden_dim),
-        nn.LayerNorm(hidden_dim),
-        nn.Tanh(),
-        OrthogonalLinear(hidden_dim, hidden_dim),
-        nn.ELU(),
-        OrthogonalLinear(hidden_dim, out_dim),
-    )
 
 
 def _check_sizes(**sizes: int) -> None:
@@ -247,7 +72,7 @@ def _gaussian(
 ) -> ProbabilisticTensorDictSequential:
     loc, scale = f"{prefix}_loc", f"{prefix}_scale"
     return ProbabilisticTensorDictSequential(
-        TensorDictModule(net, in_keys=list(in_keys), out_keys=[loc, scale]),
+        TensorModule(net, in_keys=list(in_keys), out_keys=[loc, scale]),
         ProbabilisticTensorDictModule(
             in_keys={"loc": loc, "scale": scale},
             out_keys=[out_key],
@@ -293,7 +118,7 @@ def make_encoder(
     _check_sizes(
         observation_dim=observation_dim, latent_dim=latent_dim, hidden_dim=hidden_dim
     )
-    net = _elu_mlp(observation_dim, hidden_dim, 2 * latent_dim, _GaussianHead())
+    net = elu_mlp(observation_dim, hidden_dim, 2 * latent_dim, GaussianHead())
     return _gaussian(net, [observation_key], "latent", "latent")
 
 
@@ -323,8 +148,8 @@ def make_model(
         ('next', 'latent')
     """
     _check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
-    net = _elu_mlp(
-        latent_dim + action_dim, hidden_dim, 2 * latent_dim, _GaussianHead()
+    net = elu_mlp(
+        latent_dim + action_dim, hidden_dim, 2 * latent_dim, GaussianHead()
     )
     return _gaussian(net, ["latent", "action"], "next_latent", ("next", "latent"))
 
@@ -382,12 +207,12 @@ def make_actor(
         action_dim=low.shape[0], latent_dim=latent_dim, hidden_dim=hidden_dim
     )
     schedule = NoiseSchedule() if noise_schedule is None else noise_schedule
-    net = _elu_mlp(
-        latent_dim, hidden_dim, low.shape[0], _ActorHead(low, high, schedule)
+    net = elu_mlp(
+        latent_dim, hidden_dim, low.shape[0], ActorHead(low, high, schedule)
     )
     names = ("loc", "scale", "low", "high")
     return ProbabilisticTensorDictSequential(
-        TensorDictModule(
+        TensorModule(
             net, in_keys=["latent"], out_keys=[f"action_{name}" for name in names]
         ),
         ProbabilisticTensorDictModule(
@@ -422,8 +247,8 @@ def make_qvalue(
         ['state_action_value']
     """
     _check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
-    return TensorDictModule(
-        _TwinCritic(latent_dim + action_dim, hidden_dim),
+    return TensorModule(
+        TwinCritic(latent_dim + action_dim, hidden_dim),
         in_keys=["latent", "action"],
         out_keys=["state_action_value"],
     )
@@ -451,8 +276,8 @@ def make_reward(
         ['predicted_reward']
     """
     _check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
-    return TensorDictModule(
-        _value_mlp(latent_dim + action_dim, hidden_dim, 1),
+    return TensorModule(
+        value_mlp(latent_dim + action_dim, hidden_dim, 1),
         in_keys=["latent", "action"],
         out_keys=["predicted_reward"],
     )
@@ -480,8 +305,8 @@ def make_classifier(
         ['logits']
     """
     _check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
-    return TensorDictModule(
-        _value_mlp(2 * latent_dim + action_dim, hidden_dim, 2),
+    return TensorModule(
+        value_mlp(2 * latent_dim + action_dim, hidden_dim, 2),
         in_keys=["latent", "action", ("next", "latent")],
         out_keys=["logits"],
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -95,9 +95,13 @@ class ALMOptimizationStepper(OptimizationStepper):
             Default: ``100.0``.
         tau (float): share by which targets move towards the online networks.
             Default: ``0.005``.
+        precision (str): ``"fp32"`` (the parameters' own) or ``"bf16"``: matrix
+            products of the hidden layers in bfloat16 by autocast; parameters, last
+            layers, KL, returns, losses and optimizers keep full precision.
+            Default: ``"fp32"``.
 
     Raises:
-        ValueError: if ``lr``, ``clip_norm`` or ``tau`` is out of range.
+        ValueError: if ``lr``, ``clip_norm``, ``tau`` or ``precision`` is out of range.
 
     Examples:
         >>> import torch
@@ -129,7 +133,10 @@ class ALMOptimizationStepper(OptimizationStepper):
         lr: float = 1e-4,
         clip_norm: float = 100.0,
         tau: float = 0.005,
+        precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}.")
         for name, value in (("lr", lr), ("clip_norm", clip_norm), ("tau", tau)):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}.")
@@ -137,6 +144,7 @@ class ALMOptimizationStepper(OptimizationStepper):
             raise ValueError(f"tau must be at most 1, got {tau}.")
         self.loss = loss
         self.clip_norm = clip_norm
+        self.precision = precision
         self.target_update = ALMTargetUpdate(loss, tau=tau)
         self.optimizers: dict[str, torch.optim.Adam] = {}
         self._parameters: dict[str, list[nn.Parameter]] = {}
@@ -182,10 +190,13 @@ class ALMOptimizationStepper(OptimizationStepper):
         metrics: dict[str, Tensor] = {}
         checked: dict[str, Tensor] = {}
         for method, _ in STEPS:
-            if trainer is None:
-                value, metadata = getattr(self.loss, method)(sub_batch)
-            else:
-                value, metadata = trainer.compute_loss(sub_batch, method=method)
+            with torch.autocast(
+                self._failure.device.type, torch.bfloat16, self.precision == "bf16"
+            ):
+                if trainer is None:
+                    value, metadata = getattr(self.loss, method)(sub_batch)
+                else:
+                    value, metadata = trainer.compute_loss(sub_batch, method=method)
             optimizer = self.optimizers[method]
             optimizer.zero_grad(set_to_none=True)
             value.backward()

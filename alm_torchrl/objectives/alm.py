@@ -8,6 +8,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.nn.functional import cross_entropy
 from torchrl.objectives import ValueEstimators
 
@@ -325,9 +326,10 @@ class ALMLoss(ALMNetworks):
         first = slices.select(*self.encoder.in_keys)[:, 0]
         latents = [self._sample(self.encode(first, "live"))]
         dists = []
-        for action_t in action.unbind(1):
-            dists.append(self.step(latents[-1], action_t, "live"))
-            latents.append(self._sample(dists[-1]))
+        with self._bound("model", "live"):
+            for action_t in action.unbind(1):
+                dists.append(self._step(latents[-1], action_t))
+                latents.append(self._sample(dists[-1]))
         latent = torch.stack(latents, 1)
         rollout = TensorDict(
             latent=latent,
@@ -390,14 +392,14 @@ class ALMLoss(ALMNetworks):
         return (predicted - target).square()
 
     def _classifier_term(
-        self, transitions: TensorDictBase, latent: Tensor
+        self, transitions: TensorDictBase, encoded: Distribution, latent: Tensor
     ) -> tuple[Tensor, Tensor]:
         keys = self.tensor_keys
         action = transitions.get(keys.action)
         with torch.no_grad():
             real = self._sample(self.encode(transitions.get("next")))
-            model_input = self._sample(self.encode(transitions))
-            imagined = self._sample(self.step(model_input, action))
+            # Another draw than ``latent``: the authors imagine from a z of its own.
+            imagined = self._sample(self.step(self._sample(encoded), action))
         chosen = transitions.get(keys.imagined, default=None)
         if chosen is None:
             order = torch.rand(latent.shape[0], device=latent.device).argsort()
@@ -411,8 +413,10 @@ class ALMLoss(ALMNetworks):
         return loss, (logits.detach().argmax(-1) == label).to(loss.dtype)
 
     @torch.no_grad()
-    def _latent(self, transitions: TensorDictBase) -> Tensor:
-        return self._sample(self.encode(transitions))
+    def _encoded(self, transitions: TensorDictBase) -> tuple[Distribution, Tensor]:
+        """The target encoder's distribution of ``z``, and a sample of it."""
+        dist = self.encode(transitions)
+        return dist, self._sample(dist)
 
     def reward_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
         """Squared error of the reward model on ``z ~ e'(s)`` (Eq. 11).
@@ -424,7 +428,8 @@ class ALMLoss(ALMNetworks):
             tuple: the loss, which trains the reward model, and no metadata.
         """
         transitions, mask, shape = self._transitions(tensordict)
-        loss = self._reward_term(transitions, self._latent(transitions))
+        _, latent = self._encoded(transitions)
+        loss = self._reward_term(transitions, latent)
         return self._reduce_masked(loss, mask, shape), {}
 
     def classifier_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
@@ -449,7 +454,9 @@ class ALMLoss(ALMNetworks):
                 "classifier_loss needs a classifier, got classifier_coef=0."
             )
         transitions, mask, shape = self._transitions(tensordict)
-        loss, correct = self._classifier_term(transitions, self._latent(transitions))
+        loss, correct = self._classifier_term(
+            transitions, *self._encoded(transitions)
+        )
         accuracy = _mean(correct.reshape(shape), mask)
         loss = self._reduce_masked(loss, mask, shape)
         return loss, {"classifier_accuracy": accuracy}
@@ -475,12 +482,12 @@ class ALMLoss(ALMNetworks):
         self, tensordict: TensorDictBase
     ) -> tuple[dict[str, Tensor], Metadata]:
         transitions, mask, shape = self._transitions(tensordict)
-        latent = self._latent(transitions)
+        encoded, latent = self._encoded(transitions)
         reward = self._reward_term(transitions, latent)
         losses = {"loss_reward": self._reduce_masked(reward, mask, shape)}
         if self.classifier is None:
             return losses, {}
-        loss, correct = self._classifier_term(transitions, latent)
+        loss, correct = self._classifier_term(transitions, encoded, latent)
         losses["loss_classifier"] = self._reduce_masked(loss, mask, shape)
         return losses, {"classifier_accuracy": _mean(correct.reshape(shape), mask)}
 
@@ -517,7 +524,7 @@ class ALMLoss(ALMNetworks):
         """
         transitions, mask, shape = self._transitions(tensordict)
         target = self.td_target(transitions).unsqueeze(-1)
-        latent = self._latent(transitions)
+        _, latent = self._encoded(transitions)
         action = transitions.get(self.tensor_keys.action)
         value = self.state_action_value(latent, action, "live")
         error = value - target
@@ -551,7 +558,8 @@ class ALMLoss(ALMNetworks):
         """
         steps = self._horizon(tensordict, horizon)
         transitions, mask, shape = self._transitions(tensordict)
-        rollout = self.imagine(self._latent(transitions), steps)
+        _, latent = self._encoded(transitions)
+        rollout = self.imagine(latent, steps)
         objective = functional.discounted_mean(rollout["lambda_return"], self.gamma)
         names = {
             "imagined_reward": "reward",

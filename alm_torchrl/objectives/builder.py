@@ -9,11 +9,11 @@ from torch import Tensor
 from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 
+from alm_torchrl.layers import NoiseSchedule
 from alm_torchrl.modules import (
     HIDDEN_DIM,
     LATENT_DIM,
     MODEL_HIDDEN_DIM,
-    NoiseSchedule,
     make_actor,
     make_classifier,
     make_encoder,

@@ -27,7 +27,7 @@ from torchrl.objectives.utils import _cache_values
 
 from alm_torchrl import functional
 from alm_torchrl.distributions import ClampedNormal
-from alm_torchrl.modules import AlwaysSample, NoiseSchedule
+from alm_torchrl.layers import AlwaysSample, NoiseSchedule
 
 Parameters = Literal["live", "frozen", "target"]
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -197,7 +197,10 @@ class ALMNetworks(LossModule):
             Distribution: over next latents ``[*, L]``.
         """
         with self._bound("model", parameters):
-            return self.model.get_dist(self._inputs(latent=latent, action=action))
+            return self._step(latent, action)
+
+    def _step(self, latent: Tensor, action: Tensor) -> Distribution:
+        return self.model.get_dist(self._inputs(latent=latent, action=action))
 
     def act(self, latent: Tensor, parameters: Parameters = "frozen") -> Tensor:
         """Action of the actor, with the noise clipped as in the losses.
@@ -213,11 +216,14 @@ class ALMNetworks(LossModule):
         Returns:
             Tensor: action, ``[*, A]``.
         """
-        inputs = self._inputs(latent=latent)
         with self._bound("actor", parameters):
-            if hasattr(self.actor, "get_dist"):
-                return self._sample(self.actor.get_dist(inputs))
-            return self.actor(inputs).get(self.tensor_keys.action)
+            return self._act(latent)
+
+    def _act(self, latent: Tensor) -> Tensor:
+        inputs = self._inputs(latent=latent)
+        if hasattr(self.actor, "get_dist"):
+            return self._sample(self.actor.get_dist(inputs))
+        return self.actor(inputs).get(self.tensor_keys.action)
 
     def state_action_value(
         self, latent: Tensor, action: Tensor, parameters: Parameters = "frozen"
@@ -304,12 +310,13 @@ class ALMNetworks(LossModule):
             for t = 1..K, and ``lambda_return`` ``[B, K]``.
         """
         latents, actions = [latent], []
-        for _ in range(horizon):
-            actions.append(self.act(latents[-1].detach(), "live"))
-            latents.append(self._sample(self.step(latents[-1], actions[-1])))
-        # The critics see no gradient of an action, and nothing else reads a_K.
-        with torch.no_grad():
-            actions.append(self.act(latents[-1]))
+        with self._bound("actor", "live"), self._bound("model", "frozen"):
+            for _ in range(horizon):
+                actions.append(self._act(latents[-1].detach()))
+                latents.append(self._sample(self._step(latents[-1], actions[-1])))
+            # The critics see no gradient of an action, and nothing else reads a_K.
+            with torch.no_grad():
+                actions.append(self._act(latents[-1]))
         z, a = torch.stack(latents, 1), torch.stack(actions, 1)
         reward, log_ratio = self._rewards_along(z, a[:, :-1])
         value = self.state_action_value(z[:, 1:], a[:, 1:].detach()).amin(-1)

@@ -1,0 +1,182 @@
+"""The ``alm-torchrl`` command: arguments, and errors as one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from alm_torchrl.config import PRESETS, Preset, TrainConfig, UserError
+
+try:
+    import tyro
+except ImportError as error:
+    raise ImportError(
+        "the command line needs tyro: pip install 'alm_torchrl[cli]'"
+    ) from error
+
+__all__ = ["main"]
+
+
+Count = Annotated[int, tyro.conf.arg(metavar="N")]
+
+
+def _task_hint(default: str) -> str:
+    named = default.strip("'\"")
+    return f"(default: {named})" if named else "(required with this preset)"
+
+
+@dataclass(frozen=True)
+class Train(TrainConfig):
+    """Train an agent; the flags left out have the values of the preset."""
+
+    task: Annotated[
+        tyro.conf.Positional[str],
+        tyro.conf.arg(metavar="[TASK]", help_behavior_hint=_task_hint),
+    ]
+    """Gymnasium task with flat observations and continuous actions."""
+
+    def run(self) -> int:
+        """Train."""
+        if not self.task:
+            raise UserError(
+                f"the preset {self.preset!r} needs a task, for example: "
+                f"alm-torchrl train HalfCheetah-v5 --preset {self.preset}"
+            )
+        values = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+        }
+        from alm_torchrl import commands
+
+        return commands.train(TrainConfig(**values))
+
+
+CheckpointArgument = Annotated[
+    tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")
+]
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score a trained agent over whole episodes, without action noise."""
+
+    checkpoint: CheckpointArgument
+    """A run folder (its newest checkpoint) or one of its checkpoints."""
+    episodes: Count = 20
+    """Whole episodes to run."""
+    seed: Count = 0
+    """Seed of the episodes and of the latent samples."""
+
+    def run(self) -> int:
+        """Evaluate."""
+        from alm_torchrl import commands
+
+        return commands.evaluate(self.checkpoint, self.episodes, self.seed)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw learning curves; runs that differ only in the seed become one."""
+
+    runs: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)"),
+    ]
+    """Run folders."""
+    output: Path = Path("learning_curves.png")
+    """Picture to write; its ending chooses the format."""
+
+    def run(self) -> int:
+        """Plot."""
+        from alm_torchrl import commands
+
+        return commands.plot(self.runs, self.output)
+
+
+@dataclass(frozen=True)
+class Render:
+    """Film one episode of a trained agent; no display is needed."""
+
+    checkpoint: CheckpointArgument
+    """A run folder (its newest checkpoint) or one of its checkpoints."""
+    output: Path = Path("film.gif")
+    """Film to write, .gif or .mp4."""
+    seed: Count = 0
+    """Seed of the episode and of the latent samples."""
+    steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Environment steps to show; None shows the whole episode."""
+
+    def run(self) -> int:
+        """Render."""
+        from alm_torchrl import commands
+
+        return commands.render(self.checkpoint, self.output, self.seed, self.steps)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """List the paper's tasks, and say what other tasks can be trained on."""
+
+    def run(self) -> int:
+        """List them."""
+        from alm_torchrl import commands
+
+        return commands.tasks()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the words after ``alm-torchrl``; ``sys.argv[1:]`` by default.
+
+    Returns:
+        int: 0, or 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: with code 2 after a mistake of the user's, explained on the
+            standard error stream; with 0 after ``--help``.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = tyro.cli(
+        _commands(_train_defaults(arguments)),
+        args=arguments,
+        prog="alm-torchrl",
+        description="Aligned Latent Models: train, evaluate, plot and film agents.",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )
+    try:
+        return int(command.run())
+    except UserError as error:
+        message = " ".join(str(error).split())
+        print(f"alm-torchrl: error: {message}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+
+
+def _train_defaults(arguments: Sequence[str]) -> Train:
+    """The preset that the arguments name, whose values are the flags' defaults."""
+    named: str | None = None
+    for index, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if name == "--preset":
+            named = value if equals else "".join(arguments[index + 1 : index + 2])
+    # An unknown name is refused by tyro, which knows the choices.
+    preset: Preset = "paper" if named == "paper" else "quick"
+    return Train(**{"task": "", **PRESETS[preset], "preset": preset})
+
+
+def _commands(train: Train) -> Any:  # noqa: ANN401
+    """The union of the commands, as tyro reads it."""
+    return (
+        Annotated[Train, tyro.conf.subcommand("train", default=train)]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Plot, tyro.conf.subcommand("plot")]
+        | Annotated[Render, tyro.conf.subcommand("render")]
+        | Annotated[Tasks, tyro.conf.subcommand("tasks")]
+    )

@@ -1,0 +1,277 @@
+"""Settings of a training run, and the presets that fill them in.
+
+Every field of :class:`TrainConfig` is a flag of ``alm-torchrl train`` with the
+same name (dashes for underscores). The class's defaults are the paper's Table 3;
+a preset states what it changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+__all__ = ["AGENT", "PRESETS", "Preset", "TrainConfig", "UserError", "preset_config"]
+
+AGENT = "alm"
+"""Name of the algorithm in the names of run folders."""
+
+Preset = Literal["quick", "paper"]
+
+
+class UserError(Exception):
+    """A mistake in what was asked for, which the command line tells in one line."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train an ALM agent on a Gymnasium task.
+
+    Example:
+        >>> config = preset_config("quick", seed=3)
+        >>> config.task, config.seed, config.run_name
+        ('HalfCheetah-v5', 3, 'HalfCheetah-v5-alm-quick-s3')
+
+    Raises:
+        ValueError: if a value lies outside the range its field allows.
+    """
+
+    task: str
+    """Gymnasium task with flat observations and continuous actions."""
+    preset: Preset = "paper"
+    """Defaults of all other settings: a run of minutes, or the paper's Table 3."""
+    seed: int = 0
+    """Seed of networks, exploration, replay and environment."""
+
+    # Where and how to compute
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of networks and updates; auto takes a GPU where there is one."""
+    threads: int | None = None
+    """CPU threads of PyTorch; None leaves its own choice."""
+
+    # Environment and replay
+    action_bounds: Literal["clamp", "rescale"] = "clamp"
+    """Bounds other than +-1: clamp actions to them, or rescale [-1, 1] to them."""
+    total_steps: int = 300_000
+    """Training steps (updates), one per environment step after the warm-up."""
+    warmup_steps: int = 5000
+    """Uniformly random environment steps before the first update."""
+    capacity: int | None = None
+    """Transitions kept for replay; None: 1e6 for Humanoid-v*, else 1e5."""
+    batch_size: int = 512
+    """Slices, and as many single transitions, in an update."""
+    horizon: int = 3
+    """Steps K of a slice and of the imagined rollouts."""
+
+    # Networks
+    latent_dim: int = 50
+    """Size of the latent state."""
+    hidden_dim: int = 512
+    """Units per hidden layer of all networks but the latent model."""
+    model_hidden_dim: int = 1024
+    """Units per hidden layer of the latent model."""
+
+    # Losses
+    gamma: float = 0.99
+    """Discount factor."""
+    lmbda: float = 0.95
+    """Weight of longer rollouts in the policy's lambda return."""
+    classifier_coef: float = 0.1
+    """Weight of the classifier's log ratio in the policy objective."""
+    kl_coef: float = 1.0
+    """Weight of the KL term in the encoder and model objective."""
+    value_coef: float = 1.0
+    """Weight of the final value in the encoder and model objective."""
+    discount_model_loss: bool = False
+    """Discount the encoder and model objective, as in the paper's Eq. 7."""
+
+    # Exploration
+    noise_initial: float = 1.0
+    """Standard deviation of the action noise at the first training step."""
+    noise_final: float = 0.1
+    """Standard deviation of the action noise once the schedule has ended."""
+    noise_steps: int = 100_000
+    """Training steps over which the noise falls linearly."""
+    noise_clip: float = 0.3
+    """Largest action noise inside the losses."""
+
+    # Optimization
+    lr: float = 1e-4
+    """Learning rate of the four Adam optimizers."""
+    clip_norm: float = 100.0
+    """Largest gradient norm of each optimizer."""
+    tau: float = 0.005
+    """Step of the target encoder and critic towards the online ones."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the hidden layers in updates; all else keeps fp32."""
+
+    # Evaluation, logs and checkpoints
+    eval_interval: int = 5000
+    """Training steps between evaluations."""
+    eval_episodes: int = 5
+    """Whole episodes per evaluation, without action noise."""
+    log_interval: int = 1000
+    """Environment steps between logged losses."""
+    checkpoint_interval: int = 5000
+    """Environment steps between checkpoints; there is always one at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    logger: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    """Where losses and returns go besides metrics.csv."""
+    run_dir: Path | None = None
+    """Run folder; None: a name made of task, preset, seed and changes in runs/."""
+
+    def __post_init__(self) -> None:
+        """Check each number against its range."""
+        for name, (low, high, open_low) in _RANGES.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            above = value > low if open_low else value >= low
+            if not (math.isfinite(value) and above and value <= high):
+                raise ValueError(f"{name}: expected {_range_text(name)}, got {value}")
+        if self.warmup_steps < self.horizon:
+            raise ValueError(
+                f"warmup_steps: expected at least horizon={self.horizon}, "
+                f"got {self.warmup_steps}"
+            )
+
+    @property
+    def replay_capacity(self) -> int:
+        """Transitions kept for replay, with the default for the task filled in."""
+        if self.capacity is not None:
+            return self.capacity
+        return 1_000_000 if re.match(r"Humanoid-v\d", self.task) else 100_000
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Settings that differ from the preset; where a run lives does not count."""
+        reference = preset_config(self.preset, task=self.task)
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in _NOT_HASHED
+            and getattr(self, field.name) != getattr(reference, field.name)
+        }
+
+    @property
+    def run_name(self) -> str:
+        """``<task>-<agent>-<preset>-s<seed>``, plus a hash of :attr:`changes`."""
+        task = re.sub(r"[^A-Za-z0-9._-]+", "-", self.task)
+        name = f"{task}-{AGENT}-{self.preset}-s{self.seed}"
+        if not self.changes:
+            return name
+        text = json.dumps(self.changes, sort_keys=True)
+        return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    @property
+    def run_path(self) -> Path:
+        """The run folder: :attr:`run_dir`, or :attr:`run_name` in ``runs``."""
+        return Path("runs") / self.run_name if self.run_dir is None else self.run_dir
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values for JSON."""
+        values = dataclasses.asdict(self)
+        values["run_dir"] = None if self.run_dir is None else str(self.run_dir)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: if a name is not a setting, or a value is out of range.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - names):
+            raise ValueError(f"expected the fields of TrainConfig, got also {unknown}")
+        run_dir = values.get("run_dir")
+        return cls(**{**values, "run_dir": None if run_dir is None else Path(run_dir)})
+
+
+PRESETS: dict[Preset, dict[str, Any]] = {
+    "quick": {
+        "task": "HalfCheetah-v5",
+        "total_steps": 7000,
+        "warmup_steps": 2000,
+        "batch_size": 128,
+        "hidden_dim": 128,
+        "model_hidden_dim": 256,
+        "noise_steps": 5000,
+        "lr": 1e-3,
+        "eval_interval": 1000,
+        "log_interval": 100,
+        "checkpoint_interval": 1000,
+    },
+    "paper": {},
+}
+"""What each preset changes in the defaults of :class:`TrainConfig`."""
+
+
+def preset_config(preset: Preset, **changes: Any) -> TrainConfig:
+    """The settings of a preset with some of them changed.
+
+    Args:
+        preset: ``"quick"`` or ``"paper"``.
+        **changes: fields of :class:`TrainConfig`; ``task`` is needed where the
+            preset names none.
+
+    Raises:
+        ValueError: if the preset is unknown or no task is given.
+
+    Example:
+        >>> preset_config("paper", task="Hopper-v5", lr=3e-4).changes
+        {'lr': 0.0003}
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {preset!r}")
+    values = {**PRESETS[preset], "preset": preset, **changes}
+    if not values.get("task"):
+        raise ValueError(f"task: the preset {preset!r} names none, so it must be given")
+    return TrainConfig(**values)
+
+
+# (lowest, highest, whether the lowest itself is excluded)
+_RANGES: dict[str, tuple[float, float, bool]] = {
+    "seed": (0, 2**31 - 1, False),
+    "threads": (1, math.inf, False),
+    "total_steps": (1, math.inf, False),
+    "warmup_steps": (1, math.inf, False),
+    "capacity": (1, math.inf, False),
+    "batch_size": (1, math.inf, False),
+    "horizon": (1, math.inf, False),
+    "latent_dim": (1, math.inf, False),
+    "hidden_dim": (1, math.inf, False),
+    "model_hidden_dim": (1, math.inf, False),
+    "gamma": (0, 1, False),
+    "lmbda": (0, 1, False),
+    "classifier_coef": (0, math.inf, False),
+    "kl_coef": (0, math.inf, False),
+    "value_coef": (0, math.inf, False),
+    "noise_initial": (0, math.inf, False),
+    "noise_final": (0, math.inf, False),
+    "noise_steps": (1, math.inf, False),
+    "noise_clip": (0, math.inf, False),
+    "lr": (0, math.inf, True),
+    "clip_norm": (0, math.inf, True),
+    "tau": (0, 1, True),
+    "eval_interval": (1, math.inf, False),
+    "eval_episodes": (1, math.inf, False),
+    "log_interval": (1, math.inf, False),
+    "checkpoint_interval": (1, math.inf, False),
+    "keep_checkpoints": (1, math.inf, False),
+}
+
+_NOT_HASHED = {"task", "preset", "seed", "device", "threads", "logger", "run_dir"}
+
+
+def _range_text(name: str) -> str:
+    low, high, open_low = _RANGES[name]
+    lower = f"more than {low}" if open_low else f"at least {low}"
+    return lower if math.isinf(high) else f"{lower} and at most {high}"

@@ -1,0 +1,199 @@
+"""Trainer hooks: evaluation, episode statistics, progress bar, deferred checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tensordict import TensorDictBase
+from torchrl.envs import EnvBase
+from torchrl.trainers import Trainer
+from torchrl.trainers.trainers import TrainerHookBase
+
+from alm_torchrl.evaluation import Policy, evaluate_policy
+from alm_torchrl.stepper import ALMOptimizationStepper
+
+__all__ = ["EpisodeLog", "EvaluationHook", "NonFiniteCheck", "ProgressBar"]
+
+
+class _Hook(TrainerHookBase):
+    """A hook without state of its own that knows its trainer and where it runs."""
+
+    stage: str
+    trainer: Trainer
+
+    def register(self, trainer: Trainer, name: str = "") -> None:
+        """Registers the hook at its stage; it has nothing to save."""
+        self.trainer = trainer
+        trainer.register_op(self.stage, self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+class EvaluationHook(_Hook):
+    """Evaluates the policy at training step 0, at intervals and at the end.
+
+    The seed of an evaluation follows from ``seed`` and the training step, so the hook
+    has no state. Results go to ``on_evaluation`` and to the trainer's logger (keys
+    ``eval/return`` and ``eval/length``, by environment step).
+
+    Args:
+        env (EnvBase): environment for evaluations only.
+        policy (callable): policy to evaluate, its mode taken as action.
+
+    Keyword Args:
+        warmup_steps (int): environment steps before training step 0.
+        interval (int): training steps between evaluations. Default: ``5000``.
+        episodes (int): whole episodes of each. Default: ``5``.
+        seed (int): seed of the run. Default: ``0``.
+        on_evaluation (callable, optional): receives a dictionary of plain numbers,
+            see :func:`~alm_torchrl.make_trainer`. Default: ``None``.
+    """
+
+    stage = "post_steps_log"
+
+    def __init__(
+        self,
+        env: EnvBase,
+        policy: Policy,
+        *,
+        warmup_steps: int,
+        interval: int = 5000,
+        episodes: int = 5,
+        seed: int = 0,
+        on_evaluation: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.env = env
+        self.policy = policy
+        self.warmup_steps = warmup_steps
+        self.interval = interval
+        self.episodes = episodes
+        self.seed = seed
+        self.on_evaluation = on_evaluation
+
+    def __call__(self, batch: TensorDictBase) -> None:
+        """Evaluates if it is time."""
+        frames = self.trainer.collected_frames
+        step = frames - self.warmup_steps
+        due = step % self.interval == 0 or frames >= self.trainer.total_frames
+        if step >= 0 and due:
+            self.evaluate(step)
+
+    def evaluate(self, step: int) -> None:
+        """Evaluates now and reports it as the result of training step ``step``."""
+        scores = evaluate_policy(
+            self.env,
+            self.policy,
+            episodes=self.episodes,
+            seed=(self.seed * 1_000_003 + step + 1) % 2**31,
+        )
+        returns, lengths = scores["return"], scores["length"].to(scores["return"])
+        row = {
+            "training_step": step,
+            "environment_step": self.trainer.collected_frames,
+            "mean_return": returns.mean().item(),
+            "std_return": returns.std().item() if self.episodes > 1 else 0.0,
+            "mean_length": lengths.mean().item(),
+        }
+        if self.trainer.logger is not None:
+            for name in ("return", "length"):
+                self.trainer.logger.log_scalar(
+                    f"eval/{name}",
+                    row[f"mean_{name}"],
+                    step=self.trainer.collected_frames,
+                )
+        if self.on_evaluation is not None:
+            self.on_evaluation(row)
+
+
+class EpisodeLog(_Hook):
+    """Logs return and length of the training episodes that end.
+
+    Keys ``train/return`` and ``train/length``.
+
+    Args:
+        env (EnvBase): the training environment, for its reward and done keys.
+    """
+
+    stage = "pre_steps_log"
+
+    def __init__(self, env: EnvBase) -> None:
+        self.reward_key = ("next", env.reward_key)
+        self.done_keys = [("next", key) for key in env.done_keys]
+        self._return = 0.0
+        self._length = 0
+
+    def __call__(self, batch: TensorDictBase) -> dict[str, float] | None:
+        """Adds one environment step; returns the sums where an episode ended."""
+        self._return += batch.get(self.reward_key).sum().item()
+        self._length += batch.numel()
+        if not any(batch.get(key).any().item() for key in self.done_keys):
+            return None
+        result = {"train/return": self._return, "train/length": float(self._length)}
+        self._return, self._length = 0.0, 0
+        return result
+
+
+class NonFiniteCheck(_Hook):
+    """Reads, every now and then, whether an update met a value that was not finite.
+
+    For devices where reading it in each update would wait for the device.
+
+    Args:
+        stepper (ALMOptimizationStepper): stepper to ask.
+        interval (int): updates between two readings.
+    """
+
+    stage = "post_steps"
+
+    def __init__(self, stepper: ALMOptimizationStepper, interval: int) -> None:
+        self.stepper = stepper
+        self.interval = interval
+
+    def register(self, trainer: Trainer, name: str = "") -> None:
+        """Registers the check after each step and at the end."""
+        super().register(trainer, name)
+        trainer.register_op("shutdown", self.stepper.raise_if_nonfinite)
+
+    def __call__(self) -> None:
+        """Asks if it is time."""
+        if self.stepper.optimizer_step_count % self.interval == 0:
+            self.stepper.raise_if_nonfinite()
+
+
+class ProgressBar(_Hook):
+    """Shows environment steps per second, the time left and the last return.
+
+    Raises:
+        ImportError: if tqdm is missing.
+    """
+
+    stage = "post_steps"
+
+    def __init__(self) -> None:
+        try:
+            from tqdm import tqdm
+        except ImportError as error:
+            raise ImportError(
+                "progress_bar=True needs tqdm: pip install 'alm_torchrl[cli]'"
+            ) from error
+        self._bar = tqdm(unit="step", mininterval=0.5, dynamic_ncols=True)
+
+    def register(self, trainer: Trainer, name: str = "") -> None:
+        """Registers the bar after each step and its end at the trainer's."""
+        super().register(trainer, name)
+        self._bar.total = trainer.total_frames
+        trainer.register_op("shutdown", self._bar.close)
+
+    def __call__(self) -> None:
+        """Advances to the trainer's count of environment steps."""
+        self._bar.update(self.trainer.collected_frames - self._bar.n)
+
+    def show_return(self, mean_return: float) -> None:
+        """Shows a return behind the bar from now on."""
+        self._bar.set_postfix({"return": f"{mean_return:.1f}"})

@@ -1,0 +1,243 @@
+"""Building blocks of the networks: layers, heads, the noise schedule, wrappers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import (
+    InteractionType,
+    TensorDictModule,
+    TensorDictModuleBase,
+    set_interaction_type,
+)
+from torch import Tensor, nn
+
+from alm_torchrl.functional import bound_loc, bound_scale
+
+__all__ = [
+    "AlwaysSample",
+    "NoiseSchedule",
+    "OrthogonalLinear",
+    "OutputLinear",
+    "TensorModule",
+]
+
+
+class OrthogonalLinear(nn.Linear):
+    """Linear layer that resets to orthogonal weights (gain 1) and zero bias.
+
+    Examples:
+        >>> layer = OrthogonalLinear(3, 3)
+        >>> torch.allclose(layer.weight @ layer.weight.T, torch.eye(3), atol=1e-5)
+        True
+    """
+
+    def reset_parameters(self) -> None:
+        """Draws new orthogonal weights and sets the bias to zero."""
+        nn.init.orthogonal_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class OutputLinear(OrthogonalLinear):
+    """Last layer of a network: full precision under autocast too.
+
+    Means, standard deviations, values, rewards and logits, and all that is computed
+    from them, keep the precision of the parameters.
+
+    Examples:
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+        ...     OutputLinear(2, 1)(torch.zeros(1, 2)).dtype
+        torch.float32
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Applies the layer outside any autocast."""
+        if not torch.is_autocast_enabled(input.device.type):
+            return super().forward(input)
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.to(self.weight.dtype))
+
+
+class NoiseSchedule(nn.Module):
+    """Standard deviation of the exploration noise, linear in the training step.
+
+    ``std(n) = final + (1 - min(n / steps, 1)) (initial - final)`` after ``n`` calls
+    of :meth:`step`. One instance lives in the actor, which the loss and the acting
+    policy share; only the trainer steps it. Action ``n`` uses ``std(n - 1)``, update
+    ``n`` uses ``std(n)``.
+
+    Args:
+        initial (float): standard deviation at step 0. Default: ``1.0``.
+        final (float): standard deviation from ``steps`` on. Default: ``0.1``.
+        steps (int): training steps, warm-up excluded, to get there.
+            Default: ``100_000``.
+
+    Raises:
+        ValueError: if a standard deviation is negative or ``steps`` is not positive.
+
+    Examples:
+        >>> schedule = NoiseSchedule(1.0, 0.0, steps=4)
+        >>> schedule.step()
+        >>> schedule.std
+        tensor(0.7500)
+    """
+
+    std: Tensor
+    count: Tensor
+
+    def __init__(
+        self, initial: float = 1.0, final: float = 0.1, steps: int = 100_000
+    ) -> None:
+        super().__init__()
+        if initial < 0 or final < 0:
+            raise ValueError(
+                "initial and final must be standard deviations >= 0, got "
+                f"initial={initial} and final={final}."
+            )
+        if steps < 1:
+            raise ValueError(f"steps must be a positive integer, got {steps}.")
+        self.initial = initial
+        self.final = final
+        self.steps = steps
+        self.register_buffer("std", torch.tensor(float(initial)))
+        self.register_buffer("count", torch.tensor(0))
+
+    def step(self, n: int = 1) -> None:
+        """Advances the schedule by ``n`` training steps, in place."""
+        self.count.add_(n)
+        left = 1 - (self.count.double() / self.steps).clamp(max=1.0)
+        self.std.copy_(self.final + left * (self.initial - self.final))
+
+    def extra_repr(self) -> str:
+        """Arguments of the schedule."""
+        return f"initial={self.initial}, final={self.final}, steps={self.steps}"
+
+
+class AlwaysSample(TensorDictModuleBase):
+    """Runs a probabilistic module in random mode, whatever surrounds it.
+
+    ALM samples the latent when it acts, in evaluation too; only the action becomes
+    deterministic there.
+
+    Args:
+        module (TensorDictModuleBase): module to run, for example the encoder.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from alm_torchrl import make_encoder
+        >>> policy = AlwaysSample(make_encoder(3, latent_dim=2))
+        >>> td = TensorDict(observation=torch.zeros(3))
+        >>> with set_interaction_type(InteractionType.DETERMINISTIC):
+        ...     bool((policy(td)["latent"] == td["latent_loc"]).any())
+        False
+    """
+
+    def __init__(self, module: TensorDictModuleBase) -> None:
+        super().__init__()
+        self.module = module
+        self.in_keys = module.in_keys
+        self.out_keys = module.out_keys
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Calls the module with samples drawn at random."""
+        with set_interaction_type(InteractionType.RANDOM):
+            return self.module(tensordict)
+
+
+class GaussianHead(nn.Module):
+    """Splits features into a bounded mean and a bounded standard deviation."""
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        loc, raw = features.chunk(2, -1)
+        return bound_loc(loc), bound_scale(raw)
+
+
+class ActorHead(nn.Module):
+    """Squashes the mean and adds the schedule's std and the action bounds."""
+
+    def __init__(self, low: Tensor, high: Tensor, schedule: NoiseSchedule) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        loc = features.tanh()
+        # A copy: what is written must not change with the schedule.
+        scale = self.schedule.std * torch.ones_like(loc)
+        return loc, scale, self.low.expand_as(loc), self.high.expand_as(loc)
+
+
+class TwinCritic(nn.Module):
+    """Two value networks that read the same input; their outputs are stacked last."""
+
+    def __init__(self, in_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.q1 = value_mlp(in_dim, hidden_dim, 1)
+        self.q2 = value_mlp(in_dim, hidden_dim, 1)
+
+    def forward(self, latent: Tensor, action: Tensor) -> Tensor:
+        return torch.cat([self.q1(latent, action), self.q2(latent, action)], -1)
+
+
+class MLP(nn.Sequential):
+    """Sequential that concatenates its inputs first."""
+
+    def forward(self, *inputs: Tensor) -> Any:
+        output: Any = torch.cat(inputs, -1) if len(inputs) > 1 else inputs[0]
+        for layer in self:
+            output = layer(output)
+        return output
+
+
+class TensorModule(TensorDictModule):
+    """TensorDictModule for networks that return tensors, and nothing else.
+
+    Their outputs are written as they are. TensorDictModule tries each of them for
+    conversions first, which takes longer than a small layer does.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> module = TensorModule(nn.Tanh(), in_keys=["x"], out_keys=["y"])
+        >>> module(TensorDict(x=torch.zeros(())))["y"]
+        tensor(0.)
+    """
+
+    def _write_to_tensordict(
+        self,
+        tensordict: TensorDictBase,
+        tensors: Sequence[Tensor],
+        tensordict_out: TensorDictBase | None = None,
+        out_keys: Iterable[NestedKey] | None = None,
+    ) -> TensorDictBase:
+        output = tensordict if tensordict_out is None else tensordict_out
+        keys = self.out_keys_source if out_keys is None else out_keys
+        for key, tensor in zip(keys, tensors, strict=True):
+            output.set(key, tensor)
+        return output
+
+
+def elu_mlp(in_dim: int, hidden_dim: int, out_dim: int, *head: nn.Module) -> MLP:
+    return MLP(
+        OrthogonalLinear(in_dim, hidden_dim),
+        nn.ELU(),
+        OrthogonalLinear(hidden_dim, hidden_dim),
+        nn.ELU(),
+        OutputLinear(hidden_dim, out_dim),
+        *head,
+    )
+
+
+def value_mlp(in_dim: int, hidden_dim: int, out_dim: int) -> MLP:
+    return MLP(
+        OrthogonalLinear(in_dim, hidden_dim),
+        nn.LayerNorm(hidden_dim),
+        nn.Tanh(),
+        OrthogonalLinear(hidden_dim, hidden_dim),
+        nn.ELU(),
+        OutputLinear(hidden_dim, out_dim),
+    )

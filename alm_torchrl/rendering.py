@@ -1,0 +1,173 @@
+"""Film a policy, without a display."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tensordict.nn import TensorDictModuleBase
+from torchrl.envs import TransformedEnv
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+__all__ = [
+    "FILM_SUFFIXES",
+    "Film",
+    "check_film_name",
+    "film_policy",
+    "render_headless",
+]
+
+FILM_SUFFIXES = (".gif", ".mp4")
+"""Endings of the films that can be written."""
+
+_MAX_FPS = 50
+_GIF_HEIGHT = 320
+
+Frame = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Film:
+    """What a film shows."""
+
+    path: Path
+    """The file."""
+    frames: int
+    """Frames written."""
+    fps: float
+    """Frames per second, which play at the task's own speed."""
+    steps: int
+    """Environment steps shown."""
+    episode_return: float
+    """Sum of their rewards."""
+
+
+def render_headless() -> None:
+    """Let MuJoCo draw without a display where there is none (Linux, EGL).
+
+    It has to be called before MuJoCo is first imported. A ``MUJOCO_GL`` that is
+    already set stays as it is.
+    """
+    display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if sys.platform == "linux" and not display:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+
+
+def check_film_name(output: Path) -> None:
+    """Check that a film's name ends in one of :data:`FILM_SUFFIXES`.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if output.suffix.lower() not in FILM_SUFFIXES:
+        expected = " or ".join(FILM_SUFFIXES)
+        raise ValueError(f"output: expected a name in {expected}, got {output.name}")
+
+
+def film_policy(
+    env: TransformedEnv,
+    policy: TensorDictModuleBase,
+    output: Path,
+    *,
+    seed: int = 0,
+    max_steps: int | None = None,
+) -> Film:
+    """Film one episode.
+
+    Args:
+        env: an environment made with ``render_mode="rgb_array"``.
+        policy: acts on the environment's tensordict, without exploration.
+        output: the film, ``.gif`` (at most 320 pixels high) or ``.mp4``. At more
+            than 50 steps per second every n-th is shown.
+
+    Keyword Args:
+        seed: of the episode and of the policy's sampling. Defaults to 0.
+        max_steps: environment steps to show at most; the whole episode by default.
+
+    Returns:
+        Film: what was written.
+
+    Raises:
+        ValueError: if the ending is another or the environment draws no pictures.
+        ImportError: if what writes films is missing.
+    """
+    check_film_name(output)
+    writer = _write_gif if output.suffix.lower() == ".gif" else _write_mp4
+    gym_env = env.base_env._env
+    if gym_env.render_mode != "rgb_array":
+        raise ValueError(
+            "env: expected an environment made with render_mode='rgb_array', "
+            f"got render_mode={gym_env.render_mode!r}"
+        )
+    rate = float(gym_env.metadata.get("render_fps", 30))
+    stride = math.ceil(rate / _MAX_FPS)
+    played: dict[str, Any] = {"steps": 0, "return": 0.0}
+
+    def frames() -> Iterator[Frame]:
+        env.set_seed(seed)
+        data = env.reset()
+        yield gym_env.render()
+        while True:
+            data = env.step(policy(data))
+            played["steps"] += 1
+            played["return"] += data["next", "reward"].item()
+            if played["steps"] % stride == 0:
+                yield gym_env.render()
+            if data["next", "done"].item() or played["steps"] == max_steps:
+                return
+            data = env.step_mdp(data)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    deterministic = set_exploration_type(ExplorationType.DETERMINISTIC)
+    with torch.random.fork_rng(), torch.no_grad(), deterministic:
+        torch.manual_seed(seed)
+        count = writer(output, frames(), rate / stride)
+    return Film(output, count, rate / stride, played["steps"], played["return"])
+
+
+def _write_gif(path: Path, frames: Iterator[Frame], fps: float) -> int:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("GIFs need Pillow: pip install 'alm_torchrl[cli]'") from error
+
+    def small(frame: Frame) -> Image.Image:
+        image = Image.fromarray(frame)
+        factor = math.ceil(image.height / _GIF_HEIGHT)
+        return image.reduce(factor)
+
+    first, *others = [small(frame) for frame in frames]
+    # The format counts time in hundredths of a second.
+    duration = max(20, 10 * round(100 / fps))
+    first.save(path, save_all=True, append_images=others, duration=duration, loop=0)
+    return 1 + len(others)
+
+
+def _write_mp4(path: Path, frames: Iterator[Frame], fps: float) -> int:
+    try:
+        import imageio_ffmpeg
+    except ImportError as error:
+        raise ImportError(
+            "MP4 films need imageio-ffmpeg: pip install 'alm_torchrl[cli]'"
+        ) from error
+    first = next(frames)
+    height, width, _ = first.shape
+    writer = imageio_ffmpeg.write_frames(
+        str(path), (width, height), fps=fps, macro_block_size=2
+    )
+    writer.send(None)
+    writer.send(np.ascontiguousarray(first))
+    count = 1
+    for frame in frames:
+        writer.send(np.ascontiguousarray(frame))
+        count += 1
+    writer.close()
+    return count

@@ -1,0 +1,446 @@
+"""Replay of K-step windows and single transitions, each drawn uniformly.
+
+One update of ALM reads a batch of slices (the encoder/model objective) and a batch
+of single transitions (the other losses). `make_replay_buffer` gives both from one
+``sample()`` and one read of the storage. `UniformWindowSampler` does the drawing and
+can serve any other `torchrl.data.ReplayBuffer` with a tensor storage.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.data import (
+    LazyMemmapStorage,
+    LazyTensorStorage,
+    TensorDictReplayBuffer,
+    TensorStorage,
+)
+from torchrl.data.replay_buffers.samplers import Sampler
+from torchrl.data.replay_buffers.storages import Storage
+
+DONE_KEY = ("next", "done")
+TRAJECTORY_KEY = ("collector", "traj_ids")
+
+
+def _check_at_least(name: str, value: int, minimum: int) -> int:
+    is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_int or value < minimum:
+        raise ValueError(f"{name}: expected an integer >= {minimum}, got {value!r}.")
+    return int(value)
+
+
+def _read(column: torch.Tensor, rows: np.ndarray) -> np.ndarray:
+    """The given rows of a stored entry, [N, elements per row]."""
+    if column.device.type == "cpu":
+        values = column.numpy()[rows]
+    else:
+        values = column[torch.from_numpy(rows)].cpu().numpy()
+    return values.reshape(len(rows), -1)
+
+
+def _split(data: TensorDictBase, horizon: int) -> tuple[TensorDictBase, TensorDictBase]:
+    """Views of the first ``horizon`` columns and of the next, in one pass."""
+    slices, transitions = {}, {}
+    for key, value in data.items():
+        if isinstance(value, torch.Tensor):
+            slices[key] = value.narrow(1, 0, horizon)
+            transitions[key] = value.select(1, horizon)
+        elif isinstance(value, TensorDict):
+            slices[key], transitions[key] = _split(value, horizon)
+        else:
+            slices[key], transitions[key] = value[:, :horizon], value[:, horizon]
+    rows, device = data.shape[0], data.device
+    # The checks of the public constructor would cost a fifth of the whole draw.
+    return (
+        TensorDict._new_unsafe(slices, torch.Size([rows, horizon]), device=device),
+        TensorDict._new_unsafe(transitions, torch.Size([rows]), device=device),
+    )
+
+
+class UniformWindowSampler(Sampler):
+    """Draws windows of consecutive steps and single rows, both uniformly.
+
+    A window is ``horizon`` rows that were written one after the other, carry the same
+    ``("collector", "traj_ids")`` (where that key is stored), and of which only the
+    last may have ``("next", "done")`` set. It therefore never crosses an episode's
+    end (terminated or truncated), the place where the ring is being overwritten, or
+    a resume that had to start a fresh episode. Every valid window is equally likely,
+    and so is, independently, every stored row; with ``torchrl.data.SliceSampler``
+    each trajectory is equally likely instead, which favours steps of short ones.
+
+    The rows at which a window may start are kept in a queue, oldest first. A write
+    appends to it what became valid and drops what was overwritten, so a draw costs
+    the same whatever is stored. Writes that reach the storage in another way than
+    through the buffer's ``add`` and ``extend`` are noticed, and the queue is then
+    rebuilt from the storage at the next draw. Its order depends on the stored rows
+    alone: a buffer that was saved and loaded draws what the original draws.
+
+    Draws come from the buffer's generator, or from torch's global one if it has none.
+
+    Args:
+        horizon (int): steps per window, K.
+
+    Raises:
+        ValueError: if ``horizon`` is not a positive integer.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+        >>> buffer = TensorDictReplayBuffer(
+        ...     storage=LazyTensorStorage(10),
+        ...     sampler=UniformWindowSampler(horizon=2),
+        ...     batch_size=8,
+        ... )
+        >>> done = torch.tensor([[False], [True], [False], [True]])
+        >>> _ = buffer.extend(TensorDict({"next": {"done": done}}, [4]))
+        >>> index = buffer.sample()["index"]  # two steps of a window, one single row
+        >>> index.shape
+        torch.Size([8, 3])
+        >>> set(index[:, 0].tolist()) <= {0, 2}
+        True
+    """
+
+    def __init__(self, horizon: int) -> None:
+        self.horizon = _check_at_least("horizon", horizon, 1)
+        self._last_row: int | None = None
+        self._revision = -1  # of the storage, once all writes seen are accounted for
+        self._pending = 0  # rows written since the last draw
+        # Rows are numbered in the order of writing; row r lies at r % capacity.
+        self._written = 0
+        # Circular queue of the rows that start a valid window.
+        self._starts = np.empty(0, dtype=np.int64)
+        self._head = 0
+        self._count = 0
+
+    def add(self, index: int | torch.Tensor) -> None:
+        """Takes note of one written row.
+
+        Args:
+            index (int or torch.Tensor): where it lies in the storage.
+        """
+        self._last_row = int(index)
+        self._pending += 1
+        self._revision += 1
+
+    def extend(self, index: torch.Tensor) -> None:
+        """Takes note of written rows.
+
+        Args:
+            index (torch.Tensor): where they lie in the storage, [N], in the order of
+                writing.
+        """
+        self._last_row = int(index[-1])
+        self._pending += len(index)
+        self._revision += 1
+
+    def can_sample(self, storage: Storage, batch_size: int) -> bool:
+        """Tells whether the storage holds at least one valid window.
+
+        Args:
+            storage (Storage): the buffer's storage.
+            batch_size (int): not used, draws are with replacement.
+        """
+        self._settle(storage)
+        return self._count > 0
+
+    def sample(
+        self, storage: Storage, batch_size: int
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Draws windows and, independently, single rows.
+
+        Args:
+            storage (Storage): the buffer's storage.
+            batch_size (int): windows to draw, and rows to draw, B.
+
+        Returns:
+            The index [B, K + 1], of which ``[:, :K]`` are windows and ``[:, K]``
+            single rows, and an empty dictionary.
+
+        Raises:
+            RuntimeError: if no valid window is stored.
+            ValueError: if ``batch_size`` is not a positive integer.
+        """
+        _check_at_least("batch_size", batch_size, 1)
+        self._settle(storage)
+        stored, capacity = len(storage), storage.max_size
+        if self._count == 0:
+            raise RuntimeError(
+                f"No valid window among the {stored} stored rows: horizon "
+                f"{self.horizon} needs at least {self.horizon} consecutive steps of "
+                f"one episode."
+            )
+        device = "cpu" if self._rng is None else self._rng.device
+        rank, row = (
+            torch.randint(n, (batch_size,), generator=self._rng, device=device)
+            for n in (self._count, stored)
+        )
+        starts = self._starts[(self._head + rank.cpu().numpy()) % capacity]
+        index = np.empty((batch_size, self.horizon + 1), dtype=np.int64)
+        index[:, :-1] = (starts[:, None] + np.arange(self.horizon)) % capacity
+        index[:, -1] = row.cpu().numpy()
+        return torch.from_numpy(index), {}
+
+    def _settle(self, storage: Storage) -> None:
+        """Brings the queue of starts up to date with the storage."""
+        # Whether the pending rows are all that has changed since the last draw.
+        is_known = self._revision == storage._mutation_revision
+        if is_known and self._pending == 0:
+            return
+        stored, capacity = len(storage), storage.max_size
+        if is_known:
+            new = self._written
+            written = new + self._pending
+        else:
+            self._check_storage(storage)
+            self._starts = np.empty(capacity, dtype=np.int64)
+            self._head = self._count = 0
+            written = stored if stored < capacity else capacity + self._cursor(storage)
+            new = written - stored
+        oldest = written - stored
+        # A row written can overwrite one start at most, and the oldest come first.
+        front = self._starts[self._slots(0, min(self._count, self._pending))]
+        expired = int((front < oldest).sum())
+        self._head = (self._head + expired) % capacity
+        self._count -= expired
+        # The first windows that end in a new row start before it.
+        first = max(new - self.horizon + 1, oldest)
+        starts = first + self._valid_offsets(storage, first, written)
+        self._starts[self._slots(self._count, len(starts))] = starts
+        self._count += len(starts)
+        self._written = written
+        self._pending = 0
+        self._revision = storage._mutation_revision
+
+    def _cursor(self, storage: Storage) -> int:
+        """Where the next write to a full storage goes, which is its oldest row."""
+        last = self._last_row
+        if last is None:  # written by another buffer, or filled when it was made
+            last = storage._last_cursor_index
+        return 0 if last is None else (last + 1) % storage.max_size
+
+    def _slots(self, offset: int, length: int) -> np.ndarray:
+        """Positions in the circular queue, from ``offset`` behind its head."""
+        positions = np.arange(self._head + offset, self._head + offset + length)
+        return positions % len(self._starts)
+
+    def _valid_offsets(self, storage: Storage, first: int, stop: int) -> np.ndarray:
+        """Offsets from ``first`` of the valid windows within rows [first, stop)."""
+        if stop - first < self.horizon:
+            return np.empty(0, dtype=np.int64)
+        if self.horizon == 1:
+            return np.arange(stop - first)
+        rows = np.arange(first, stop) % storage.max_size
+        done = _read(storage._storage.get(DONE_KEY), rows[:-1])
+        cut: np.ndarray = np.logical_or.reduce(done, axis=1)
+        trajectory = storage._storage.get(TRAJECTORY_KEY, None)
+        if trajectory is not None:
+            ids = _read(trajectory, rows)
+            cut |= (ids[:-1] != ids[1:]).any(axis=1)
+        windows = len(rows) - self.horizon + 1
+        crossed = cut[:windows].copy()
+        for step in range(1, self.horizon - 1):
+            crossed |= cut[step : step + windows]
+        return np.flatnonzero(~crossed)
+
+    @staticmethod
+    def _check_storage(storage: Storage) -> None:
+        if not isinstance(storage, TensorStorage) or storage.ndim != 1:
+            raise ValueError(
+                "storage: expected a TensorStorage with ndim=1, got "
+                f"{type(storage).__name__} with ndim={storage.ndim}."
+            )
+        data = storage._storage
+        if data is not None and data.get(DONE_KEY, None) is None:
+            raise KeyError(
+                f"The stored tensordict: expected the key {DONE_KEY}, got "
+                f"{sorted(data.keys(True, True), key=str)}."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the row written last; all else follows from the storage."""
+        return {"last_row": self._last_row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned.
+
+        Args:
+            state_dict (dict): the saved state.
+        """
+        self._last_row = state_dict["last_row"]
+
+    def dumps(self, path: str | Path) -> None:
+        """Writes the state into a directory.
+
+        Args:
+            path (str or Path): the directory, made if it does not exist.
+        """
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "sampler.json").write_text(json.dumps(self.state_dict()))
+
+    def loads(self, path: str | Path) -> None:
+        """Restores what `dumps` wrote.
+
+        Args:
+            path (str or Path): the directory.
+        """
+        self.load_state_dict(json.loads((Path(path) / "sampler.json").read_text()))
+
+    def _empty(self) -> None:
+        """Does nothing: an emptied storage is noticed at the next draw."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(horizon={self.horizon})"
+
+
+class WindowReplayBuffer(TensorDictReplayBuffer):
+    """A `TensorDictReplayBuffer` whose samples hold slices and single transitions.
+
+    Made by `make_replay_buffer`, which documents it. Its sampler returns an index
+    [B, K + 1]; the rows are read once and then split.
+    """
+
+    def extend(
+        self, tensordicts: TensorDictBase, *, update_priority: bool | None = None
+    ) -> torch.Tensor:
+        """Stores rows in the order of their time steps.
+
+        Args:
+            tensordicts (TensorDictBase): transitions, batch size [N].
+
+        Keyword Args:
+            update_priority (bool, optional): as in TorchRL; without effect here.
+                Default: ``None``.
+
+        Returns:
+            Where the rows lie in the storage, [N].
+
+        Raises:
+            ValueError: if there are more rows than the buffer can hold.
+        """
+        capacity = self._storage.max_size
+        if len(tensordicts) > capacity:
+            raise ValueError(
+                f"tensordicts: expected at most {capacity} rows (the buffer's "
+                f"capacity) at once, got {len(tensordicts)}."
+            )
+        return super().extend(tensordicts, update_priority=update_priority)
+
+    def sample(
+        self, batch_size: int | None = None, return_info: bool = False
+    ) -> TensorDictBase | tuple[TensorDictBase, dict[str, Any]]:
+        """Draws slices and transitions, independent of each other.
+
+        Args:
+            batch_size (int, optional): slices and transitions to draw, B. TorchRL
+                warns once if it differs from the buffer's own. Default: the buffer's.
+            return_info (bool, optional): return ``info`` too, where ``info["index"]``
+                is the index [B, K + 1] that was read. Default: ``False``.
+
+        Returns:
+            A TensorDict [B] with "slice" [B, K] and "transition" [B].
+
+        Raises:
+            RuntimeError: if no valid window is stored.
+        """
+        data, info = super().sample(batch_size, return_info=True)
+        slices, transitions = _split(data, data.shape[1] - 1)
+        batch = TensorDict(
+            {"slice": slices, "transition": transitions},
+            batch_size=data.shape[:1],
+            device=data.device,
+        )
+        return (batch, info) if return_info else batch
+
+
+def make_replay_buffer(
+    capacity: int,
+    *,
+    batch_size: int = 512,
+    horizon: int = 3,
+    memmap_dir: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> WindowReplayBuffer:
+    """Makes the replay buffer of ALM (Ghugare et al., 2023, Algorithm 1).
+
+    ``sample()`` gives a TensorDict [B] with "slice" [B, K], drawn uniformly from all
+    windows of K consecutive steps of one episode, and "transition" [B], drawn
+    uniformly from all stored rows, independent of the slices. An episode's last
+    transition can be drawn as either; episodes shorter than K serve as transitions
+    only. In all else it is TorchRL's buffer: ``add``, ``extend``, ``buffer[i]``,
+    transforms, ``state_dict``, ``dumps`` and `torchrl.checkpoint.Checkpoint`. A
+    transform that is applied on reading sees rows [B, K + 1], before the split.
+
+    Steps must be written in the order of time, with the keys of a TorchRL collector:
+    ("next", "done"), and ("collector", "traj_ids") where a resume may start a fresh
+    episode or several environments share the buffer.
+
+    Args:
+        capacity (int): rows kept; the oldest is overwritten.
+
+    Keyword Args:
+        batch_size (int, optional): slices, and transitions, per sample, B.
+            Default: 512.
+        horizon (int, optional): steps per slice, K. Default: 3.
+        memmap_dir (str or Path, optional): keep the rows in memory-mapped files in
+            this directory, whose earlier content is overwritten. Default: ``None``,
+            in memory.
+        device (torch.device or str, optional): where the rows are kept and sampled.
+            Default: "cpu", the only one for memory-mapped files.
+        generator (torch.Generator, optional): source of the draws. Default: ``None``,
+            torch's global one.
+
+    Returns:
+        The empty buffer.
+
+    Raises:
+        ValueError: if a number is not a positive integer, ``capacity`` is below
+            ``horizon``, or ``memmap_dir`` is given with another device than the CPU.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> buffer = make_replay_buffer(100, batch_size=4, horizon=3)
+        >>> steps = TensorDict(
+        ...     {
+        ...         "observation": torch.arange(10.0).unsqueeze(-1),
+        ...         "next": {"done": torch.zeros(10, 1, dtype=torch.bool)},
+        ...     },
+        ...     batch_size=[10],
+        ... )
+        >>> _ = buffer.extend(steps)
+        >>> batch = buffer.sample()
+        >>> batch["slice", "observation"].shape, batch["transition"].shape
+        (torch.Size([4, 3, 1]), torch.Size([4]))
+        >>> bool((batch["slice", "observation"].diff(dim=1) == 1).all())
+        True
+    """
+    sampler = UniformWindowSampler(horizon)
+    capacity = _check_at_least("capacity", capacity, 1)
+    if capacity < sampler.horizon:
+        raise ValueError(
+            f"capacity: expected at least the horizon, {sampler.horizon}, got "
+            f"{capacity}."
+        )
+    if memmap_dir is None:
+        storage = LazyTensorStorage(capacity, device=device)
+    elif torch.device(device).type == "cpu":
+        storage = LazyMemmapStorage(capacity, scratch_dir=memmap_dir, existsok=True)
+    else:
+        raise ValueError(
+            f"device: expected 'cpu' with memmap_dir, got {str(device)!r}."
+        )
+    return WindowReplayBuffer(
+        storage=storage,
+        sampler=sampler,
+        batch_size=_check_at_least("batch_size", batch_size, 1),
+        generator=generator,
+    )

@@ -1,0 +1,223 @@
+"""A standard TorchRL Trainer, wired for ALM."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.checkpoint import Checkpoint, CheckpointRotation, GlobalRNGState
+from torchrl.collectors import Collector
+from torchrl.envs import EnvBase
+from torchrl.record.loggers import Logger
+from torchrl.trainers import Trainer
+
+from alm_torchrl.hooks import (
+    EpisodeLog,
+    EvaluationHook,
+    NonFiniteCheck,
+    ProgressBar,
+)
+from alm_torchrl.objectives import ALMLoss
+from alm_torchrl.replay import make_replay_buffer
+from alm_torchrl.stepper import ALMOptimizationStepper
+
+__all__ = ["make_trainer"]
+
+
+def make_trainer(
+    env: EnvBase,
+    loss: ALMLoss,
+    *,
+    total_steps: int,
+    warmup_steps: int = 5000,
+    batch_size: int = 512,
+    horizon: int = 3,
+    capacity: int = 100_000,
+    memmap_dir: str | Path | None = None,
+    lr: float = 1e-4,
+    clip_norm: float = 100.0,
+    tau: float = 0.005,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    eval_env: EnvBase | None = None,
+    eval_interval: int = 5000,
+    eval_episodes: int = 5,
+    on_evaluation: Callable[[dict[str, Any]], None] | None = None,
+    logger: Logger | None = None,
+    log_interval: int = 1000,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_interval: int = 5000,
+    keep_checkpoints: int = 2,
+    progress_bar: bool = False,
+    seed: int = 0,
+) -> Trainer:
+    """Wires environment, loss, replay, stepper, schedule and evaluation together.
+
+    ``warmup_steps`` uniformly random environment steps without updates, then one
+    update per environment step: the action of training step n uses the noise of
+    step n - 1, its update that of step n. Evaluation, logging and saving change
+    nothing in the training: its parameters are bit-equal with and without them.
+
+    The result is an ordinary :class:`~torchrl.trainers.Trainer`: register further
+    hooks on it, then call ``train()``. Its frames include the warm-up.
+
+    Args:
+        env (EnvBase): environment to train in, without batch dimensions; seeded here.
+        loss (ALMLoss): the loss, on the device to train on.
+
+    Keyword Args:
+        total_steps (int): training steps (updates), warm-up excluded.
+        warmup_steps (int): random steps before them, at least ``horizon``.
+            Default: ``5000``.
+        batch_size (int): slices, and transitions, per update. Default: ``512``.
+        horizon (int): length K of the slices. Default: ``3``.
+        capacity (int): transitions that the replay holds. Default: ``100_000``.
+        memmap_dir (str or Path, optional): keep the replay in files there.
+            Default: ``None``, in memory.
+        lr (float): learning rate of all optimizers. Default: ``1e-4``.
+        clip_norm (float): largest gradient norm of each. Default: ``100.0``.
+        tau (float): share by which the targets move. Default: ``0.005``.
+        precision (str): ``"fp32"`` or ``"bf16"``, see
+            :class:`~alm_torchrl.ALMOptimizationStepper`. Default: ``"fp32"``.
+        eval_env (EnvBase, optional): environment for evaluations, not ``env`` itself.
+            Default: ``None``, no evaluations.
+        eval_interval (int): training steps between evaluations, the first at
+            training step 0. Default: ``5000``.
+        eval_episodes (int): whole episodes of each. Default: ``5``.
+        on_evaluation (callable, optional): receives ``training_step``,
+            ``environment_step``, ``mean_return``, ``std_return`` (n - 1) and
+            ``mean_length`` of each evaluation as plain numbers. Default: ``None``.
+        logger (Logger, optional): receives losses, metrics and returns by environment
+            step. Default: ``None``.
+        log_interval (int): environment steps between logged values.
+            Default: ``1000``.
+        checkpoint_dir (str or Path, optional): where checkpoints go. They hold all
+            but the replay. Default: ``None``, no checkpoints.
+        checkpoint_interval (int): environment steps between them, besides the one at
+            the end. Default: ``5000``.
+        keep_checkpoints (int): how many of the latest to keep. Default: ``2``.
+        progress_bar (bool): show a progress bar (needs tqdm). Default: ``False``.
+        seed (int): seed of environment, actions and updates. Build the loss after
+            ``torch.manual_seed`` to fix its parameters too. Default: ``0``.
+
+    Returns:
+        Trainer: ready to ``train()``.
+
+    Raises:
+        ValueError: if a number is out of range or ``eval_env`` is ``env``.
+        NonFiniteError: while training, if a loss or gradient norm is not finite: at
+            once on a CPU, within ``log_interval`` updates elsewhere.
+
+    Examples:
+        >>> from alm_torchrl import make_alm_loss, make_env, make_trainer
+        >>> env = make_env("Pendulum-v1", action_bounds="rescale")
+        >>> loss = make_alm_loss(env, hidden_dim=8, model_hidden_dim=8)
+        >>> trainer = make_trainer(
+        ...     env, loss, total_steps=3, warmup_steps=10, batch_size=4
+        ... )
+        >>> trainer.train()
+        >>> trainer.optimization_stepper.optimizer_step_count
+        3
+    """
+    positive = {
+        "total_steps": total_steps,
+        "eval_interval": eval_interval,
+        "log_interval": log_interval,
+        "checkpoint_interval": checkpoint_interval,
+        "keep_checkpoints": keep_checkpoints,
+    }
+    for name, number in positive.items():
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}.")
+    if warmup_steps < horizon:
+        raise ValueError(
+            f"warmup_steps must be at least horizon={horizon}, got {warmup_steps}."
+        )
+    if eval_env is env:
+        raise ValueError("eval_env must be another environment than env, got the same.")
+    torch.manual_seed(seed)
+    env.set_seed(seed)
+    policy = loss.acting_policy()
+    device = next(loss.parameters()).device
+    collector = Collector(
+        env,
+        policy,
+        frames_per_batch=1,
+        total_frames=-1,
+        init_random_frames=warmup_steps,
+        policy_device=None if device.type == "cpu" else device,
+        auto_register_policy_transforms=False,
+    )
+    stepper = ALMOptimizationStepper(
+        loss, lr=lr, clip_norm=clip_norm, tau=tau, precision=precision
+    )
+    checkpoint, rotation = None, None
+    if checkpoint_dir is not None:
+        checkpoint = Checkpoint(rng=GlobalRNGState())
+        rotation = CheckpointRotation(checkpoint_dir, keep_last=keep_checkpoints)
+    trainer = Trainer(
+        collector=collector,
+        total_frames=warmup_steps + total_steps,
+        frame_skip=1,
+        optim_steps_per_batch=1,
+        loss_module=loss,
+        optimization_stepper=stepper,
+        target_net_updater=stepper.target_update,
+        logger=logger,
+        progress_bar=False,
+        log_interval=log_interval,
+        checkpoint=checkpoint,
+        checkpoint_rotation=rotation,
+        save_trainer_interval=checkpoint_interval,
+    )
+    # The Trainer keeps each value it ever logged, and shares the times of the last
+    # log among all trainers of the process.
+    trainer._log_dict = defaultdict(lambda: deque(maxlen=1))
+    trainer._last_log = {}
+
+    buffer = make_replay_buffer(
+        capacity, batch_size=batch_size, horizon=horizon, memmap_dir=memmap_dir
+    )
+    stored = [*loss.in_keys, ("next", "done"), ("collector", "traj_ids")]
+    schedule = loss.noise_schedule
+
+    def extend(batch: TensorDictBase) -> None:
+        buffer.extend(batch.select(*stored))
+
+    def sample(_: TensorDictBase) -> TensorDictBase:
+        # The Trainer would update after the last random step already.
+        if trainer.collected_frames <= warmup_steps:
+            raise StopIteration
+        if schedule is not None:
+            schedule.step()
+        return buffer.sample().to(device)
+
+    trainer.register_op("batch_process", extend)
+    trainer.register_op("process_optim_batch", sample)
+    EpisodeLog(env).register(trainer)
+    if device.type != "cpu":
+        NonFiniteCheck(stepper, log_interval).register(trainer)
+    bar = ProgressBar() if progress_bar else None
+    if bar is not None:
+        bar.register(trainer)
+    if eval_env is not None:
+
+        def report(row: dict[str, Any]) -> None:
+            if bar is not None:
+                bar.show_return(row["mean_return"])
+            if on_evaluation is not None:
+                on_evaluation(row)
+
+        EvaluationHook(
+            eval_env,
+            policy,
+            warmup_steps=warmup_steps,
+            interval=eval_interval,
+            episodes=eval_episodes,
+            seed=seed,
+            on_evaluation=report,
+        ).register(trainer)
+    return trainer

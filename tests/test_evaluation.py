@@ -1,0 +1,359 @@
+from __future__ import annotations
+
+import random
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from tensordict import TensorDict
+from tensordict.nn import (
+    InteractionType,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+)
+from torch import nn
+from torchrl.data import Bounded, Composite, Unbounded
+from torchrl.envs import (
+    EnvBase,
+    ExplorationType,
+    GymWrapper,
+    SerialEnv,
+    StepCounter,
+    TransformedEnv,
+)
+from torchrl.envs.utils import exploration_type, set_exploration_type
+
+from alm_torchrl.envs import make_env
+from alm_torchrl.evaluation import evaluate_policy, random_policy, zero_policy
+
+
+class Countdown(gymnasium.Env):
+    """Starts at a random count; pays count + action; terminates at zero."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = int(self.np_random.integers(1, 30))
+        return np.array([self.count], np.float32), {}
+
+    def step(self, action):
+        reward = self.count + float(action[0])
+        self.count -= 1
+        observation = np.array([self.count], np.float32)
+        return observation, reward, self.count == 0, False, {}
+
+
+class Shared(EnvBase):
+    """A TorchRL environment of three steps that draws from every global generator.
+
+    Its random numbers are in the reward; its seeding seeds PyTorch itself.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.observation_spec = Composite(observation=Unbounded(1))
+        self.action_spec = Bounded(-1.0, 1.0, (1,))
+        self.reward_spec = Unbounded(1)
+
+    def _set_seed(self, seed):
+        torch.manual_seed(seed)
+
+    def _reset(self, tensordict):
+        self.steps = 0
+        return TensorDict(observation=torch.rand(1))
+
+    def _step(self, tensordict):
+        self.steps += 1
+        noise = random.random() + np.random.rand() + torch.rand(1)  # noqa: NPY002
+        return TensorDict(
+            observation=torch.rand(1),
+            reward=noise.float(),
+            done=torch.tensor([self.steps == 3]),
+        )
+
+
+def countdown(limit=None):
+    env = Countdown()
+    if limit is not None:
+        env = gymnasium.wrappers.TimeLimit(env, limit)
+    return GymWrapper(env)
+
+
+def constant(value):
+    return TensorDictModule(
+        lambda observation: torch.full_like(observation, value),
+        in_keys=["observation"],
+        out_keys=["action"],
+    )
+
+
+def gaussian(dropout=0.0):
+    """A stochastic policy whose mean is a network of the observation."""
+    net = nn.Sequential(nn.Linear(1, 8), nn.Dropout(dropout), nn.Linear(8, 1))
+    return ProbabilisticTensorDictSequential(
+        TensorDictModule(net, in_keys=["observation"], out_keys=["loc"]),
+        TensorDictModule(torch.ones_like, in_keys=["loc"], out_keys=["scale"]),
+        ProbabilisticTensorDictModule(
+            in_keys=["loc", "scale"],
+            out_keys=["action"],
+            distribution_class=torch.distributions.Normal,
+            default_interaction_type=InteractionType.RANDOM,
+        ),
+    )
+
+
+def generator_states():
+    _, numbers, position, *_ = np.random.get_state()  # noqa: NPY002
+    torch_state = torch.get_rng_state().tolist()
+    return torch_state, numbers.tolist(), position, random.getstate()
+
+
+def starts(seed, episodes):
+    """The counts that the episodes of an evaluation start from."""
+    env = Countdown()
+    env.reset(seed=seed)
+    return [int(env.reset()[0][0]) for _ in range(episodes)]
+
+
+def test_known_returns_and_lengths():
+    scores = evaluate_policy(countdown(), constant(0.5), episodes=8, seed=3)
+    counts = starts(3, 8)
+    assert len(set(counts)) > 2
+    assert scores["length"].tolist() == counts
+    expected = [n * (n + 1) / 2 + 0.5 * n for n in counts]
+    assert scores["return"].tolist() == expected
+    assert scores.batch_size == (8,)
+    assert scores["return"].dtype == torch.float32
+    assert scores["length"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("limited", ["gymnasium", "torchrl"])
+def test_terminated_and_truncated_episodes_are_whole(limited):
+    limit = 10
+    if limited == "gymnasium":
+        env = countdown(limit)
+    else:
+        env = TransformedEnv(countdown(), StepCounter(max_steps=limit))
+    scores = evaluate_policy(env, constant(0.0), episodes=10, seed=0)
+    counts = starts(0, 10)
+    lengths = [min(n, limit) for n in counts]
+    assert min(counts) < limit < max(counts)
+    assert scores["length"].tolist() == lengths
+    pairs = zip(counts, lengths, strict=True)
+    expected = [sum(range(n - steps + 1, n + 1)) for n, steps in pairs]
+    assert scores["return"].tolist() == expected
+
+
+def test_agrees_with_rollouts():
+    env = make_env("Hopper-v5")
+    policy = constant_tanh(env)
+    scores = evaluate_policy(env, policy, episodes=2, seed=5)
+    env.set_seed(5)
+    rollouts = [env.rollout(1000, policy) for _ in range(2)]
+    assert scores["length"].tolist() == [len(rollout) for rollout in rollouts]
+    returns = torch.stack([rollout["next", "reward"].sum() for rollout in rollouts])
+    torch.testing.assert_close(scores["return"], returns)
+
+
+def constant_tanh(env):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(11, 3), nn.Tanh())
+    return TensorDictModule(net, in_keys=["observation"], out_keys=["action"])
+
+
+def test_default_is_five_episodes():
+    assert evaluate_policy(countdown(), constant(0.0)).batch_size == (5,)
+
+
+@pytest.mark.parametrize("make", [countdown, Shared])
+@pytest.mark.parametrize(
+    "kind", [ExplorationType.DETERMINISTIC, ExplorationType.RANDOM]
+)
+def test_same_seed_same_scores_whatever_ran_before(make, kind):
+    env, policy = make(), gaussian(dropout=0.5)
+
+    def scores(seed):
+        return evaluate_policy(
+            env, policy, episodes=4, seed=seed, exploration_type=kind
+        )
+
+    first, other = scores(1), scores(2)
+    torch.rand(7), np.random.rand(7), random.random()  # noqa: NPY002
+    env.rollout(2, policy)
+    again = scores(1)
+    assert (first == again).all()
+    assert not torch.equal(first["return"], other["return"])
+    assert first["return"].unique().numel() > 1
+
+
+@pytest.mark.parametrize("make", [countdown, Shared])
+def test_leaves_global_generators_alone(make):
+    env, policy = make(), gaussian()
+    before = generator_states()
+    evaluate_policy(
+        env, policy, episodes=2, exploration_type=ExplorationType.RANDOM, seed=9
+    )
+    evaluate_policy(env, random_policy(env), episodes=2)
+    assert generator_states() == before
+
+
+def test_restores_after_an_error():
+    policy = gaussian()
+    before = generator_states()
+
+    def fails(tensordict):
+        torch.rand(1), np.random.rand(), random.random()  # noqa: NPY002
+        raise RuntimeError("on purpose")
+
+    policy.forward = fails
+    with pytest.raises(RuntimeError, match="on purpose"):
+        evaluate_policy(countdown(), policy)
+    assert generator_states() == before
+    assert all(module.training for module in policy.modules())
+    assert torch.is_grad_enabled()
+
+
+def test_training_is_bit_equal_with_and_without():
+    def train(evaluate):
+        torch.manual_seed(0)
+        policy = gaussian(dropout=0.5)
+        optimizer = torch.optim.SGD(policy.parameters(), 1e-2)
+        for _ in range(4):
+            if evaluate:
+                evaluate_policy(
+                    Shared(),
+                    policy,
+                    episodes=2,
+                    exploration_type=ExplorationType.RANDOM,
+                )
+            batch = TensorDict(observation=torch.rand(16, 1), batch_size=[16])
+            loss = policy(batch)["loc"].square().mean() + torch.rand(())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return policy.state_dict()
+
+    with_it, without = train(True), train(False)
+    assert all(torch.equal(with_it[key], without[key]) for key in without)
+
+
+def test_modes_of_mixed_policies_are_restored():
+    policy = gaussian(dropout=0.5)
+    net = policy[0].module
+    net[0].eval()
+    before = {name: module.training for name, module in policy.named_modules()}
+    seen = []
+    net[1].register_forward_hook(lambda module, *_: seen.append(module.training))
+    evaluate_policy(countdown(), policy, episodes=1)
+    after = {name: module.training for name, module in policy.named_modules()}
+    assert seen
+    assert not any(seen)
+    assert before == after
+    assert set(before.values()) == {True, False}
+
+
+def test_nothing_is_recorded_for_gradients():
+    policy = gaussian()
+    seen = []
+    policy.register_forward_hook(
+        lambda module, args, output: seen.append(output["loc"].requires_grad)
+    )
+    evaluate_policy(countdown(), policy, episodes=1)
+    assert seen
+    assert not any(seen)
+    assert torch.is_grad_enabled()
+
+
+def test_exploration_type():
+    env, policy = countdown(), gaussian()
+    kinds = []
+
+    def spy(tensordict):
+        kinds.append(exploration_type())
+        return policy(tensordict)
+
+    with set_exploration_type(ExplorationType.MEAN):
+        modes = evaluate_policy(env, spy, episodes=3)
+        draws = evaluate_policy(
+            env, spy, episodes=3, exploration_type=ExplorationType.RANDOM
+        )
+        assert exploration_type() == ExplorationType.MEAN
+    assert set(kinds) == {ExplorationType.DETERMINISTIC, ExplorationType.RANDOM}
+    mean = TensorDictModule(
+        policy[0].module, in_keys=["observation"], out_keys=["action"]
+    )
+    expected = evaluate_policy(env, mean, episodes=3)
+    assert torch.equal(modes["return"], expected["return"])
+    assert not torch.equal(draws["return"], expected["return"])
+    assert torch.equal(draws["length"], expected["length"])
+
+
+def test_zero_policy_stands_still():
+    env = countdown()
+    scores = evaluate_policy(env, zero_policy(env), episodes=3, seed=1)
+    assert scores["return"].tolist() == [n * (n + 1) / 2 for n in starts(1, 3)]
+    first, second = (zero_policy(env)(env.reset())["action"] for _ in range(2))
+    assert torch.equal(first, torch.zeros(1))
+    assert first.data_ptr() != second.data_ptr()
+
+
+def test_zero_policy_stays_within_bounds():
+    env = Shared()
+    env.action_spec = Bounded(0.25, 1.0, (1,))
+    assert zero_policy(env)(env.reset())["action"].tolist() == [0.25]
+
+
+def test_random_policy_fills_the_bounds():
+    env = make_env("Humanoid-v5")
+    policy, start = random_policy(env), env.reset()
+    actions = torch.stack([policy(start.copy())["action"] for _ in range(200)])
+    assert actions.shape == (200, 17)
+    assert 0.39 < actions.max() <= 0.4
+    assert -0.4 <= actions.min() < -0.39
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("env_device", [None, "cpu", "cuda"])
+def test_policy_on_a_gpu(env_device):
+    torch.manual_seed(0)
+    torch.cuda.manual_seed_all(0)
+    env = make_env("Hopper-v5", device=env_device)
+    net = nn.Linear(11, 3, device="cuda")
+    policy = ProbabilisticTensorDictSequential(
+        TensorDictModule(net, in_keys=["observation"], out_keys=["loc"]),
+        TensorDictModule(torch.ones_like, in_keys=["loc"], out_keys=["scale"]),
+        ProbabilisticTensorDictModule(
+            in_keys=["loc", "scale"],
+            out_keys=["action"],
+            distribution_class=torch.distributions.Normal,
+            default_interaction_type=InteractionType.RANDOM,
+        ),
+    )
+    before = torch.cuda.get_rng_state()
+
+    def scores():
+        return evaluate_policy(
+            env, policy, episodes=2, exploration_type=ExplorationType.RANDOM
+        )
+
+    first = scores()
+    torch.testing.assert_close(scores(), first)
+    assert first.device is None or first.device.type == "cpu"
+    assert torch.equal(before, torch.cuda.get_rng_state())
+
+
+def test_errors():
+    env = countdown()
+    with pytest.raises(ValueError, match="episodes must be positive, got 0"):
+        evaluate_policy(env, constant(0.0), episodes=0)
+    with pytest.raises(ValueError, match=r"no batch dimensions.*\[2\]"):
+        evaluate_policy(SerialEnv(2, countdown), constant(0.0))
+    pair = Shared()
+    pair.reward_spec = Unbounded(2)
+    with pytest.raises(ValueError, match=r"one reward of one number.*\[2\]"):
+        evaluate_policy(pair, constant(0.0))
