@@ -10,7 +10,7 @@ from typing import Any
 from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.envs import EnvBase
 
-from alm_torchrl.modules import NoiseSchedule
+from alm_torchrl.layers import NoiseSchedule
 from alm_torchrl.objectives import ALMLoss, make_alm_loss
 
 __all__ = ["build_loss", "load_loss", "resolve_checkpoint", "run_settings"]

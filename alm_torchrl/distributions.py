@@ -47,8 +47,8 @@ class ClampedNormal(Normal):
     ) -> None:
         # Non-finite parameters must reach the loss, where they are reported.
         super().__init__(loc, scale, validate_args=False)
-        self.low = low
-        self.high = high
+        self.low = torch.as_tensor(low, dtype=self.loc.dtype, device=self.loc.device)
+        self.high = torch.as_tensor(high, dtype=self.loc.dtype, device=self.loc.device)
 
     @property
     def deterministic_sample(self) -> Tensor:
@@ -57,7 +57,7 @@ class ClampedNormal(Normal):
 
     def rsample(
         self,
-        sample_shape: torch.Size | tuple[int, ...] = (),
+        sample_shape: torch.Size | list[int] | tuple[int, ...] = (),
         noise_clip: float | None = None,
     ) -> Tensor:
         """Draws a clamped sample, differentiable in ``loc`` and ``scale``.
@@ -80,7 +80,9 @@ class ClampedNormal(Normal):
         clamped = sample.detach().clamp(self.low + _MARGIN, self.high - _MARGIN)
         return clamped + (sample - sample.detach())
 
-    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+    def sample(
+        self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()
+    ) -> Tensor:
         """Draws a clamped sample without gradient; see :meth:`rsample`."""
         with torch.no_grad():
             return self.rsample(sample_shape)

@@ -67,7 +67,9 @@ def bound_scale(raw: Tensor, low: float = 0.1, high: float = 10.0) -> Tensor:
     return low + softplus(high - softplus(high - raw) - low)
 
 
-def gaussian_kl(loc_p: Tensor, scale_p: Tensor, loc_q: Tensor, scale_q: Tensor) -> Tensor:
+def gaussian_kl(
+    loc_p: Tensor, scale_p: Tensor, loc_q: Tensor, scale_q: Tensor
+) -> Tensor:
     """KL divergence between diagonal Gaussians, summed over the last dimension.
 
     ``KL(p || q) = sum_i log(s_q / s_p) + (s_p^2 + (m_p - m_q)^2) / (2 s_q^2) - 1/2``
@@ -142,7 +144,9 @@ def model_objective(
     return -k_step_bound(reward - kl, terminal_value, gamma)
 
 
-def k_step_bound(reward: Tensor, terminal_value: Tensor, gamma: Tensor | float) -> Tensor:
+def k_step_bound(
+    reward: Tensor, terminal_value: Tensor, gamma: Tensor | float
+) -> Tensor:
     """Discounted sum over a horizon plus a terminal value (Eq. 6, no logarithms).
 
     ``sum_{t<K} gamma^t reward_t + gamma^K terminal_value``

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -159,6 +158,9 @@ class GaussianHead(nn.Module):
 class ActorHead(nn.Module):
     """Squashes the mean and adds the schedule's std and the action bounds."""
 
+    low: Tensor
+    high: Tensor
+
     def __init__(self, low: Tensor, high: Tensor, schedule: NoiseSchedule) -> None:
         super().__init__()
         self.schedule = schedule
@@ -187,8 +189,8 @@ class TwinCritic(nn.Module):
 class MLP(nn.Sequential):
     """Sequential that concatenates its inputs first."""
 
-    def forward(self, *inputs: Tensor) -> Any:
-        output: Any = torch.cat(inputs, -1) if len(inputs) > 1 else inputs[0]
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        output = torch.cat(inputs, -1) if len(inputs) > 1 else inputs[0]
         for layer in self:
             output = layer(output)
         return output

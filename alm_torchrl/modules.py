@@ -1,17 +1,21 @@
 """The networks of ALM as TensorDictModules, and the exploration schedule.
 
-=============  =====================================  =================================
-part           reads                                  writes
-=============  =====================================  =================================
-encoder        ``observation``                        ``latent_loc, latent_scale, latent``
-latent model   ``latent, action``                     ``next_latent_loc,
-                                                      next_latent_scale, ("next", "latent")``
-actor          ``latent``                             ``action_loc, action_scale,
-                                                      action_low, action_high, action``
-critic         ``latent, action``                     ``state_action_value`` ``[*, 2]``
-reward         ``latent, action``                     ``predicted_reward`` ``[*, 1]``
-classifier     ``latent, action, ("next", "latent")`` ``logits`` ``[*, 2]``
-=============  =====================================  =================================
+============  ================================  ====================================
+part          reads                             writes
+============  ================================  ====================================
+encoder       ``observation``                   ``latent_loc``, ``latent_scale``,
+                                                ``latent``
+latent model  ``latent, action``                ``next_latent_loc``,
+                                                ``next_latent_scale``,
+                                                ``("next", "latent")``
+actor         ``latent``                        ``action_loc``, ``action_scale``,
+                                                ``action_low``, ``action_high``,
+                                                ``action``
+critic        ``latent, action``                ``state_action_value`` ``[*, 2]``
+reward        ``latent, action``                ``predicted_reward`` ``[*, 1]``
+classifier    ``latent, action``,               ``logits`` ``[*, 2]``
+              ``("next", "latent")``
+============  ================================  ====================================
 
 Sizes, activations, bounds and initialisation are those of the paper's appendix D
 and the authors' code. Each part is an ordinary TensorDictModule: any of them can be
@@ -112,7 +116,8 @@ def make_encoder(
     Examples:
         >>> from tensordict import TensorDict
         >>> encoder = make_encoder(3, latent_dim=2, hidden_dim=8)
-        >>> encoder(TensorDict(observation=torch.zeros(4, 3), batch_size=[4]))["latent"].shape
+        >>> td = TensorDict(observation=torch.zeros(4, 3), batch_size=[4])
+        >>> encoder(td)["latent"].shape
         torch.Size([4, 2])
     """
     _check_sizes(
@@ -148,9 +153,7 @@ def make_model(
         ('next', 'latent')
     """
     _check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
-    net = elu_mlp(
-        latent_dim + action_dim, hidden_dim, 2 * latent_dim, GaussianHead()
-    )
+    net = elu_mlp(latent_dim + action_dim, hidden_dim, 2 * latent_dim, GaussianHead())
     return _gaussian(net, ["latent", "action"], "next_latent", ("next", "latent"))
 
 
@@ -203,13 +206,9 @@ def make_actor(
             "action_low and action_high must be finite with low < high, got "
             f"{low.tolist()} and {high.tolist()}."
         )
-    _check_sizes(
-        action_dim=low.shape[0], latent_dim=latent_dim, hidden_dim=hidden_dim
-    )
+    _check_sizes(action_dim=low.shape[0], latent_dim=latent_dim, hidden_dim=hidden_dim)
     schedule = NoiseSchedule() if noise_schedule is None else noise_schedule
-    net = elu_mlp(
-        latent_dim, hidden_dim, low.shape[0], ActorHead(low, high, schedule)
-    )
+    net = elu_mlp(latent_dim, hidden_dim, low.shape[0], ActorHead(low, high, schedule))
     names = ("loc", "scale", "low", "high")
     return ProbabilisticTensorDictSequential(
         TensorModule(

@@ -210,7 +210,8 @@ class ALMOptimizationStepper(OptimizationStepper):
             checked[f"grad_norm_{name}"] = norm
             metrics.update(metadata)
             # Read by the fused Adam: the step is skipped where it is 1.
-            optimizer.found_inf = self._check(checked).to(torch.float32)
+            skip = self._check(checked).to(torch.float32)
+            optimizer.found_inf = skip  # type: ignore[attr-defined]
             optimizer.step()
         self.target_update.failed = self._failure[0] > 0
         self.target_update.step()
@@ -223,7 +224,10 @@ class ALMOptimizationStepper(OptimizationStepper):
         """Notes the first term that is not finite; True where there ever was one."""
         finite = torch.stack(list(checked.values())).isfinite()
         first = torch.stack(
-            [torch.full_like(self._failure[0], self._count), (~finite).int().argmax() + 1]
+            [
+                torch.full_like(self._failure[0], self._count),
+                (~finite).int().argmax() + 1,
+            ]
         )
         seen = self._failure[0] > 0
         fails = ~finite.all() & ~seen

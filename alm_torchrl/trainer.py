@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from tensordict import TensorDictBase
@@ -193,7 +193,7 @@ def make_trainer(
             raise StopIteration
         if schedule is not None:
             schedule.step()
-        return buffer.sample().to(device)
+        return cast("TensorDictBase", buffer.sample()).to(device)
 
     trainer.register_op("batch_process", extend)
     trainer.register_op("process_optim_batch", sample)

@@ -204,8 +204,9 @@ class Parity:
 
     def run(self) -> dict[str, float]:
         """Replays all updates; returns the largest difference of each group."""
-        for self.update in range(self.updates):
-            batch = self._batch(self.update)
+        for update in range(self.updates):
+            self.update = update
+            batch = self._batch(update)
             metrics = self.stepper.step(self, batch)
             for method, (name, _) in GROUPS.items():
                 norm = metrics[f"grad_norm_{method.removesuffix('_loss')}"]

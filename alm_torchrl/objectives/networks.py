@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal, TypeVar, cast
 
-import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import (
     TensorDictModule,
@@ -16,7 +16,7 @@ from tensordict.nn import (
     TensorDictSequential,
 )
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Distribution
 from torchrl.envs.utils import (
     ExplorationType,
     exploration_type,
@@ -25,7 +25,6 @@ from torchrl.envs.utils import (
 from torchrl.objectives import LossModule
 from torchrl.objectives.utils import _cache_values
 
-from alm_torchrl import functional
 from alm_torchrl.distributions import ClampedNormal
 from alm_torchrl.layers import AlwaysSample, NoiseSchedule
 
@@ -36,10 +35,10 @@ PARTS = ("encoder", "model", "actor", "qvalue", "reward", "classifier")
 
 
 def sampling(method: Method) -> Method:
-    """Runs a method under the loss's own sampling mode, as its ``*_loss`` methods are."""
+    """Runs a method under the sampling mode of the loss, like ``*_loss`` methods."""
 
     @wraps(method)
-    def wrapped(self: LossModule, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(self: LossModule, *args: object, **kwargs: object) -> object:
         with set_exploration_type(self.deterministic_sampling_mode):
             return method(self, *args, **kwargs)
 
@@ -113,9 +112,6 @@ class ALMNetworks(LossModule):
     target_classifier_params: TensorDictParams
 
     noise_clip: float | None
-    classifier_coef: float
-    gamma: Tensor
-    lmbda: Tensor
 
     def _bind(self, **parts: TensorDictModuleBase | None) -> None:
         for name, part in parts.items():
@@ -139,7 +135,9 @@ class ALMNetworks(LossModule):
     def _frozen(self, part: str) -> TensorDict:
         return getattr(self, f"{part}_params").detach()
 
-    def _bound(self, part: str, parameters: Parameters) -> Any:
+    def _bound(
+        self, part: str, parameters: Parameters
+    ) -> AbstractContextManager[object]:
         if parameters == "live":
             params = getattr(self, f"{part}_params")
         elif parameters == "target":
@@ -165,7 +163,7 @@ class ALMNetworks(LossModule):
         if isinstance(dist, ClampedNormal):
             # Without noise the clamp stays: the clamped mean.
             return dist.rsample(noise_clip=0.0 if deterministic else self.noise_clip)
-        return dist.deterministic_sample if deterministic else dist.rsample()
+        return dist.deterministic_sample if deterministic else dist.rsample()  # type: ignore[attr-defined]
 
     def encode(
         self, tensordict: TensorDictBase, parameters: Parameters = "target"
@@ -258,7 +256,9 @@ class ALMNetworks(LossModule):
         """
         inputs = self._inputs(latent=latent, action=action)
         with self._bound("reward", parameters):
-            return self.reward(inputs).get(self.tensor_keys.predicted_reward).squeeze(-1)
+            return (
+                self.reward(inputs).get(self.tensor_keys.predicted_reward).squeeze(-1)
+            )
 
     def classify(
         self,
@@ -282,90 +282,6 @@ class ALMNetworks(LossModule):
         classifier = cast("TensorDictModule", self.classifier)
         with self._bound("classifier", parameters):
             return classifier(inputs).get(self.tensor_keys.logits)
-
-    def _rewards_along(self, latent: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Predicted reward and log ratio, [B, K] each, along latents [B, K+1, L]."""
-        now, after = latent[:, :-1], latent[:, 1:].detach()
-        reward = self.predict_reward(now, action)
-        if self.classifier_coef == 0:
-            return reward, torch.zeros_like(reward)
-        return reward, functional.log_density_ratio(self.classify(now, action, after))
-
-    @sampling
-    def imagine(self, latent: Tensor, horizon: int) -> TensorDict:
-        """Rolls the policy out in the latent model and scores it (Eq. 8, A.3).
-
-        The gradient reaches the actor's parameters through the actions and the chain
-        of latents; every other network is frozen. The actor sees latents without
-        gradient, the critics see actions without gradient.
-
-        Args:
-            latent (Tensor): start ``z_0``, ``[B, L]``.
-            horizon (int): number of steps K, at least 1.
-
-        Returns:
-            TensorDict: batch size ``[B]``, with ``latent`` ``[B, K+1, L]``, ``action``
-            ``[B, K+1, A]``, ``reward`` and ``log_ratio`` ``[B, K]`` for t = 0..K-1
-            (the log ratio is zero where ``classifier_coef`` is), ``value`` ``[B, K]``
-            for t = 1..K, and ``lambda_return`` ``[B, K]``.
-        """
-        latents, actions = [latent], []
-        with self._bound("actor", "live"), self._bound("model", "frozen"):
-            for _ in range(horizon):
-                actions.append(self._act(latents[-1].detach()))
-                latents.append(self._sample(self._step(latents[-1], actions[-1])))
-            # The critics see no gradient of an action, and nothing else reads a_K.
-            with torch.no_grad():
-                actions.append(self._act(latents[-1]))
-        z, a = torch.stack(latents, 1), torch.stack(actions, 1)
-        reward, log_ratio = self._rewards_along(z, a[:, :-1])
-        value = self.state_action_value(z[:, 1:], a[:, 1:].detach()).amin(-1)
-        returns = functional.lambda_return(
-            reward + self.classifier_coef * log_ratio, value, self.gamma, self.lmbda
-        )
-        return TensorDict(
-            latent=z,
-            action=a,
-            reward=reward,
-            log_ratio=log_ratio,
-            value=value,
-            lambda_return=returns,
-            batch_size=[latent.shape[0]],
-        )
-
-    @sampling
-    @torch.no_grad()
-    def lower_bound(self, transitions: TensorDictBase, horizon: int) -> Tensor:
-        """K-step estimate of the lower bound for given first actions (Fig. 4, 8).
-
-        ``sum_{t<K} gamma^t (r(z_t, a_t) + c log ratio_t) + gamma^K min Q(z_K, a_K)``
-        from ``z_0 ~ e'(s)``, with the given first action and the actor's mean, not
-        clamped, afterwards.
-
-        Args:
-            transitions (TensorDictBase): observations and first actions, ``[B]``.
-            horizon (int): number of steps K, at least 1.
-
-        Returns:
-            Tensor: the estimate for each row, ``[B]``, without gradient.
-        """
-        latents = [self._sample(self.encode(transitions))]
-        actions = [transitions.get(self.tensor_keys.action)]
-        for _ in range(horizon):
-            latents.append(self._sample(self.step(latents[-1], actions[-1])))
-            actions.append(self._mean_action(latents[-1]))
-        z, a = torch.stack(latents, 1), torch.stack(actions, 1)
-        reward, log_ratio = self._rewards_along(z, a[:, :-1])
-        value = self.state_action_value(z[:, -1], a[:, -1]).amin(-1)
-        return functional.k_step_bound(
-            reward + self.classifier_coef * log_ratio, value, self.gamma
-        )
-
-    def _mean_action(self, latent: Tensor) -> Tensor:
-        with set_exploration_type(ExplorationType.DETERMINISTIC):
-            with self._bound("actor", "frozen"):
-                output = self.actor(self._inputs(latent=latent))
-        return output.get(self.tensor_keys.action)
 
     def acting_policy(self) -> TensorDictSequential:
         """The policy that acts: online encoder, then actor.
@@ -397,25 +313,3 @@ class ALMNetworks(LossModule):
         for part in ("encoder", "qvalue"):
             online = getattr(self, f"{part}_params").data
             self._modules[f"target_{part}_params"].data.update_(online)
-
-
-def normal_parameters(dist: Distribution, name: str) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of a diagonal Gaussian.
-
-    Args:
-        dist (Distribution): ``Normal``, or ``Independent`` over one.
-        name (str): what the error calls it.
-
-    Returns:
-        tuple of Tensor: location and scale.
-
-    Raises:
-        TypeError: if the distribution is no diagonal Gaussian.
-    """
-    base = dist.base_dist if isinstance(dist, Independent) else dist
-    if not isinstance(base, Normal):
-        raise TypeError(
-            f"{name} must return a diagonal Gaussian (Normal or Independent Normal) "
-            f"for the closed-form KL, got {type(base).__name__}."
-        )
-    return base.loc, base.scale

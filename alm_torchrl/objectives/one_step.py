@@ -1,0 +1,203 @@
+"""The one-step terms of the objective: reward, classifier and critics."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.nn.functional import cross_entropy
+
+from alm_torchrl.objectives.inputs import masked_mean, read_masked, reduce_masked
+from alm_torchrl.objectives.rollouts import ALMRollouts
+
+Metadata = dict[str, Tensor]
+
+
+class OneStepTerms(ALMRollouts):
+    """Reads batches, and computes the terms that look one step ahead.
+
+    Each public method returns ``(value, metadata)`` and takes the two-draw batch,
+    slices ``[B, K]`` or transitions ``[B]``.
+    """
+
+    def _read(
+        self, tensordict: TensorDictBase, key: NestedKey
+    ) -> tuple[TensorDictBase, Tensor | None]:
+        part = tensordict.get(key, default=tensordict)
+        return read_masked(part, self.tensor_keys.action, self._loss_mask_keys())
+
+    def _slices(
+        self, tensordict: TensorDictBase
+    ) -> tuple[TensorDictBase, Tensor | None]:
+        """Slices [B, K] without masked values, and which of them count, [B]."""
+        slices, mask = self._read(tensordict, self.tensor_keys.slice)
+        if slices.ndim != 2:
+            raise ValueError(
+                "model_loss expects slices with batch size [B, K], alone or under the "
+                f"key {self.tensor_keys.slice!r}, got batch size "
+                f"{list(slices.batch_size)}."
+            )
+        return slices, None if mask is None else mask.all(1)
+
+    def _transitions(
+        self, tensordict: TensorDictBase
+    ) -> tuple[TensorDictBase, Tensor | None, torch.Size]:
+        """Transitions [N] without masked values, which count, and the input's shape."""
+        transitions, mask = self._read(tensordict, self.tensor_keys.transition)
+        shape = transitions.batch_size
+        if len(shape) not in (1, 2):
+            raise ValueError(
+                "the one-step terms expect transitions [B] or slices [B, K], got batch "
+                f"size {list(shape)}."
+            )
+        return transitions.reshape(-1), mask, shape
+
+    def _horizon(self, tensordict: TensorDictBase, horizon: int | None) -> int:
+        slices = tensordict.get(self.tensor_keys.slice, default=tensordict)
+        shape = slices[self.tensor_keys.action].shape[:-1]
+        if horizon is None and len(shape) == 2:
+            return shape[1]
+        if horizon is None or horizon < 1:
+            raise ValueError(
+                "actor_loss takes its horizon from slices [B, K] or from horizon >= 1, "
+                f"got batch size {list(shape)} and horizon={horizon}."
+            )
+        return horizon
+
+    def _reduce(
+        self, loss: Tensor, mask: Tensor | None, shape: torch.Size | None = None
+    ) -> Tensor:
+        loss = loss if shape is None else loss.reshape(shape)
+        return reduce_masked(loss, mask, self.reduction)
+
+    def _reward_term(self, transitions: TensorDictBase, latent: Tensor) -> Tensor:
+        keys = self.tensor_keys
+        predicted = self.predict_reward(latent, transitions[keys.action], "live")
+        target = transitions["next", keys.reward].squeeze(-1)
+        return (predicted - target).square()
+
+    def _classifier_term(
+        self, transitions: TensorDictBase, encoded: Distribution, latent: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        keys = self.tensor_keys
+        action = transitions[keys.action]
+        with torch.no_grad():
+            real = self._sample(self.encode(transitions["next"]))
+            # Another draw than ``latent``: the authors imagine from a z of its own.
+            imagined = self._sample(self.step(self._sample(encoded), action))
+        chosen = transitions.get(keys.imagined, default=None)
+        if chosen is None:
+            order = torch.rand(latent.shape[0], device=latent.device).argsort()
+            chosen = order < latent.shape[0] // 2
+        chosen = chosen.reshape(-1, 1)
+        logits = self.classify(
+            latent, action, torch.where(chosen, imagined, real), "live"
+        )
+        label = (~chosen).squeeze(-1).long()
+        loss = cross_entropy(logits, label, reduction="none")
+        return loss, (logits.detach().argmax(-1) == label).to(loss.dtype)
+
+    @torch.no_grad()
+    def _encoded(self, transitions: TensorDictBase) -> tuple[Distribution, Tensor]:
+        """The target encoder's distribution of ``z``, and a sample of it."""
+        dist = self.encode(transitions)
+        return dist, self._sample(dist)
+
+    def reward_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
+        """Squared error of the reward model on ``z ~ e'(s)`` (Eq. 11).
+
+        Args:
+            tensordict (TensorDictBase): two-draw batch, slices or transitions.
+
+        Returns:
+            tuple: the loss, which trains the reward model, and no metadata.
+        """
+        transitions, mask, shape = self._transitions(tensordict)
+        _, latent = self._encoded(transitions)
+        loss = self._reward_term(transitions, latent)
+        return self._reduce(loss, mask, shape), {}
+
+    def classifier_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
+        """Cross entropy of real against imagined next latents (Eq. 9).
+
+        In a random half of the rows, or where the entry ``imagined`` says so, the next
+        latent is the model's. Rows are one or the other; the paper's equation uses
+        each row as both.
+
+        Args:
+            tensordict (TensorDictBase): two-draw batch, slices or transitions.
+
+        Returns:
+            tuple: the loss, which trains the classifier, and
+            ``classifier_accuracy`` in [0, 1].
+
+        Raises:
+            RuntimeError: if the loss has no classifier (``classifier_coef=0``).
+        """
+        if self.classifier is None:
+            raise RuntimeError(
+                "classifier_loss needs a classifier, got classifier_coef=0."
+            )
+        transitions, mask, shape = self._transitions(tensordict)
+        loss, correct = self._classifier_term(transitions, *self._encoded(transitions))
+        metadata = {"classifier_accuracy": masked_mean(correct.reshape(shape), mask)}
+        return self._reduce(loss, mask, shape), metadata
+
+    def reward_classifier_loss(
+        self, tensordict: TensorDictBase
+    ) -> tuple[Tensor, Metadata]:
+        """Reward and classifier loss together, on one latent as in the authors' code.
+
+        Args:
+            tensordict (TensorDictBase): two-draw batch, slices or transitions.
+
+        Returns:
+            tuple: the sum, and its detached parts ``loss_reward`` and
+            ``loss_classifier`` with the metadata of the two terms. Without a
+            classifier it is the reward loss alone.
+        """
+        losses, metadata = self._reward_classifier(tensordict)
+        metadata.update({name: loss.detach() for name, loss in losses.items()})
+        return torch.stack(list(losses.values())).sum(0), metadata
+
+    def _reward_classifier(
+        self, tensordict: TensorDictBase
+    ) -> tuple[dict[str, Tensor], Metadata]:
+        transitions, mask, shape = self._transitions(tensordict)
+        encoded, latent = self._encoded(transitions)
+        reward = self._reward_term(transitions, latent)
+        losses = {"loss_reward": self._reduce(reward, mask, shape)}
+        if self.classifier is None:
+            return losses, {}
+        loss, correct = self._classifier_term(transitions, encoded, latent)
+        losses["loss_classifier"] = self._reduce(loss, mask, shape)
+        return losses, {
+            "classifier_accuracy": masked_mean(correct.reshape(shape), mask)
+        }
+
+    def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
+        """Squared TD error of the critics, averaged over them (Eq. 10).
+
+        Args:
+            tensordict (TensorDictBase): two-draw batch, slices or transitions.
+
+        Returns:
+            tuple: the loss, which trains the critics, and detached means of
+            ``pred_value``, ``target_value`` and ``td_error`` (absolute).
+        """
+        transitions, mask, shape = self._transitions(tensordict)
+        target = self.td_target(transitions).unsqueeze(-1)
+        _, latent = self._encoded(transitions)
+        action = transitions[self.tensor_keys.action]
+        value = self.state_action_value(latent, action, "live")
+        error = value - target
+        metadata = {
+            "pred_value": value.mean(-1),
+            "target_value": target.squeeze(-1),
+            "td_error": error.abs().mean(-1),
+        }
+        means = {
+            k: masked_mean(v.detach().reshape(shape), mask) for k, v in metadata.items()
+        }
+        return self._reduce(error.square().mean(-1), mask, shape), means

@@ -1,0 +1,196 @@
+"""What the terms are computed from: rollouts, targets and the bound they estimate."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from alm_torchrl import functional
+from alm_torchrl.objectives.networks import ALMNetworks, sampling
+
+
+class ALMRollouts(ALMNetworks):
+    """Rollouts of the latent model, the critics' target and the lower bound.
+
+    Its methods sample as the loss does, whatever exploration type surrounds them.
+    """
+
+    kl_coef: float
+    value_coef: float
+    classifier_coef: float
+    gamma: Tensor
+    lmbda: Tensor
+
+    @sampling
+    def model_rollout(self, slices: TensorDictBase) -> TensorDict:
+        """Rolls the live model along the recorded actions of slices (Eq. 7).
+
+        Args:
+            slices (TensorDictBase): ``[B, K]``.
+
+        Returns:
+            TensorDict: batch size ``[B]``, with ``latent`` ``[B, K+1, L]``, ``reward``
+            ``[B, K]`` and, where its coefficient is not zero, ``kl`` ``[B, K]`` and
+            ``terminal_value`` ``[B]``. The gradient reaches encoder and model.
+        """
+        action = slices[self.tensor_keys.action]
+        first = slices.select(*self.encoder.in_keys)[:, 0]
+        latents = [self._sample(self.encode(first, "live"))]
+        dists = []
+        with self._bound("model", "live"):
+            for action_t in action.unbind(1):
+                dists.append(self._step(latents[-1], action_t))
+                latents.append(self._sample(dists[-1]))
+        latent = torch.stack(latents, 1)
+        rollout = TensorDict(
+            latent=latent,
+            reward=self.predict_reward(latent[:, :-1], action),
+            batch_size=[action.shape[0]],
+        )
+        if self.kl_coef != 0:
+            with torch.no_grad():
+                target = self.encode(slices["next"])
+            locs, scales = zip(
+                *(normal_parameters(dist, "model") for dist in dists), strict=True
+            )
+            rollout["kl"] = functional.gaussian_kl(
+                torch.stack(locs, 1),
+                torch.stack(scales, 1),
+                *normal_parameters(target, "encoder"),
+            )
+        if self.value_coef != 0:
+            with torch.no_grad():
+                last_action = self.act(latents[-1])
+            value = self.state_action_value(latents[-1], last_action)
+            rollout["terminal_value"] = value.amin(-1)
+        return rollout
+
+    def _rewards_along(self, latent: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicted reward and log ratio, [B, K] each, along latents [B, K+1, L]."""
+        now, after = latent[:, :-1], latent[:, 1:].detach()
+        reward = self.predict_reward(now, action)
+        if self.classifier_coef == 0:
+            return reward, torch.zeros_like(reward)
+        return reward, functional.log_density_ratio(self.classify(now, action, after))
+
+    @sampling
+    def imagine(self, latent: Tensor, horizon: int) -> TensorDict:
+        """Rolls the policy out in the latent model and scores it (Eq. 8, A.3).
+
+        The gradient reaches the actor's parameters through the actions and the chain
+        of latents; every other network is frozen. The actor sees latents without
+        gradient, the critics see actions without gradient.
+
+        Args:
+            latent (Tensor): start ``z_0``, ``[B, L]``.
+            horizon (int): number of steps K, at least 1.
+
+        Returns:
+            TensorDict: batch size ``[B]``, with ``latent`` ``[B, K+1, L]``, ``action``
+            ``[B, K+1, A]``, ``reward`` and ``log_ratio`` ``[B, K]`` for t = 0..K-1
+            (the log ratio is zero where ``classifier_coef`` is), ``value`` ``[B, K]``
+            for t = 1..K, and ``lambda_return`` ``[B, K]``.
+        """
+        latents, actions = [latent], []
+        with self._bound("actor", "live"), self._bound("model", "frozen"):
+            for _ in range(horizon):
+                actions.append(self._act(latents[-1].detach()))
+                latents.append(self._sample(self._step(latents[-1], actions[-1])))
+            # The critics see no gradient of an action, and nothing else reads a_K.
+            with torch.no_grad():
+                actions.append(self._act(latents[-1]))
+        z, a = torch.stack(latents, 1), torch.stack(actions, 1)
+        reward, log_ratio = self._rewards_along(z, a[:, :-1])
+        value = self.state_action_value(z[:, 1:], a[:, 1:].detach()).amin(-1)
+        returns = functional.lambda_return(
+            reward + self.classifier_coef * log_ratio, value, self.gamma, self.lmbda
+        )
+        return TensorDict(
+            latent=z,
+            action=a,
+            reward=reward,
+            log_ratio=log_ratio,
+            value=value,
+            lambda_return=returns,
+            batch_size=[latent.shape[0]],
+        )
+
+    @sampling
+    @torch.no_grad()
+    def lower_bound(self, transitions: TensorDictBase, horizon: int) -> Tensor:
+        """K-step estimate of the lower bound for given first actions (Fig. 4, 8).
+
+        ``sum_{t<K} gamma^t (r(z_t, a_t) + c log ratio_t) + gamma^K min Q(z_K, a_K)``
+        from ``z_0 ~ e'(s)``, with the given first action and the actor's mean, not
+        clamped, afterwards.
+
+        Args:
+            transitions (TensorDictBase): observations and first actions, ``[B]``.
+            horizon (int): number of steps K, at least 1.
+
+        Returns:
+            Tensor: the estimate for each row, ``[B]``, without gradient.
+        """
+        latents = [self._sample(self.encode(transitions))]
+        actions = [transitions[self.tensor_keys.action]]
+        for _ in range(horizon):
+            latents.append(self._sample(self.step(latents[-1], actions[-1])))
+            actions.append(self._mean_action(latents[-1]))
+        z, a = torch.stack(latents, 1), torch.stack(actions, 1)
+        reward, log_ratio = self._rewards_along(z, a[:, :-1])
+        value = self.state_action_value(z[:, -1], a[:, -1]).amin(-1)
+        return functional.k_step_bound(
+            reward + self.classifier_coef * log_ratio, value, self.gamma
+        )
+
+    def _mean_action(self, latent: Tensor) -> Tensor:
+        deterministic = set_exploration_type(ExplorationType.DETERMINISTIC)
+        with deterministic, self._bound("actor", "frozen"):
+            output = self.actor(self._inputs(latent=latent))
+        return output.get(self.tensor_keys.action)
+
+    @sampling
+    @torch.no_grad()
+    def td_target(self, transitions: TensorDictBase) -> Tensor:
+        """Target of the critics (Eq. 10), with the target networks' minimum.
+
+        ``R + gamma (1 - terminated) min_i Q'_i(z', pi(z'))`` with ``z' ~ e'(s')``.
+
+        Args:
+            transitions (TensorDictBase): ``[B]``.
+
+        Returns:
+            Tensor: ``[B]``, without gradient.
+        """
+        keys = self.tensor_keys
+        reward = transitions["next", keys.reward].squeeze(-1)
+        terminated = transitions["next", keys.terminated]
+        latent = self._sample(self.encode(transitions["next"]))
+        value = self.state_action_value(latent, self.act(latent), "target").amin(-1)
+        discount = self.gamma * (1 - terminated.squeeze(-1).to(value.dtype))
+        return functional.td_target(reward, discount, value)
+
+
+def normal_parameters(dist: Distribution, name: str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a diagonal Gaussian.
+
+    Args:
+        dist (Distribution): ``Normal``, or ``Independent`` over one.
+        name (str): what the error calls it.
+
+    Returns:
+        tuple of Tensor: location and scale.
+
+    Raises:
+        TypeError: if the distribution is no diagonal Gaussian.
+    """
+    base = dist.base_dist if isinstance(dist, Independent) else dist
+    if not isinstance(base, Normal):
+        raise TypeError(
+            f"{name} must return a diagonal Gaussian (Normal or Independent Normal) "
+            f"for the closed-form KL, got {type(base).__name__}."
+        )
+    return base.loc, base.scale
