@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -169,6 +170,8 @@ class NonFiniteCheck(_Hook):
 class ProgressBar(_Hook):
     """Shows environment steps per second, the time left and the last return.
 
+    Twice a second on a terminal, twice a minute where the output is kept in a file.
+
     Raises:
         ImportError: if tqdm is missing.
     """
@@ -182,7 +185,8 @@ class ProgressBar(_Hook):
             raise ImportError(
                 "progress_bar=True needs tqdm: pip install 'alm_torchrl[cli]'"
             ) from error
-        self._bar = tqdm(unit="step", mininterval=0.5, dynamic_ncols=True)
+        interval = 0.5 if sys.stderr.isatty() else 30.0
+        self._bar = tqdm(unit="step", mininterval=interval, dynamic_ncols=True)
 
     def register(self, trainer: Trainer, name: str = "") -> None:
         """Registers the bar after each step and its end at the trainer's."""

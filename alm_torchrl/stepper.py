@@ -252,6 +252,7 @@ class ALMOptimizationStepper(OptimizationStepper):
             "optimizers": {k: v.state_dict() for k, v in self.optimizers.items()},
             "count": self._count,
             "failure": self._failure.clone(),
+            "terms": self._terms,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -260,3 +261,4 @@ class ALMOptimizationStepper(OptimizationStepper):
             optimizer.load_state_dict(state_dict["optimizers"][name])
         self._count = state_dict["count"]
         self._failure.copy_(state_dict["failure"])
+        self._terms = state_dict["terms"]

@@ -107,7 +107,8 @@ def make_trainer(
         Trainer: ready to ``train()``.
 
     Raises:
-        ValueError: if a number is out of range or ``eval_env`` is ``env``.
+        ValueError: if a number is out of range, ``eval_env`` is ``env``, or one of
+            them has batch dimensions.
         NonFiniteError: while training, if a loss or gradient norm is not finite: at
             once on a CPU, within ``log_interval`` updates elsewhere.
 
@@ -125,6 +126,7 @@ def make_trainer(
     positive = {
         "total_steps": total_steps,
         "eval_interval": eval_interval,
+        "eval_episodes": eval_episodes,
         "log_interval": log_interval,
         "checkpoint_interval": checkpoint_interval,
         "keep_checkpoints": keep_checkpoints,
@@ -138,6 +140,12 @@ def make_trainer(
         )
     if eval_env is env:
         raise ValueError("eval_env must be another environment than env, got the same.")
+    for name, environment in (("env", env), ("eval_env", eval_env)):
+        if environment is not None and environment.batch_size:
+            raise ValueError(
+                f"{name} must have no batch dimensions, got batch size "
+                f"{list(environment.batch_size)}."
+            )
     torch.manual_seed(seed)
     env.set_seed(seed)
     policy = loss.acting_policy()
@@ -168,10 +176,11 @@ def make_trainer(
         target_net_updater=stepper.target_update,
         logger=logger,
         progress_bar=False,
-        log_interval=log_interval,
+        # The Trainer lets one step more than its intervals pass.
+        log_interval=log_interval - 1,
         checkpoint=checkpoint,
         checkpoint_rotation=rotation,
-        save_trainer_interval=checkpoint_interval,
+        save_trainer_interval=checkpoint_interval - 1,
     )
     # The Trainer keeps each value it ever logged, and shares the times of the last
     # log among all trainers of the process.
@@ -188,8 +197,10 @@ def make_trainer(
         buffer.extend(batch.select(*stored))
 
     def sample(_: TensorDictBase) -> TensorDictBase:
-        # The Trainer would update after the last random step already.
+        # The Trainer would update after the last random step already, and has
+        # counted that update.
         if trainer.collected_frames <= warmup_steps:
+            trainer._optim_count -= 1
             raise StopIteration
         if schedule is not None:
             schedule.step()

@@ -11,6 +11,7 @@ tensor, and exits with status 1 where one exceeds 1e-5.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import defaultdict
 
@@ -66,7 +67,11 @@ class Parity:
 
     def _action_bound(self) -> torch.Tensor:
         # An action that hits its bound is recorded again and again, 1e-6 inside it.
-        actions = self.data["update0/imagined_action"].flatten(0, 1).abs()
+        recorded = [
+            self.data[f"update{update}/imagined_action"].flatten(0, 1)
+            for update in range(self.updates)
+        ]
+        actions = torch.cat(recorded).abs()
         largest = actions.max(0).values
         hit = (actions == largest).sum(0) > 1
         return torch.where(hit, (largest + 1e-6).round(decimals=5), 1.0)
@@ -130,7 +135,7 @@ class Parity:
         group = tail.split("/")[0] if head.startswith("update") else head
         previous = self.differences[group]
         # A NaN is a difference, and stays one.
-        if not difference <= previous:
+        if not (difference <= previous or math.isnan(previous)):
             self.differences[group] = difference
         self.compared.add(key)
 
@@ -241,10 +246,11 @@ def main(paths: list[str]) -> int:
         parity = Parity(path)
         differences = parity.run()
         print(f"{path}: {len(parity.compared)} tensors compared")
+        width = max(map(len, differences))
         for group, difference in differences.items():
             bad = not difference <= BOUND
             failed |= bad
-            print(f"  {group:<24} {difference:9.2e}{'  EXCEEDS 1e-5' if bad else ''}")
+            print(f"  {group:<{width}} {difference:9.2e}{'  > 1e-5' if bad else ''}")
         for key in sorted(parity.missed()):
             failed = True
             print(f"  {key} was not compared")

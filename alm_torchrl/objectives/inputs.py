@@ -71,4 +71,8 @@ def reduce_masked(loss: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Detached mean over the rows that count, ``values`` ``[B, *]``, mask ``[B]``."""
     values = values.detach()
-    return values.mean() if mask is None else values[mask].mean()
+    if mask is None:
+        return values.mean()
+    mask = mask.reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
+    mask = mask.expand_as(values)
+    return values.masked_fill(~mask, 0).sum() / mask.sum().clamp_min(1)

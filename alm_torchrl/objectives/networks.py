@@ -131,6 +131,25 @@ class ALMNetworks(LossModule):
                 part, name, create_target_params=name in ("encoder", "qvalue")
             )
 
+    def _tie(self) -> None:
+        """Makes the modules hold the parameters and buffers of the loss itself."""
+        self._erase_cache()
+        for part in PARTS:
+            module = self.__dict__.get(part)
+            if module is not None:
+                self._modules[f"{part}_params"].to_module(module)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor]) -> ALMNetworks:
+        # Parameters are cast in place, but buffers (the noise schedule) replaced.
+        super()._apply(fn)
+        self._tie()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Copying and unpickling separate the modules from the parameters.
+        super().__setstate__(state)
+        self._tie()
+
     @_cache_values
     def _frozen(self, part: str) -> TensorDict:
         return getattr(self, f"{part}_params").detach()
