@@ -305,7 +305,7 @@ def test_bounds_other_than_one():
     actor = make_actor(low, high, noise_schedule=schedule, **SMALL)
     td = actor(TensorDict(latent=torch.randn(500, 4), batch_size=[500]))
     for i in range(3):
-        action = td["action"][:, i]
+        action = td["action"][:, i].detach()
         assert action.min() >= low[i]
         assert action.max() <= high[i]
         assert action.min() == pytest.approx(low[i] + 1e-6, abs=1e-6)

@@ -181,9 +181,13 @@ class TermWithoutMethod(ALMLoss):
 
 
 BROKEN = [
-    (t.check_gradient_routing, LiveEncoderEverywhere, r"loss_reward .* reaches encod"),
+    (
+        t.check_gradient_routing,
+        LiveEncoderEverywhere,
+        "loss_reward should not reach encod",
+    ),
     (t.check_gradient_routing, FrozenReward, "loss_reward has no gradient"),
-    (t.check_gradient_routing, ActorTrainsCritic, "loss_actor .* reaches qvalue_par"),
+    (t.check_gradient_routing, ActorTrainsCritic, "loss_actor should not reach qvalue"),
     (t.check_gradient_routing, TermWithoutMethod, "loss_extra is not in routes"),
     (t.check_targets_get_no_gradient, TargetsWithGradient, "loss_qvalue .* target_"),
     (t.check_input_unmodified, AddsAnEntry, "forward added or removed .*weight"),

@@ -70,8 +70,8 @@ def make_alm_loss(
         >>> loss.encoder.out_keys
         ['latent_loc', 'latent_scale', 'latent']
     """
-    sizes = (observation_dim, action_low, action_high)
-    if (env is None) == any(size is None for size in sizes):
+    given = [size is not None for size in (observation_dim, action_low, action_high)]
+    if any(given) if env is not None else not all(given):
         raise ValueError(
             "make_alm_loss needs either env or all of observation_dim, action_low and "
             f"action_high, got env={env is not None}, observation_dim="

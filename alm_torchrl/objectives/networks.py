@@ -219,6 +219,7 @@ class ALMNetworks(LossModule):
     def _step(self, latent: Tensor, action: Tensor) -> Distribution:
         return self.model.get_dist(self._inputs(latent=latent, action=action))
 
+    @sampling
     def act(self, latent: Tensor, parameters: Parameters = "frozen") -> Tensor:
         """Action of the actor, with the noise clipped as in the losses.
 
