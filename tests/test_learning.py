@@ -11,6 +11,7 @@ Every score is 0 for the best answer that ignores the input, and 1 for the exact
 
 from __future__ import annotations
 
+from contextlib import nullcontext, suppress
 from itertools import product
 
 import pytest
@@ -22,6 +23,7 @@ from alm_torchrl import (
     ALMLoss,
     ALMOptimizationStepper,
     NoiseSchedule,
+    NonFiniteError,
     make_actor,
 )
 from alm_torchrl.functional import gaussian_kl
@@ -117,7 +119,7 @@ class SignedLoss(ALMLoss):
         return self._signed("loss_actor", value), metadata
 
 
-def train(flipped=None, seed=0, updates=UPDATES):
+def train(flipped=None, seed=0):
     torch.manual_seed(seed)
     actor = make_actor(
         [-1.0],
@@ -138,12 +140,14 @@ def train(flipped=None, seed=0, updates=UPDATES):
     stepper = ALMOptimizationStepper(loss, lr=5e-3, tau=0.1)
     data = draw(4096, SIZES.horizon, seed)
     singles = draw(4096, 1, seed + 1)[:, 0]
-    for rows in torch.randint(4096, (updates, 2, SIZES.batch)):
-        batch = TensorDict(
-            {"slice": data[rows[0]], "transition": singles[rows[1]]},
-            batch_size=[SIZES.batch],
-        )
-        stepper.step(None, batch)
+    # A flipped term may grow without bound: what was learned until then counts.
+    with suppress(NonFiniteError) if flipped else nullcontext():
+        for rows in torch.randint(4096, (UPDATES, 2, SIZES.batch)):
+            batch = TensorDict(
+                {"slice": data[rows[0]], "transition": singles[rows[1]]},
+                batch_size=[SIZES.batch],
+            )
+            stepper.step(None, batch)
     return loss
 
 

@@ -1,4 +1,4 @@
-"""The networks: layers, sizes, initialisation, keys; and the builder of the loss."""
+"""The networks: layers, sizes, initialisation, keys and heads."""
 
 from __future__ import annotations
 
@@ -6,37 +6,28 @@ import math
 
 import pytest
 import torch
-from helpers import targets
 from tensordict import TensorDict
 from tensordict.nn import (
     InteractionType,
-    TensorDictModule,
     set_interaction_type,
 )
 from torch import nn
-from torchrl.data import Bounded, Composite, Unbounded
-from torchrl.envs import EnvBase
 from torchrl.envs.utils import (
     ExplorationType,
-    exploration_type,
     set_exploration_type,
 )
 from torchrl.modules import IndependentNormal
 
 from alm_torchrl import (
-    ALMLoss,
-    AlwaysSample,
     ClampedNormal,
     NoiseSchedule,
     make_actor,
-    make_alm_loss,
     make_classifier,
     make_encoder,
     make_model,
     make_qvalue,
     make_reward,
 )
-from alm_torchrl.layers import OutputLinear, TensorModule
 
 # Sizes of HalfCheetah; those of latent and layers are the paper's.
 S, A, L, H, M = 17, 6, 50, 512, 1024
@@ -326,41 +317,6 @@ def test_bounds_are_copied():
     assert td["action_low"].item() == -1.0
 
 
-# -- the schedule ---------------------------------------------------------------------
-
-
-def test_schedule_is_linear_then_constant():
-    schedule = NoiseSchedule(1.0, 0.2, steps=8)
-    std = schedule.std
-    for n in range(12):
-        assert schedule.std.shape == ()
-        assert schedule.std.item() == pytest.approx(1.0 - 0.8 * min(n / 8, 1))
-        schedule.step()
-    assert schedule.std is std
-    jumped = NoiseSchedule(1.0, 0.2, steps=8)
-    jumped.step(5)
-    assert jumped.std.item() == pytest.approx(0.5)
-
-
-def test_default_schedule_is_exact_far_out():
-    schedule = NoiseSchedule()
-    schedule.step(99_999)
-    assert schedule.std.item() == pytest.approx(0.1 + 0.9e-5, abs=1e-8)
-    schedule.step()
-    assert schedule.std.item() == pytest.approx(0.1, abs=1e-8)
-
-
-def test_schedule_is_saved():
-    schedule, loaded = NoiseSchedule(1.0, 0.2, 8), NoiseSchedule(1.0, 0.2, 8)
-    schedule.step(3)
-    loaded.load_state_dict(schedule.state_dict())
-    assert loaded.std == schedule.std
-    for each in (schedule, loaded):
-        each.step()
-    assert loaded.std.item() == pytest.approx(0.6)
-    assert repr(loaded) == "NoiseSchedule(initial=1.0, final=0.2, steps=8)"
-
-
 # -- errors of the builders -----------------------------------------------------------
 
 
@@ -398,287 +354,3 @@ def test_schedule_is_saved():
 def test_builder_errors(build, match):
     with pytest.raises(ValueError, match=match):
         build()
-
-
-# -- the loss -------------------------------------------------------------------------
-
-SIZES = {
-    "observation_dim": 5,
-    "action_low": [-0.4, -1.0],
-    "action_high": [0.4, 1.0],
-    "latent_dim": 4,
-    "hidden_dim": 8,
-    "model_hidden_dim": 10,
-}
-
-
-class SpecEnv(EnvBase):
-    """An environment of which only the specs matter."""
-
-    def __init__(self, observation, action, batch_size=()):
-        super().__init__(batch_size=torch.Size(batch_size))
-        self.observation_spec = Composite(observation, shape=batch_size)
-        self.action_spec = action
-        self.reward_spec = Unbounded((*batch_size, 1))
-
-    def _reset(self, tensordict):
-        raise NotImplementedError
-
-    _step = _reset
-
-    def _set_seed(self, seed):
-        raise NotImplementedError
-
-
-def observations(*shape):
-    return {"observation": Unbounded(shape)}
-
-
-def bounded_action(*batch):
-    low = torch.tensor([-0.4, -1.0]).expand(*batch, 2)
-    return Bounded(low, -low, shape=(*batch, 2))
-
-
-def check_sizes(loss):
-    layers = {name: layers_of(getattr(loss, name)) for name in PAPER}
-    assert layers["encoder"][0] == (nn.Linear, (5, 8))
-    assert layers["encoder"][-1] == (nn.Linear, (8, 8))
-    assert layers["model"][0] == (nn.Linear, (6, 10))
-    assert layers["model"][-1] == (nn.Linear, (10, 8))
-    assert layers["actor"][0] == (nn.Linear, (4, 8))
-    assert layers["actor"][-1] == (nn.Linear, (8, 2))
-    assert layers["reward"][0] == layers["qvalue"][0] == (nn.Linear, (6, 8))
-    assert layers["classifier"][0] == (nn.Linear, (10, 8))
-    dist = loss.actor.get_dist(TensorDict(latent=torch.zeros(1, 4), batch_size=[1]))
-    torch.testing.assert_close(dist.low, torch.tensor([[-0.4, -1.0]]))
-    torch.testing.assert_close(dist.high, torch.tensor([[0.4, 1.0]]))
-
-
-def test_loss_from_sizes():
-    check_sizes(make_alm_loss(**SIZES))
-
-
-@pytest.mark.parametrize("batch", [(), (3,)])
-def test_loss_from_an_environment(batch):
-    env = SpecEnv(observations(*batch, 5), bounded_action(*batch), batch)
-    sizes = {k: v for k, v in SIZES.items() if "dim" in k and k != "observation_dim"}
-    check_sizes(make_alm_loss(env, **sizes))
-    check_sizes(make_alm_loss(env=env, **sizes))
-
-
-@pytest.mark.parametrize(
-    ("observation", "action", "match"),
-    [
-        ({"pixels": Unbounded((3, 8, 8))}, bounded_action(), 'flat "observation"'),
-        (observations(3, 8, 8), bounded_action(), 'flat "observation"'),
-        (observations(), bounded_action(), 'flat "observation"'),
-        (observations(5), Unbounded((2,)), "bounded continuous action .* Unbounded"),
-        (observations(5), Bounded(-1, 1, (2, 2)), "bounded continuous action"),
-    ],
-)
-def test_environments_that_do_not_fit(observation, action, match):
-    with pytest.raises(ValueError, match=match):
-        make_alm_loss(SpecEnv(observation, action))
-
-
-@pytest.mark.parametrize("missing", ["observation_dim", "action_low", "action_high"])
-def test_missing_sizes(missing):
-    sizes = {key: value for key, value in SIZES.items() if key != missing}
-    with pytest.raises(ValueError, match=rf"needs either env or all .* {missing}=None"):
-        make_alm_loss(**sizes)
-
-
-def test_sizes_given_twice():
-    env = SpecEnv(observations(5), bounded_action())
-    with pytest.raises(ValueError, match="needs either env or all of observation_dim"):
-        make_alm_loss(env, **SIZES)
-
-
-@pytest.mark.parametrize("given", ["observation_dim", "action_low", "action_high"])
-def test_some_sizes_besides_an_environment(given):
-    env = SpecEnv(observations(5), bounded_action())
-    with pytest.raises(ValueError, match="needs either env or all of observation_dim"):
-        make_alm_loss(env, **{given: SIZES[given]})
-
-
-def test_a_part_of_ones_own():
-    torch.manual_seed(1)
-    built = make_alm_loss(**SIZES, gamma=0.5)
-    reward = TensorDictModule(nn.Bilinear(4, 2, 1), ["latent", "action"], ["predicted"])
-    loss = make_alm_loss(**SIZES, reward=reward)
-    assert loss.reward is reward
-    assert {tuple(p.shape) for p in loss.reward_params.parameters()} == {
-        (1, 4, 2),
-        (1,),
-    }
-    assert layers_of(loss.encoder) == layers_of(built.encoder)
-    loss.set_keys(predicted_reward="predicted")
-    z, a = torch.randn(3, 4), torch.randn(3, 2)
-    expected = reward.module(z, a).squeeze(-1)
-    torch.testing.assert_close(loss.predict_reward(z, a), expected)
-    assert built.gamma == 0.5
-
-
-def test_the_schedule_is_shared():
-    schedule = NoiseSchedule(0.5, 0.1, steps=4)
-    loss = make_alm_loss(**SIZES, noise_schedule=schedule)
-    assert loss.noise_schedule is schedule
-    schedule.step(4)
-    td = TensorDict(latent=torch.zeros(1, 4), batch_size=[1])
-    torch.testing.assert_close(loss.actor.get_dist(td).scale, torch.full((1, 2), 0.1))
-
-
-def test_targets_start_as_copies():
-    loss = make_alm_loss(**SIZES)
-    online = dict(loss.named_parameters())
-    twins = targets(loss)
-    parts = {"encoder_params": 6, "qvalue_params": 16}
-    assert len(twins) == sum(parts.values())
-    for part, count in parts.items():
-        assert sum(name.startswith(part) for name in twins) == count
-    for name, target in twins.items():
-        assert torch.equal(target, online[name])
-        assert target.data_ptr() != online[name].data_ptr()
-        assert not target.requires_grad
-    assert type(loss) is ALMLoss
-
-
-# -- wrappers -------------------------------------------------------------------------
-
-
-class Split(nn.Module):
-    def forward(self, x, y):
-        return x + y, x * y
-
-
-class Sum(nn.Module):
-    def forward(self, x, y):
-        return x + y
-
-
-WRAPPED = [
-    (Split, [("deep", "sum"), "product"]),
-    (Split, ["x", ("next", "x")]),
-    (Sum, [("next", "sum")]),
-]
-
-
-def xy():
-    return TensorDict(x=torch.randn(3, 2), y=torch.randn(3, 2), batch_size=[3])
-
-
-def assert_same(left, right):
-    assert set(left.keys(True, True)) == set(right.keys(True, True))
-    assert left.batch_size == right.batch_size
-    assert (left == right).all()
-
-
-@pytest.mark.parametrize(("net", "out_keys"), WRAPPED)
-def test_tensor_module_writes_like_tensordict_module(net, out_keys):
-    ours = TensorModule(net(), in_keys=["x", "y"], out_keys=out_keys)
-    theirs = TensorDictModule(net(), in_keys=["x", "y"], out_keys=out_keys)
-    td = xy()
-    results = [module(td.copy()) for module in (ours, theirs)]
-    assert_same(*results)
-    written = TensorDict(batch_size=[3]), TensorDict(batch_size=[3])
-    for module, output in zip((ours, theirs), written, strict=True):
-        assert module(td, tensordict_out=output) is output
-    assert_same(*written)
-    assert set(written[0].keys(True, True)) == set(out_keys)
-    outputs = [module(x=td["x"], y=td["y"]) for module in (ours, theirs)]
-    for left, right in zip(*map(as_tuple, outputs), strict=True):
-        assert torch.equal(left, right)
-    same = td.copy()
-    assert ours(same) is same
-
-
-def as_tuple(value):
-    return value if isinstance(value, tuple) else (value,)
-
-
-def test_tensor_module_selects_like_tensordict_module():
-    td = xy()
-    results = []
-    for kind in (TensorModule, TensorDictModule):
-        module = kind(Split(), in_keys=["x", "y"], out_keys=["sum", "product"])
-        module.select_out_keys("product")
-        results.append(module(td.copy()))
-    assert_same(*results)
-    assert "sum" not in results[0]
-    assert torch.equal(results[0]["product"], td["x"] * td["y"])
-
-
-def test_tensor_module_wants_one_tensor_per_key():
-    module = TensorModule(Split(), in_keys=["x", "y"], out_keys=["a", "b", "c"])
-    with pytest.raises(ValueError, match="zip"):
-        module(xy())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_output_linear_keeps_the_precision_of_its_weight(dtype):
-    layer = OutputLinear(4, 3).to(dtype)
-    plain = nn.Linear(4, 3).to(dtype)
-    plain.load_state_dict(layer.state_dict())
-    x = torch.randn(5, 4, dtype=dtype)
-    assert torch.equal(layer(x), plain(x))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = layer(x)
-        assert output.dtype == dtype
-        assert torch.equal(output, plain(x.clone()).to(dtype)) == (
-            plain(x).dtype == dtype
-        )
-        # From a hidden layer it comes in the lower precision.
-        low = layer(x.bfloat16())
-        assert torch.is_autocast_enabled("cpu")
-    assert torch.equal(output, plain(x))
-    assert low.dtype == dtype
-    assert torch.equal(low, plain(x.bfloat16().to(dtype)))
-
-
-class Remember(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def forward(self, x):
-        self.seen.append(exploration_type())
-        return x
-
-
-@pytest.mark.parametrize(
-    "surrounding",
-    [None, InteractionType.DETERMINISTIC, InteractionType.MODE, InteractionType.RANDOM],
-)
-def test_always_sample(surrounding):
-    remember = Remember()
-    module = TensorDictModule(remember, in_keys=["x"], out_keys=[("deep", "x")])
-    policy = AlwaysSample(module)
-    assert policy.in_keys == ["x"]
-    assert policy.out_keys == [("deep", "x")]
-    td = TensorDict(x=torch.randn(3), batch_size=[])
-    if surrounding is None:
-        output = policy(td)
-    else:
-        with set_interaction_type(surrounding):
-            output = policy(td)
-            assert exploration_type() is surrounding
-    assert remember.seen == [InteractionType.RANDOM]
-    assert output is td
-    assert torch.equal(td["deep", "x"], td["x"])
-
-
-def test_acting_samples_the_latent_and_then_the_mean():
-    loss = make_alm_loss(**SIZES)
-    policy = loss.acting_policy()
-    td = TensorDict(observation=torch.zeros(400, 5), batch_size=[400])
-    with set_exploration_type(ExplorationType.DETERMINISTIC):
-        full = AlwaysSample(loss.encoder)(td.copy())
-        assert (full["latent"] != full["latent_loc"]).all()
-        actions = policy(td.copy())["action"]
-        torch.manual_seed(5)
-        latent = AlwaysSample(loss.encoder)(td.copy())
-        expected = loss.actor(latent)["action_loc"]
-        torch.manual_seed(5)
-        assert torch.equal(policy(td.copy())["action"], expected)
-    assert actions.std(0).min() > 1e-3
-    assert set(policy(td.copy()).keys()) == {"observation", "action"}

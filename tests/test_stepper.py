@@ -1,38 +1,29 @@
-"""One update of the stepper: order, sizes of the steps, failures, saved state."""
+"""One update of the stepper: order, sizes of the steps, saved state, precision."""
 
 from __future__ import annotations
 
-import copy
 import io
 import math
 
 import pytest
 import torch
-from helpers import B, K, make_batch, make_loss, make_rows, part_of, targets
+from helpers import B, K, make_batch, make_loss, make_rows, targets
+from stepping import (
+    CHECKED,
+    PARTS,
+    TARGETS,
+    Context,
+    changed,
+    make_stepper,
+    part_parameters,
+    train,
+    values_of,
+)
 from torchrl.checkpoint import Checkpoint
 
-from alm_torchrl import ALMOptimizationStepper, NonFiniteError
+from alm_torchrl import ALMOptimizationStepper
 from alm_torchrl.layers import OrthogonalLinear, OutputLinear
 
-PARTS = {
-    "model_loss": ("encoder", "model"),
-    "reward_classifier_loss": ("reward", "classifier"),
-    "qvalue_loss": ("qvalue",),
-    "actor_loss": ("actor",),
-}
-TARGETS = ("target_encoder", "target_qvalue")
-# In the order in which an update checks them.
-CHECKED = (
-    "loss_model",
-    "grad_norm_model",
-    "loss_reward",
-    "loss_classifier",
-    "grad_norm_reward_classifier",
-    "loss_qvalue",
-    "grad_norm_qvalue",
-    "loss_actor",
-    "grad_norm_actor",
-)
 METRICS = {
     "kl",
     "model_reward",
@@ -51,61 +42,6 @@ METRICS = {
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-def make_stepper(device="cpu", **kwargs):
-    stepper = ALMOptimizationStepper(make_loss(updater=False).to(device), **kwargs)
-    # Its updater made them copies.
-    for target in targets(stepper.loss).values():
-        target.data.add_(0.05 * torch.randn_like(target))
-    return stepper
-
-
-def part_parameters(loss, part):
-    return list(getattr(loss, f"{part}_params").parameters())
-
-
-def values_of(stepper):
-    """Copies of all that an update may change, by name."""
-    loss = stepper.loss
-    copies = {
-        f"{part} {i}": param.detach().clone()
-        for part in sum(PARTS.values(), ())
-        for i, param in enumerate(part_parameters(loss, part))
-    }
-    for name, target in targets(loss).items():
-        copies[f"target_{part_of(name)} {name}"] = target.clone()
-    for name, optimizer in stepper.optimizers.items():
-        for i, param in enumerate(optimizer.param_groups[0]["params"]):
-            for key, value in optimizer.state[param].items():
-                copies[f"{name} {key} {i}"] = value.clone()
-    return copies
-
-
-def changed(before, after):
-    """First words of the names of what differs, NaN included."""
-    assert before.keys() == after.keys()
-    return {
-        name.split()[0] for name in before if not torch.equal(before[name], after[name])
-    }
-
-
-class Context:
-    """What the stepper needs of a Trainer; remembers what each loss found."""
-
-    def __init__(self, stepper, spoil=None):
-        self.stepper = stepper
-        self.spoil = spoil
-        self.methods = []
-        self.found = []
-
-    def compute_loss(self, batch, method):
-        self.methods.append(method)
-        self.found.append(values_of(self.stepper))
-        value, metadata = getattr(self.stepper.loss, method)(batch)
-        if self.spoil is not None:
-            value, metadata = self.spoil(method, value, dict(metadata))
-        return value, metadata
 
 
 # -- groups, order and size of the steps ----------------------------------------------
@@ -277,154 +213,7 @@ def test_argument_errors(kwargs, match):
         ALMOptimizationStepper(make_loss(updater=False), **kwargs)
 
 
-# -- values that are not finite -------------------------------------------------------
-
-
-def spoiled(term, factor):
-    """Makes one term not finite; a gradient norm by a finite loss with a steep edge."""
-    name = term.removeprefix("grad_norm_").removeprefix("loss_")
-    method = next(method for method in PARTS if name in method)
-
-    def spoil(called, value, metadata):
-        if called != method:
-            return value, metadata
-        if term.startswith("grad_norm"):
-            # Plus zero, whose derivative is infinite.
-            return value + (value - value.detach()).sqrt(), metadata
-        if term in metadata:
-            metadata[term] = metadata[term] * factor
-        return value * factor, metadata
-
-    return method, spoil
-
-
-@pytest.mark.parametrize(
-    ("term", "factor"),
-    [
-        (term, factor)
-        for term in CHECKED
-        for factor in (math.nan, math.inf)
-        if factor == math.inf or term.startswith("loss_")
-    ],
-)
-def test_each_term_is_checked_before_its_step(term, factor):
-    stepper = make_stepper()
-    stepper.step(None, make_batch())
-    method, spoil = spoiled(term, factor)
-    context = Context(stepper, spoil)
-    with pytest.raises(NonFiniteError) as caught:
-        stepper.step(context, make_batch())
-    assert (caught.value.term, caught.value.step) == (term, 2)
-    assert f"{term} was not finite in update 2" in str(caught.value)
-
-    failed = list(PARTS).index(method)
-    found, after = context.found, values_of(stepper)
-    assert changed(found[failed], after) == set()
-    for earlier in range(failed):
-        name = list(PARTS)[earlier]
-        assert changed(found[earlier], found[earlier + 1]) == {name, *PARTS[name]}
-    # It stays so, and so does the error.
-    for _ in range(2):
-        with pytest.raises(NonFiniteError) as again:
-            stepper.step(None, make_batch())
-        assert (again.value.term, again.value.step) == (term, 2)
-    with pytest.raises(NonFiniteError, match=f"{term} was not finite in update 2"):
-        stepper.raise_if_nonfinite()
-    assert changed(after, values_of(stepper)) == set()
-    assert all(value.isfinite().all() for value in after.values())
-
-
-def bad_batch(term):
-    """A batch that by itself makes this term the first that is not finite."""
-    batch = make_batch(2)
-    if term == "loss_model":
-        batch["slice", "observation"][0, 0, 0] = math.inf
-    elif term == "loss_reward":
-        batch["transition", "next", "reward"][0] = math.nan
-    elif term == "loss_classifier":
-        batch["transition", "next", "observation"][:] = math.nan
-    else:
-        # The square is finite, the sum of the squared gradients is not.
-        assert term == "grad_norm_reward_classifier"
-        batch["transition", "next", "reward"][0] = 1.8e19
-    return batch
-
-
-BAD = ("loss_model", "loss_reward", "loss_classifier", "grad_norm_reward_classifier")
-
-
-@pytest.mark.parametrize("term", BAD)
-def test_bad_data_is_named(term):
-    stepper = make_stepper()
-    for _ in range(2):
-        stepper.step(None, make_batch())
-    with pytest.raises(NonFiniteError) as caught:
-        stepper.step(None, bad_batch(term))
-    assert (caught.value.term, caught.value.step) == (term, 3)
-
-
-def test_a_failure_in_the_first_update():
-    stepper = make_stepper()
-    before = values_of(stepper)
-    with pytest.raises(NonFiniteError, match="loss_model was not finite in update 1;"):
-        stepper.step(None, bad_batch("loss_model"))
-    after = values_of(stepper)
-    assert changed(before, {name: after[name] for name in before}) == set()
-
-
-def step_without_reading(stepper, context, batch):
-    """An update as on a device where reading the verdict would have to wait."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stepper, "raise_if_nonfinite", lambda: None)
-        return stepper.step(context, batch)
-
-
-def check_deferred(stepper, term, step):
-    """Updates go on after a failure and change nothing, until somebody asks."""
-    for _ in range(2):
-        step(stepper, None, make_batch())
-    stepper.raise_if_nonfinite()
-    failing = Context(stepper)
-    step(stepper, failing, bad_batch(term))
-    assert failing.methods == list(PARTS)
-    expected = failing.found[0 if term == "loss_model" else 1]
-    assert changed(expected, values_of(stepper)) == set()
-    for _ in range(3):
-        metrics = step(stepper, None, make_batch())
-        assert metrics["loss_actor"].isfinite()
-        assert changed(expected, values_of(stepper)) == set()
-    # A second failure does not replace the first.
-    other = "loss_reward" if term == "loss_model" else "loss_model"
-    step(stepper, None, bad_batch(other))
-    assert changed(expected, values_of(stepper)) == set()
-    assert stepper.optimizer_step_count == 7
-    for _ in range(2):
-        with pytest.raises(NonFiniteError) as caught:
-            stepper.raise_if_nonfinite()
-        assert (caught.value.term, caught.value.step) == (term, 3)
-
-
-@pytest.mark.parametrize("term", BAD)
-def test_failure_read_later(term):
-    check_deferred(make_stepper(), term, step_without_reading)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("term", BAD)
-def test_failure_read_later_on_cuda(term):
-    def step(stepper, context, batch):
-        return stepper.step(context, batch.to("cuda"))
-
-    check_deferred(make_stepper("cuda"), term, step)
-
-
 # -- saved state ----------------------------------------------------------------------
-
-
-def train(stepper, updates):
-    for n in updates:
-        torch.manual_seed(n)
-        stepper.step(None, make_batch())
 
 
 @pytest.mark.parametrize("saved_by", ["torch", "checkpoint"])
@@ -472,32 +261,6 @@ def test_state_holds_plain_data():
     state = stepper.state_dict()
     assert set(state["optimizers"]) == set(PARTS)
     check(state)
-
-
-def test_a_failure_survives_saving():
-    stepper = make_stepper()
-    train(stepper, range(1))
-    with pytest.raises(NonFiniteError):
-        stepper.step(None, bad_batch("loss_reward"))
-    resumed = make_stepper()
-    resumed.load_state_dict(stepper.state_dict())
-    with pytest.raises(NonFiniteError) as caught:
-        resumed.raise_if_nonfinite()
-    assert (caught.value.term, caught.value.step) == ("loss_reward", 2)
-
-
-def test_an_earlier_state_undoes_a_failure():
-    stepper = make_stepper()
-    train(stepper, range(1))
-    state = copy.deepcopy(stepper.state_dict())
-    with pytest.raises(NonFiniteError):
-        stepper.step(None, bad_batch("loss_reward"))
-    stepper.load_state_dict(state)
-    before = values_of(stepper)
-    train(stepper, range(1, 2))
-    everything = {name.split()[0] for name in before}
-    assert changed(before, values_of(stepper)) == everything
-    assert stepper.optimizer_step_count == 2
 
 
 # -- reduced precision ----------------------------------------------------------------
