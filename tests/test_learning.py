@@ -31,7 +31,7 @@ from alm_torchrl.testing import Sizes, make_loss
 
 STATE, ACTION, SHOCK, COST, GAMMA = 0.9, 0.5, 0.5, 0.5, 0.8
 NOISE = 0.1
-UPDATES = 300
+UPDATES = 250
 SIZES = Sizes(
     batch=128, horizon=2, latent_dim=4, observation_dim=1, action_dim=1, hidden_dim=32
 )
