@@ -1,6 +1,17 @@
 """Aligned Latent Models as modular TorchRL components."""
 
+from alm_torchrl.checkpoint import (
+    ActingPolicy,
+    CollectorState,
+    VerifiedCheckpoint,
+    load_policy,
+)
 from alm_torchrl.distributions import ClampedNormal
+from alm_torchrl.env_state import (
+    EnvironmentStateError,
+    environment_state,
+    load_environment_state,
+)
 from alm_torchrl.envs import make_env
 from alm_torchrl.evaluation import evaluate_policy, random_policy, zero_policy
 from alm_torchrl.layers import AlwaysSample, NoiseSchedule, OrthogonalLinear
@@ -19,7 +30,7 @@ from alm_torchrl.stepper import (
     ALMTargetUpdate,
     NonFiniteError,
 )
-from alm_torchrl.trainer import make_trainer
+from alm_torchrl.trainer import ALMTrainer, make_trainer
 
 __version__ = "0.1.0"
 
@@ -27,13 +38,21 @@ __all__ = [
     "ALMLoss",
     "ALMOptimizationStepper",
     "ALMTargetUpdate",
+    "ALMTrainer",
+    "ActingPolicy",
     "AlwaysSample",
     "ClampedNormal",
+    "CollectorState",
+    "EnvironmentStateError",
     "NoiseSchedule",
     "NonFiniteError",
     "OrthogonalLinear",
     "UniformWindowSampler",
+    "VerifiedCheckpoint",
+    "environment_state",
     "evaluate_policy",
+    "load_environment_state",
+    "load_policy",
     "make_actor",
     "make_alm_loss",
     "make_classifier",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ class Train(TrainConfig):
         tyro.conf.arg(metavar="[TASK]", help_behavior_hint=_task_hint),
     ]
     """Gymnasium task with flat observations and continuous actions."""
+    resume: Path | None = None
+    """Run folder or checkpoint to continue; its settings are the defaults then."""
+    fresh: bool = False
+    """Start anew; a run that is in the folder is moved aside, not deleted."""
 
     def run(self) -> int:
         """Train."""
@@ -46,12 +51,15 @@ class Train(TrainConfig):
                 f"the preset {self.preset!r} needs a task, for example: "
                 f"alm-torchrl train HalfCheetah-v5 --preset {self.preset}"
             )
-        values = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
-        }
+        config = TrainConfig(
+            **{
+                field.name: getattr(self, field.name)
+                for field in dataclasses.fields(TrainConfig)
+            }
+        )
         from alm_torchrl import commands
 
-        return commands.train(TrainConfig(**values))
+        return commands.train(config, resume=self.resume, fresh=self.fresh)
 
 
 CheckpointArgument = Annotated[
@@ -160,15 +168,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train_defaults(arguments: Sequence[str]) -> Train:
-    """The preset that the arguments name, whose values are the flags' defaults."""
-    named: str | None = None
-    for index, word in enumerate(arguments):
-        name, equals, value = word.partition("=")
-        if name == "--preset":
-            named = value if equals else "".join(arguments[index + 1 : index + 2])
+    """The flags' defaults: those of the run to resume, or else of the preset."""
+    resumed = _value_of("--resume", arguments)
+    settings = None if resumed is None else _run_settings(Path(resumed))
+    if settings is not None:
+        return Train(**settings)
     # An unknown name is refused by tyro, which knows the choices.
+    named = _value_of("--preset", arguments)
     preset: Preset = "paper" if named == "paper" else "quick"
     return Train(**{"task": "", **PRESETS[preset], "preset": preset})
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """What follows the last occurrence of a flag."""
+    found: str | None = None
+    for index, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if name == flag:
+            found = value if equals else "".join(arguments[index + 1 : index + 2])
+    return found
+
+
+def _run_settings(path: Path) -> dict[str, Any] | None:
+    """Settings of a run folder, or of the one a checkpoint is in, if it has any."""
+    for run in (path, *path.absolute().parents[1:2]):
+        if (run / "config.json").is_file():
+            record = json.loads((run / "config.json").read_text(encoding="utf-8"))
+            config = TrainConfig.from_dict({**record["settings"], "run_dir": str(run)})
+            return {
+                field.name: getattr(config, field.name)
+                for field in dataclasses.fields(config)
+            }
+    return None
 
 
 def _commands(train: Train) -> Any:  # noqa: ANN401

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import TrainerHookBase
 
+from alm_torchrl.checkpoint import VerifiedCheckpoint
 from alm_torchrl.evaluation import Policy, evaluate_policy
+from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.stepper import ALMOptimizationStepper
 
-__all__ = ["EpisodeLog", "EvaluationHook", "NonFiniteCheck", "ProgressBar"]
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+__all__ = [
+    "BestCheckpoint",
+    "EpisodeLog",
+    "EvaluationHook",
+    "NonFiniteCheck",
+    "ProgressBar",
+]
 
 
 class _Hook(TrainerHookBase):
@@ -126,18 +138,73 @@ class EpisodeLog(_Hook):
     def __init__(self, env: EnvBase) -> None:
         self.reward_key = ("next", env.reward_key)
         self.done_keys = [("next", key) for key in env.done_keys]
+        self._trajectory: int | None = None
         self._return = 0.0
         self._length = 0
 
+    def register(self, trainer: Trainer, name: str = "episode_log") -> None:
+        """Registers the hook, and the sums of the running episode for checkpoints."""
+        super().register(trainer)
+        trainer.register_module(name, self)
+
     def __call__(self, batch: TensorDictBase) -> dict[str, float] | None:
         """Adds one environment step; returns the sums where an episode ended."""
+        trajectory = int(batch.get(("collector", "traj_ids")))
+        if trajectory != self._trajectory:
+            self._trajectory, self._return, self._length = trajectory, 0.0, 0
         self._return += batch.get(self.reward_key).sum().item()
         self._length += batch.numel()
         if not any(batch.get(key).any().item() for key in self.done_keys):
             return None
-        result = {"train/return": self._return, "train/length": float(self._length)}
-        self._return, self._length = 0.0, 0
-        return result
+        return {"train/return": self._return, "train/length": float(self._length)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running episode: its number, and return and length so far."""
+        return {
+            "trajectory": self._trajectory,
+            "return": self._return,
+            "length": self._length,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        self._trajectory = state_dict["trajectory"]
+        self._return = state_dict["return"]
+        self._length = state_dict["length"]
+
+
+class BestCheckpoint:
+    """Keeps the networks that scored best in an evaluation, without the replay.
+
+    Args:
+        loss: the networks.
+        path: the checkpoint to write.
+
+    Keyword Args:
+        metadata: gives what the manifest says besides score and progress.
+    """
+
+    def __init__(
+        self, loss: ALMLoss, path: Path, *, metadata: Callable[[], dict[str, Any]]
+    ) -> None:
+        self.path = path
+        self.metadata = metadata
+        self._checkpoint = VerifiedCheckpoint(loss_module=loss)
+        self._best: float | None = None
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """Saves if the evaluation is the best so far."""
+        if self._best is None or row["mean_return"] > self._best:
+            self._checkpoint.save(self.path, metadata={**row, **self.metadata()})
+            self._best = row["mean_return"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best mean return so far."""
+        return {"best": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        self._best = state_dict["best"]
 
 
 class NonFiniteCheck(_Hook):
@@ -185,19 +252,36 @@ class ProgressBar(_Hook):
             raise ImportError(
                 "progress_bar=True needs tqdm: pip install 'alm_torchrl[cli]'"
             ) from error
-        interval = 0.5 if sys.stderr.isatty() else 30.0
-        self._bar = tqdm(unit="step", mininterval=interval, dynamic_ncols=True)
+        self._make_bar = tqdm
+        self._bar: tqdm | None = None
 
     def register(self, trainer: Trainer, name: str = "") -> None:
-        """Registers the bar after each step and its end at the trainer's."""
+        """Registers the bar after each step and its ends at the trainer's."""
         super().register(trainer, name)
-        self._bar.total = trainer.total_frames
-        trainer.register_op("shutdown", self._bar.close)
+        trainer.register_op("setup", self.open)
+        trainer.register_op("shutdown", self.close)
+
+    def open(self) -> None:
+        """Shows the bar at the trainer's count of environment steps."""
+        self._bar = self._make_bar(
+            initial=self.trainer.collected_frames,
+            total=self.trainer.total_frames,
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+            dynamic_ncols=True,
+        )
 
     def __call__(self) -> None:
         """Advances to the trainer's count of environment steps."""
-        self._bar.update(self.trainer.collected_frames - self._bar.n)
+        if self._bar is not None:
+            self._bar.update(self.trainer.collected_frames - self._bar.n)
 
     def show_return(self, mean_return: float) -> None:
         """Shows a return behind the bar from now on."""
-        self._bar.set_postfix({"return": f"{mean_return:.1f}"})
+        if self._bar is not None:
+            self._bar.set_postfix({"return": f"{mean_return:.1f}"})
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()

@@ -4,8 +4,9 @@
 ``config.json``           settings, versions, commit and hardware (below)
 ``metrics.csv``           one row per evaluation, columns :data:`METRICS_FIELDS`
 ``learning_curve.png``    return against training steps
-``checkpoints/``          the newest checkpoints (``torchrl.checkpoint``)
+``checkpoints/``          the newest checkpoints, and ``best`` without the replay
 ``tensorboard/``          losses and returns, unless another logger was chosen
+``.lock``                 held by the process that trains in the folder
 ========================  ======================================================
 
 ``config.json`` is an object with the keys
@@ -17,13 +18,16 @@
   files were changed; ``null`` for an installed package;
 - ``hardware``: ``cpu`` (model), ``cores`` (usable ones), ``threads`` (PyTorch's),
   ``device`` (``cpu`` or ``cuda``), ``gpu`` (model or ``null``);
-- ``started``: local time with offset, ISO 8601.
+- ``started``: local time with offset, ISO 8601;
+- ``continued``: one object for each time the run was continued, with ``time``,
+  ``environment_step``, ``checkpoint``, ``changes`` (setting: [before, after]) and the
+  ``versions``, ``commit`` and ``hardware`` of then.
 
 ``metrics.csv`` has a header line; numbers are written so that reading them gives
 the same float. Its columns are ``seed``; ``training_step`` (updates so far, the
 warm-up not counted, first row 0); ``environment_step`` (warm-up included);
 ``mean_return`` and ``mean_length`` over whole episodes; ``wall_time`` in seconds
-since the run began; and ``task``, whose id ends in its version.
+that the run took (pauses left out); and ``task``, whose id ends in its version.
 """
 
 from __future__ import annotations
@@ -33,24 +37,34 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from alm_torchrl.config import AGENT, TrainConfig
 
 __all__ = [
+    "CHANGEABLE",
     "METRICS_FIELDS",
     "PACKAGES",
     "MetricsWriter",
     "Run",
+    "continue_run",
     "create_run",
+    "harmful_differences",
+    "holds_run",
+    "lock_run",
     "read_metrics",
+    "read_record",
     "read_run",
-    "refuse_existing_run",
+    "refuse_other_files",
+    "set_run_aside",
 ]
 
 METRICS_FIELDS = (
@@ -69,7 +83,21 @@ PACKAGES = ("alm_torchrl", "torch", "torchrl", "tensordict", "gymnasium", "mujoc
 
 _INTEGERS = ("seed", "training_step", "environment_step")
 _FLOATS = ("mean_return", "mean_length", "wall_time")
-_OWN_NAMES = ("config.json", "metrics.csv", "checkpoints", "learning_curve.png")
+_OWN_NAMES = ("metrics.csv", "checkpoints", "learning_curve.png")
+
+CHANGEABLE = frozenset(
+    {
+        "preset",
+        "threads",
+        "total_steps",
+        "log_interval",
+        "checkpoint_interval",
+        "keep_checkpoints",
+        "logger",
+        "run_dir",
+    }
+)
+"""Settings that a run may change when it continues."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +116,12 @@ class MetricsWriter:
     """Writes rows of ``metrics.csv``, each on disk before :meth:`write` returns.
 
     Args:
-        path: the file, which must not exist.
+        path: the file; rows in it stay, as far as ``until`` says.
+        until: environment step up to which rows stay, those of later steps being
+            measured again. Default: ``-1``, none.
 
     Raises:
-        FileExistsError: if the file exists.
+        ValueError: if the file exists and its columns are not :data:`METRICS_FIELDS`.
 
     Example:
         >>> import tempfile
@@ -104,11 +134,18 @@ class MetricsWriter:
         'Hopper-v5'
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("x", newline="", encoding="utf-8")
+    def __init__(self, path: Path, until: int = -1) -> None:
+        rows = read_metrics(path) if path.exists() and until >= 0 else []
+        self.rows = [row for row in rows if row["environment_step"] <= until]
+        """The rows so far."""
+        kept = path.with_name(f".{path.name}.new")
+        self._file = kept.open("w", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, METRICS_FIELDS, lineterminator="\n")
         self._writer.writeheader()
+        self._writer.writerows(self.rows)
         self._file.flush()
+        os.fsync(self._file.fileno())
+        os.replace(kept, path)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a row that has exactly the columns :data:`METRICS_FIELDS`.
@@ -121,6 +158,7 @@ class MetricsWriter:
         self._writer.writerow(row)
         self._file.flush()
         os.fsync(self._file.fileno())
+        self.rows.append(dict(row))
 
     def close(self) -> None:
         """Close the file."""
@@ -138,68 +176,167 @@ class MetricsWriter:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a ``metrics.csv`` with integers and floats converted.
 
+    A last line without its end, as a killed process leaves it, is passed over.
+
     Raises:
         ValueError: if the columns are not :data:`METRICS_FIELDS`.
     """
     with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != METRICS_FIELDS:
-            raise ValueError(
-                f"{path}: expected the columns {', '.join(METRICS_FIELDS)}, "
-                f"got {', '.join(reader.fieldnames or ())}"
-            )
-        return [
-            {
-                **row,
-                **{name: int(row[name]) for name in _INTEGERS},
-                **{name: float(row[name]) for name in _FLOATS},
-            }
-            for row in reader
-        ]
+        lines = [line for line in file if line.endswith("\n")]
+    reader = csv.DictReader(lines)
+    if tuple(reader.fieldnames or ()) != METRICS_FIELDS:
+        raise ValueError(
+            f"{path}: expected the columns {', '.join(METRICS_FIELDS)}, "
+            f"got {', '.join(reader.fieldnames or ())}"
+        )
+    return [
+        {
+            **row,
+            **{name: int(row[name]) for name in _INTEGERS},
+            **{name: float(row[name]) for name in _FLOATS},
+        }
+        for row in reader
+    ]
 
 
-def refuse_existing_run(path: Path) -> None:
-    """Check that a folder can take a new run: nothing in it would be overwritten.
+@contextmanager
+def lock_run(path: Path) -> Iterator[None]:
+    """Keep other processes from training in a folder, which is made if need be.
+
+    The lock is the operating system's: it ends with its process, however that ends.
 
     Raises:
-        FileExistsError: if the folder already holds a run.
+        BlockingIOError: if another process holds it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise BlockingIOError(
+            f"{path} is in use: another process trains in it"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def holds_run(path: Path) -> bool:
+    """Whether a folder has the settings of a run."""
+    return (path / "config.json").is_file()
+
+
+def refuse_other_files(path: Path) -> None:
+    """Check that a folder without a run has nothing that a run would overwrite.
+
+    Raises:
+        FileExistsError: if it has.
     """
     for name in _OWN_NAMES:
         if (path / name).exists():
             raise FileExistsError(
-                f"{path} already holds a run ({name}); choose another --seed "
-                "or another folder with --run-dir"
+                f"{path} has a {name} but no config.json, so it is not a run that can "
+                "be continued; choose another folder with --run-dir"
             )
 
 
-def create_run(config: TrainConfig, device: str) -> Path:
-    """Make the run folder with its ``config.json``.
+def set_run_aside(path: Path) -> Path:
+    """Move what is in a run folder into a new one beside it, whose path is returned."""
+    time = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    aside = path.with_name(f"{path.name}-replaced-{time}")
+    aside.mkdir()
+    for entry in sorted(path.iterdir()):
+        if entry.name != ".lock":
+            os.replace(entry, aside / entry.name)
+    return aside
+
+
+def create_run(config: TrainConfig, device: str) -> None:
+    """Write the ``config.json`` of a new run into ``config.run_path``.
 
     Args:
-        config: the settings; ``config.run_path`` names the folder.
+        config: the settings.
         device: the device in use, ``"cpu"`` or ``"cuda"``.
-
-    Returns:
-        Path: the folder.
-
-    Raises:
-        FileExistsError: if the folder already holds a run.
     """
-    path = config.run_path
-    refuse_existing_run(path)
-    path.mkdir(parents=True, exist_ok=True)
     record = {
         "settings": config.to_dict(),
         "agent": AGENT,
-        "versions": _versions(),
-        "commit": _source_commit(),
-        "hardware": _hardware(device),
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        **_circumstances(device),
+        "started": _now(),
+        "continued": [],
     }
-    with (path / "config.json").open("x", encoding="utf-8") as file:
-        json.dump(record, file, indent=2)
-        file.write("\n")
-    return path
+    _write_record(config.run_path, record)
+
+
+def continue_run(
+    config: TrainConfig, device: str, source: Path, checkpoint: Path, step: int
+) -> None:
+    """Note in the ``config.json`` of ``config.run_path`` that a run is continued.
+
+    Args:
+        config: the settings from now on.
+        device: the device in use, ``"cpu"`` or ``"cuda"``.
+        source: folder of the run that is continued, possibly another one.
+        checkpoint: where it continues.
+        step: environment step of the checkpoint.
+    """
+    record = read_record(source)
+    before = record["settings"]
+    after = config.to_dict()
+    entry = {
+        "time": _now(),
+        "environment_step": step,
+        "checkpoint": str(checkpoint.resolve()),
+        "changes": {
+            name: [before.get(name), value]
+            for name, value in after.items()
+            if before.get(name) != value
+        },
+        **_circumstances(device),
+    }
+    record["settings"] = after
+    record["continued"] = [*record.get("continued", []), entry]
+    _write_record(config.run_path, record)
+
+
+def harmful_differences(
+    before: Mapping[str, Any], config: TrainConfig
+) -> dict[str, tuple[Any, Any]]:
+    """Settings that a run cannot change when it continues.
+
+    Args:
+        before: the settings that the run was started with.
+        config: those it would continue with.
+
+    Returns:
+        dict: the names of those that differ, with both values. :data:`CHANGEABLE`
+        ones are left out.
+    """
+    after = config.to_dict()
+    return {
+        name: (before.get(name), value)
+        for name, value in after.items()
+        if name not in CHANGEABLE and before.get(name) != value
+    }
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The ``config.json`` of a run folder.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is not readable.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} is not a run folder: it has no config.json")
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        record["settings"].items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not the config.json of a run: {error}") from error
+    return record
 
 
 def read_run(path: Path) -> Run:
@@ -209,12 +346,33 @@ def read_run(path: Path) -> Run:
         FileNotFoundError: if the folder or one of the two files is missing.
         ValueError: if a file does not have the documented form.
     """
-    for name in ("config.json", "metrics.csv"):
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"{path} is not a run folder: it has no {name}")
-    record = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    record = read_record(path)
+    if not (path / "metrics.csv").is_file():
+        raise FileNotFoundError(f"{path} is not a run folder: it has no metrics.csv")
     config = TrainConfig.from_dict(record["settings"])
     return Run(path, config, read_metrics(path / "metrics.csv"))
+
+
+def _write_record(path: Path, record: Mapping[str, Any]) -> None:
+    new = path / ".config.json.new"
+    with new.open("w", encoding="utf-8") as file:
+        json.dump(record, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path / "config.json")
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _circumstances(device: str) -> dict[str, Any]:
+    return {
+        "versions": _versions(),
+        "commit": _source_commit(),
+        "hardware": _hardware(device),
+    }
 
 
 def _versions() -> dict[str, str | None]:

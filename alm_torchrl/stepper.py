@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,26 +26,40 @@ STEPS = (
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or a gradient norm was NaN or infinite; no parameter changed after it.
+    """Something was NaN or infinite; no parameter changed after it.
 
     Args:
-        term (str): name of the loss or gradient norm.
-        step (int): update, counted from 1, in which it happened.
+        term (str): name of the loss, gradient norm or stored entry.
+        step (int): update or environment step, counted from 1, in which it happened.
+
+    Keyword Args:
+        unit (str): what ``step`` counts. Default: ``"update"``.
+        checkpoint (Path, optional): the last checkpoint before it, if there is one.
+            Default: ``None``.
 
     Examples:
         >>> error = NonFiniteError("loss_model", 7)
-        >>> error.term, error.step
-        ('loss_model', 7)
+        >>> error.term, error.step, error.unit
+        ('loss_model', 7, 'update')
     """
 
-    def __init__(self, term: str, step: int) -> None:
+    def __init__(
+        self,
+        term: str,
+        step: int,
+        *,
+        unit: Literal["update", "environment step"] = "update",
+        checkpoint: Path | None = None,
+    ) -> None:
+        saved = "" if checkpoint is None else f" Last good checkpoint: {checkpoint}."
         super().__init__(
-            f"{term} was not finite in update {step}; that optimizer step and all "
-            "later ones were skipped. Check rewards and observations, or lower the "
-            "learning rate."
+            f"{term} was not finite in {unit} {step}; no parameter was changed after "
+            "it. Check rewards and observations, or lower the learning rate." + saved
         )
         self.term = term
         self.step = step
+        self.unit = unit
+        self.checkpoint = checkpoint
 
 
 class ALMTargetUpdate(SoftUpdate):

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.checkpoint import Checkpoint, CheckpointRotation, GlobalRNGState
+from torchrl.checkpoint import CheckpointRotation, GlobalRNGState
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 from torchrl.record.loggers import Logger
 from torchrl.trainers import Trainer
 
+from alm_torchrl.checkpoint import (
+    CollectorState,
+    VerifiedCheckpoint,
+    clear_leftovers,
+)
 from alm_torchrl.hooks import (
+    BestCheckpoint,
     EpisodeLog,
     EvaluationHook,
     NonFiniteCheck,
@@ -23,9 +29,35 @@ from alm_torchrl.hooks import (
 )
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.replay import make_replay_buffer
-from alm_torchrl.stepper import ALMOptimizationStepper
+from alm_torchrl.stepper import ALMOptimizationStepper, NonFiniteError
 
-__all__ = ["make_trainer"]
+__all__ = ["ALMTrainer", "make_trainer"]
+
+
+class ALMTrainer(Trainer):
+    """A :class:`torchrl.trainers.Trainer` that cleans up after a failed run.
+
+    Made by :func:`make_trainer`. Where training raises, its progress bar is closed,
+    and a :class:`~alm_torchrl.NonFiniteError` names the last good checkpoint.
+    """
+
+    bar: ProgressBar | None = None
+
+    def train(self) -> None:
+        """Trains until the end, a stop that was requested, or an error."""
+        try:
+            super().train()
+        except NonFiniteError as error:
+            rotation = self.checkpoint_rotation
+            raise NonFiniteError(
+                error.term,
+                error.step,
+                unit=error.unit,
+                checkpoint=None if rotation is None else rotation.latest(),
+            ) from error
+        finally:
+            if self.bar is not None:
+                self.bar.close()
 
 
 def make_trainer(
@@ -51,9 +83,10 @@ def make_trainer(
     checkpoint_dir: str | Path | None = None,
     checkpoint_interval: int = 5000,
     keep_checkpoints: int = 2,
+    checkpoint_metadata: Callable[[], Mapping[str, Any]] | None = None,
     progress_bar: bool = False,
     seed: int = 0,
-) -> Trainer:
+) -> ALMTrainer:
     """Wires environment, loss, replay, stepper, schedule and evaluation together.
 
     ``warmup_steps`` uniformly random environment steps without updates, then one
@@ -63,6 +96,11 @@ def make_trainer(
 
     The result is an ordinary :class:`~torchrl.trainers.Trainer`: register further
     hooks on it, then call ``train()``. Its frames include the warm-up.
+
+    A trainer made with the same arguments continues exactly where another one was
+    saved, bit by bit on an eager CPU, if ``load_from_file(checkpoint)`` is called
+    before ``train()``; see :class:`~alm_torchrl.CollectorState` for environments
+    that cannot give their state.
 
     Args:
         env (EnvBase): environment to train in, without batch dimensions; seeded here.
@@ -94,23 +132,27 @@ def make_trainer(
             step. Default: ``None``.
         log_interval (int): environment steps between logged values.
             Default: ``1000``.
-        checkpoint_dir (str or Path, optional): where checkpoints go. They hold all
-            but the replay. Default: ``None``, no checkpoints.
+        checkpoint_dir (str or Path, optional): where checkpoints go, and in ``best``
+            the networks that scored best in an evaluation; what killed saves left
+            there is removed. Default: ``None``, no checkpoints.
         checkpoint_interval (int): environment steps between them, besides the one at
             the end. Default: ``5000``.
         keep_checkpoints (int): how many of the latest to keep. Default: ``2``.
+        checkpoint_metadata (callable, optional): gives further JSON values for the
+            manifest of each checkpoint. Default: ``None``.
         progress_bar (bool): show a progress bar (needs tqdm). Default: ``False``.
         seed (int): seed of environment, actions and updates. Build the loss after
             ``torch.manual_seed`` to fix its parameters too. Default: ``0``.
 
     Returns:
-        Trainer: ready to ``train()``.
+        ALMTrainer: ready to ``train()``.
 
     Raises:
         ValueError: if a number is out of range, ``eval_env`` is ``env``, or one of
             them has batch dimensions.
-        NonFiniteError: while training, if a loss or gradient norm is not finite: at
-            once on a CPU, within ``log_interval`` updates elsewhere.
+        NonFiniteError: while training, if an observation, reward, loss or gradient
+            norm is not finite: losses and norms at once on a CPU, within
+            ``log_interval`` updates elsewhere. Nothing is saved after it.
 
     Examples:
         >>> from alm_torchrl import make_alm_loss, make_env, make_trainer
@@ -159,20 +201,35 @@ def make_trainer(
         policy_device=None if device.type == "cpu" else device,
         auto_register_policy_transforms=False,
     )
+    buffer = make_replay_buffer(
+        capacity, batch_size=batch_size, horizon=horizon, memmap_dir=memmap_dir
+    )
     stepper = ALMOptimizationStepper(
         loss, lr=lr, clip_norm=clip_norm, tau=tau, precision=precision
     )
-    checkpoint, rotation = None, None
+
+    def metadata(*_: Any) -> dict[str, Any]:
+        # On a GPU the check of the updates is deferred: not beyond a save.
+        stepper.raise_if_nonfinite()
+        return {} if checkpoint_metadata is None else dict(checkpoint_metadata())
+
+    checkpoint, rotation, best = None, None, None
     if checkpoint_dir is not None:
-        checkpoint = Checkpoint(rng=GlobalRNGState())
+        checkpoint_dir = Path(checkpoint_dir)
+        clear_leftovers(checkpoint_dir)
+        checkpoint = VerifiedCheckpoint(
+            rng=GlobalRNGState(), collector=CollectorState(collector)
+        )
         rotation = CheckpointRotation(checkpoint_dir, keep_last=keep_checkpoints)
-    trainer = Trainer(
+        best = BestCheckpoint(loss, checkpoint_dir / "best", metadata=metadata)
+    trainer = ALMTrainer(
         collector=collector,
         total_frames=warmup_steps + total_steps,
         frame_skip=1,
         optim_steps_per_batch=1,
         loss_module=loss,
         optimization_stepper=stepper,
+        replay_buffer=buffer,
         target_net_updater=stepper.target_update,
         logger=logger,
         progress_bar=False,
@@ -180,6 +237,7 @@ def make_trainer(
         log_interval=log_interval - 1,
         checkpoint=checkpoint,
         checkpoint_rotation=rotation,
+        checkpoint_metadata=None if rotation is None else metadata,
         save_trainer_interval=checkpoint_interval - 1,
     )
     # The Trainer keeps each value it ever logged, and shares the times of the last
@@ -187,14 +245,17 @@ def make_trainer(
     trainer._log_dict = defaultdict(lambda: deque(maxlen=1))
     trainer._last_log = {}
 
-    buffer = make_replay_buffer(
-        capacity, batch_size=batch_size, horizon=horizon, memmap_dir=memmap_dir
-    )
     stored = [*loss.in_keys, ("next", "done"), ("collector", "traj_ids")]
     schedule = loss.noise_schedule
 
     def extend(batch: TensorDictBase) -> None:
-        buffer.extend(batch.select(*stored))
+        rows = batch.select(*stored)
+        for key, value in rows.items(include_nested=True, leaves_only=True):
+            if value.is_floating_point() and not value.isfinite().all():
+                name = key if isinstance(key, str) else "/".join(key)
+                step = trainer.collected_frames + 1
+                raise NonFiniteError(name, step, unit="environment step")
+        buffer.extend(rows)
 
     def sample(_: TensorDictBase) -> TensorDictBase:
         # The Trainer would update after the last random step already, and has
@@ -211,16 +272,20 @@ def make_trainer(
     EpisodeLog(env).register(trainer)
     if device.type != "cpu":
         NonFiniteCheck(stepper, log_interval).register(trainer)
-    bar = ProgressBar() if progress_bar else None
-    if bar is not None:
-        bar.register(trainer)
+    if progress_bar:
+        trainer.bar = ProgressBar()
+        trainer.bar.register(trainer)
+    if best is not None:
+        trainer.register_module("best_checkpoint", best)
     if eval_env is not None:
 
         def report(row: dict[str, Any]) -> None:
-            if bar is not None:
-                bar.show_return(row["mean_return"])
+            if trainer.bar is not None:
+                trainer.bar.show_return(row["mean_return"])
             if on_evaluation is not None:
                 on_evaluation(row)
+            if best is not None:
+                best(row)
 
         EvaluationHook(
             eval_env,

@@ -223,18 +223,18 @@ def test_closing_lines_compare_scores_and_name_what_to_run(
         assert f"alm-torchrl {command} {relative}" in text
 
 
-def test_nothing_is_overwritten(capsys, pendulum):
+def test_a_complete_run_is_left_alone(capsys, pendulum):
     before = {path: path.stat().st_mtime_ns for path in pendulum.rglob("*")}
-    message = _fails(capsys, "train", *TINY, "--run-dir", pendulum)
-    assert "already holds a run" in message
-    assert "--run-dir" in message
+    arguments = "Pendulum-v1 --action-bounds rescale --total-steps 40"
+    assert _train(pendulum, *arguments.split(), "--eval-interval", "15") == 0
+    assert "complete: 40 training steps" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in pendulum.rglob("*")} == before
 
 
 def test_evaluate_takes_a_run_or_a_checkpoint(capsys, pendulum):
     assert main(["evaluate", str(pendulum), "--episodes", "2"]) == 0
     of_run = capsys.readouterr().out
-    (checkpoint,) = (pendulum / "checkpoints").iterdir()
+    (checkpoint,) = (pendulum / "checkpoints").glob("checkpoint-*")
     assert main(["evaluate", str(checkpoint), "--episodes", "2"]) == 0
     assert capsys.readouterr().out == of_run
     assert "Pendulum-v1" in of_run
@@ -246,28 +246,52 @@ def test_evaluate_takes_a_run_or_a_checkpoint(capsys, pendulum):
     assert "positive" in _fails(capsys, "evaluate", pendulum, "--episodes", 0)
 
 
-def test_evaluate_acts_with_the_trained_parameters(capsys, inverted):
+def test_evaluate_acts_with_the_trained_parameters(inverted):
     import torch
 
-    from alm_torchrl.checkpoint import build_loss, load_loss, resolve_checkpoint
+    from alm_torchrl.checkpoint import build_loss, describe_spaces, load_policy
     from alm_torchrl.envs import make_env
 
     env = make_env("InvertedPendulum-v5", action_bounds="rescale")
     settings = read_run(inverted[1]).config
     torch.manual_seed(settings.seed)
-    untrained = build_loss(settings.to_dict(), env).state_dict()
-    trained = load_loss(inverted[1], env)
-    changed = [
-        name
-        for name, value in trained.state_dict().items()
-        if isinstance(value, torch.Tensor) and not torch.equal(value, untrained[name])
-    ]
-    assert any("encoder" in name for name in changed)
-    assert any("actor" in name for name in changed)
-    assert trained.noise_schedule.std.item() < 1.0
-    run, checkpoint = resolve_checkpoint(inverted[1])
-    assert run == inverted[1]
-    assert checkpoint.name.endswith("63")
+    loss = build_loss(settings.to_dict(), describe_spaces(env))
+    untrained = loss.acting_policy().state_dict()
+    trained = load_policy(inverted[1]).policy.state_dict()
+    assert trained.keys() == untrained.keys()
+    changed = [name for name in trained if not trained[name].equal(untrained[name])]
+    assert any(name.startswith("module.0") for name in changed)
+    assert any(name.startswith("module.1") for name in changed)
+    (std,) = [value for name, value in trained.items() if name.endswith(".std")]
+    assert std.item() < 1.0
+
+
+def test_a_loaded_policy_acts_in_gymnasium_and_in_torchrl(pendulum):
+    import gymnasium
+    import torch
+    from tensordict import TensorDict
+
+    from alm_torchrl import load_policy, make_env
+
+    policy = load_policy(pendulum)
+    env = gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1.0, 1.0)
+    observation, _ = env.reset(seed=0)
+    for _ in range(3):
+        observed = torch.as_tensor(observation, dtype=torch.float32)
+        action = policy(TensorDict(observation=observed))["action"].numpy()
+        observation, *_ = env.step(action)
+    rollout = make_env("Pendulum-v1", action_bounds="rescale").rollout(5, policy)
+    assert rollout["action"].shape == (5, 1)
+    assert not rollout["action"].requires_grad
+
+    # The latent is sampled in both, the action's noise in one only.
+    exploring = load_policy(pendulum, deterministic=False)
+    best = load_policy(pendulum / "checkpoints" / "best")
+    seen = TensorDict(observation=torch.zeros(512, 3))
+    actions = [p(seen.clone())["action"] for p in (policy, exploring, best)]
+    assert actions[1].std() > actions[0].std()
+    assert actions[1].max() <= 1
+    assert actions[2].shape == (512, 1)
 
 
 def test_plot_overlays_seeds(capsys, tmp_path, inverted):
@@ -330,7 +354,8 @@ def test_divergence_names_the_term_and_keeps_the_curve(capsys, tmp_path):
     assert (tmp_path / "learning_curve.png").is_file()
 
 
-def test_ctrl_c_leaves_a_readable_run(capsys, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_is_saved_and_says_how_to_continue(capsys, tmp_path, number):
     folder = tmp_path / "stopped run"
     code = "import sys; from alm_torchrl.cli import main; sys.exit(main())"
     arguments = ["train", "InvertedPendulum-v5", *RESCALE]
@@ -350,13 +375,21 @@ def test_ctrl_c_leaves_a_readable_run(capsys, tmp_path):
         if metrics.is_file() and len(metrics.read_text().splitlines()) > 2:
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    assert "in use" in _fails(capsys, "train", "--resume", folder)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "Interrupted" in out
+    assert process.returncode == 128 + number, err
     assert "Traceback" not in err
+    command = f"alm-torchrl train --resume {shlex.quote(str(folder))}"
+    assert f"Continue with: {command}" in out
     run = read_run(folder)
     assert [row["training_step"] for row in run.metrics[:2]] == [0, 5]
     assert (folder / "learning_curve.png").stat().st_size > 1000
     assert main(["evaluate", str(folder), "--episodes", "1"]) == 0
-    assert "InvertedPendulum-v5" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    (newest,) = (folder / "checkpoints").glob("checkpoint-*")
+    assert str(newest) in text
+    steps = int(newest.name.partition("-")[2]) - 60 + 3
+    assert main([*shlex.split(command)[1:], "--total-steps", str(steps)]) == 0
+    assert f"Continues from {newest}" in capsys.readouterr().out
+    assert read_run(folder).metrics[-1]["training_step"] == steps

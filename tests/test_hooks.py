@@ -22,16 +22,24 @@ class FakeTrainer:
         self.total_frames = total_frames
         self.logger = logger
         self.ops: dict[str, list] = {}
+        self.modules: dict = {}
 
     def register_op(self, stage, op):
         self.ops.setdefault(stage, []).append(op)
+
+    def register_module(self, name, module):
+        self.modules[name] = module
+
+    def setup(self):
+        for op in self.ops["setup"]:
+            op()
 
     def step(self, *args):
         """One environment step: every hook is called as at its stage."""
         self.collected_frames += 1
         results = []
         for stage, ops in self.ops.items():
-            if stage != "shutdown":
+            if stage not in ("setup", "shutdown"):
                 arguments = args if stage.endswith("_log") else ()
                 results += [op(*arguments) for op in ops]
         return results
@@ -149,11 +157,12 @@ def test_hooks_have_no_state(evaluated):
 # -- EpisodeLog ------------------------------------------------------------------------
 
 
-def episode_step(reward, *, terminated=False, truncated=False):
+def episode_step(trajectory, reward, *, terminated=False, truncated=False):
     flags = {"terminated": terminated, "truncated": truncated}
     following = {key: torch.tensor([[flag]]) for key, flag in flags.items()}
     following["gain"] = torch.tensor([[reward]])
-    return TensorDict({"next": following}, batch_size=[1])
+    ids = {"traj_ids": torch.tensor([trajectory])}
+    return TensorDict({"next": following, "collector": ids}, batch_size=[1])
 
 
 def test_episode_log_sums_each_episode_that_ends():
@@ -162,12 +171,12 @@ def test_episode_log_sums_each_episode_that_ends():
     EpisodeLog(keys).register(trainer)
     assert list(trainer.ops) == ["pre_steps_log"]
     steps = [
-        episode_step(1.0),
-        episode_step(2.5, terminated=True),
-        episode_step(-4.0, truncated=True),
-        episode_step(8.0),
-        episode_step(16.0),
-        episode_step(32.0, truncated=True),
+        episode_step(0, 1.0),
+        episode_step(0, 2.5, terminated=True),
+        episode_step(1, -4.0, truncated=True),
+        episode_step(2, 8.0),
+        episode_step(2, 16.0),
+        episode_step(2, 32.0, truncated=True),
     ]
     assert [trainer.step(step) for step in steps] == [
         [None],
@@ -177,6 +186,20 @@ def test_episode_log_sums_each_episode_that_ends():
         [None],
         [{"train/return": 56.0, "train/length": 3.0}],
     ]
+
+
+def test_episode_log_continues_a_saved_episode_and_drops_one_that_was_lost():
+    keys = SimpleNamespace(reward_key="gain", done_keys=["terminated", "truncated"])
+    first, trainer = EpisodeLog(keys), FakeTrainer()
+    first.register(trainer)
+    trainer.step(episode_step(4, 1.0))
+    assert trainer.modules == {"episode_log": first}
+    for trajectory, total, length in ((4, 3.0, 2.0), (5, 2.0, 1.0)):
+        log, trainer = EpisodeLog(keys), FakeTrainer()
+        log.register(trainer)
+        log.load_state_dict(first.state_dict())
+        (result,) = trainer.step(episode_step(trajectory, 2.0, terminated=True))
+        assert result == {"train/return": total, "train/length": length}
 
 
 # -- NonFiniteCheck --------------------------------------------------------------------
@@ -226,7 +249,9 @@ def test_progress_bar_writes_to_stderr_and_closes(capsys):
     trainer = FakeTrainer(40)
     bar = ProgressBar()
     bar.register(trainer)
-    for _ in range(30):
+    trainer.collected_frames = 10  # of a run that continues
+    trainer.setup()
+    for _ in range(20):
         trainer.step()
     bar.show_return(-12.34)
     trainer.shutdown()

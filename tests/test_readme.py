@@ -18,7 +18,14 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_runs_as_printed(code):
+def test_python_runs_as_printed(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in re.findall(r'"(runs/[^"]*)"', code):
+        task = folder.removeprefix("runs/").partition("-alm-")[0]
+        sizes = "--latent-dim 4 --hidden-dim 8 --model-hidden-dim 8 --eval-episodes 1"
+        steps = "--warmup-steps 9 --total-steps 1 --batch-size 4 --device cpu"
+        arguments = f"train {task} --run-dir {folder} {steps} {sizes}"
+        assert main(arguments.split()) == 0
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 

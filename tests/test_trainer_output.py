@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import traceback
 from unittest import mock
 
 import pytest
@@ -20,6 +21,7 @@ from trainer_runs import (
 )
 
 from alm_torchrl import NonFiniteError
+from alm_torchrl.checkpoint import VerifiedCheckpoint
 
 # -- a Trainer like any other ----------------------------------------------------------
 
@@ -69,18 +71,19 @@ def test_checkpoints_are_kept_and_load_into_a_fresh_loss(keep, tmp_path):
     )
     # At each multiple of 5 environment steps, and at the end.
     assert counts == [(20, 10), (22, 12)][-keep:]
-    assert all("replay_buffer" not in m["components"] for m in manifests)
+    assert all("replay_buffer" in m["components"] for m in manifests)
 
     newest = CheckpointRotation(tmp_path, keep_last=keep).latest()
     fresh = tiny_loss(env, seed=1)
     final = tensors(loss.state_dict())
     assert len(differing(tensors(fresh.state_dict()), final)) > 10
-    Checkpoint(loss_module=fresh).load(newest, components=["loss_module"])
+    VerifiedCheckpoint(loss_module=fresh).load(newest)
     assert differing(tensors(fresh.state_dict()), final) == []
 
     other_env = Counter()
     other, _ = build(other_env, tiny_loss(other_env, seed=1), checkpoint_dir=tmp_path)
-    other.load_from_file(newest)
+    with pytest.warns(UserWarning, match="fresh episode.*checkpoint_state"):
+        other.load_from_file(newest)
     assert other.collected_frames == WARMUP + TOTAL
     loaded, stepper = (
         tensors(t.optimization_stepper.state_dict()) for t in (other, trainer)
@@ -180,18 +183,70 @@ def test_nonfinite_parameters_stop_the_training_with_term_and_update():
     assert trainer.collected_frames == WARMUP + 4
 
 
-def test_nonfinite_rewards_stop_the_training(monkeypatch):
+@pytest.mark.parametrize("entry", ["observation", "reward"])
+@pytest.mark.parametrize("at", [5, WARMUP + 5])
+def test_nonfinite_data_stops_the_training_before_it_is_stored(
+    entry, at, monkeypatch, tmp_path
+):
     env = Counter()
-    trainer, _ = build(env, tiny_loss(env))
+    trainer, buffer = build(
+        env, tiny_loss(env), checkpoint_dir=tmp_path, checkpoint_interval=4
+    )
     step = env._step
 
     def broken(tensordict):
-        return step(tensordict).set("reward", torch.full((1,), torch.inf))
+        result = step(tensordict)
+        if len(env.history) == at:
+            result[entry] = torch.full_like(result[entry], torch.inf)
+        return result
 
     monkeypatch.setattr(env, "_step", broken)
     with pytest.raises(NonFiniteError) as caught:
         trainer.train()
-    assert (caught.value.term, caught.value.step) == ("loss_reward", 1)
+    newest = CheckpointRotation(tmp_path, keep_last=1).latest()
+    assert newest.name.endswith(f"{(at - 1) // 4 * 4:012d}")
+    assert str(caught.value).startswith(
+        f"next/{entry} was not finite in environment step {at}; no parameter"
+    )
+    assert str(caught.value).endswith(f"Last good checkpoint: {newest}.")
+    assert len(buffer) == at - 1
+    assert trainer.optimization_stepper.optimizer_step_count == max(at - WARMUP - 1, 0)
+
+
+def test_nothing_is_saved_after_an_update_that_failed(tmp_path, monkeypatch):
+    """As on a GPU, where the update itself does not raise."""
+    trainer = counter_trainer(
+        checkpoint_dir=tmp_path,
+        checkpoint_interval=4,
+        eval_env=Counter(),
+        eval_interval=2,
+        eval_episodes=1,
+    )
+    stepper = trainer.optimization_stepper
+    check = stepper.raise_if_nonfinite
+    monkeypatch.setattr(stepper, "raise_if_nonfinite", lambda: None)
+
+    def poison():
+        if stepper.optimizer_step_count == 3:
+            monkeypatch.setattr(stepper, "raise_if_nonfinite", lambda: None)
+            next(trainer.loss_module.reward_params.parameters()).data.fill_(torch.nan)
+            # The save's own check is real.
+            monkeypatch.setattr(stepper, "raise_if_nonfinite", _only_when_saving(check))
+
+    trainer.register_op("post_optim", poison)
+    with pytest.raises(NonFiniteError, match=r"update 4.*Last good .*-000000000012"):
+        trainer.train()
+    frames = {path.name: Checkpoint.manifest(path) for path in tmp_path.iterdir()}
+    assert max(m["metadata"].get("optim_steps", 0) for m in frames.values()) <= 3
+
+
+def _only_when_saving(check):
+    def guarded():
+        names = {frame.name for frame in traceback.extract_stack()}
+        if "metadata" in names:
+            check()
+
+    return guarded
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from unittest import mock
 
+import numpy as np
 import torch
 from tensordict import TensorDict
 from torchrl.data import Binary, Bounded, Composite, Unbounded
@@ -119,7 +120,9 @@ def counter_trainer(**options):
 
 def tensors(state, prefix=""):
     """The leaves of nested state dicts as tensors by name."""
-    if isinstance(state, torch.Tensor | int | float):
+    if isinstance(state, int) and abs(state) >= 2**63:
+        state = str(state)
+    if isinstance(state, torch.Tensor | np.ndarray | np.generic | int | float):
         return {prefix: torch.as_tensor(state).clone()}
     if isinstance(state, str):
         state = list(state.encode())

@@ -1,0 +1,264 @@
+"""Find a run's checkpoints and load the networks in them to act or evaluate."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import (
+    InteractionType,
+    TensorDictModuleBase,
+    set_interaction_type,
+)
+from torchrl.checkpoint import CheckpointError
+from torchrl.envs import EnvBase
+
+from alm_torchrl.checkpoint.verified import VerifiedCheckpoint, read_manifest
+from alm_torchrl.layers import NoiseSchedule
+from alm_torchrl.objectives import ALMLoss, make_alm_loss
+
+__all__ = [
+    "ActingPolicy",
+    "build_loss",
+    "checkpoint_metadata",
+    "describe_spaces",
+    "find_checkpoint",
+    "load_policy",
+    "usable_checkpoints",
+]
+
+_LOSS_ARGUMENTS = (
+    "latent_dim",
+    "hidden_dim",
+    "model_hidden_dim",
+    "gamma",
+    "lmbda",
+    "classifier_coef",
+    "kl_coef",
+    "value_coef",
+    "noise_clip",
+    "discount_model_loss",
+)
+
+
+def describe_spaces(env: EnvBase) -> dict[str, Any]:
+    """What networks need to know of an environment, as plain values.
+
+    Args:
+        env: with a flat ``"observation"`` and a bounded continuous action.
+
+    Returns:
+        dict: ``observation_dim``, and ``action_low`` and ``action_high`` as lists.
+
+    Example:
+        >>> from alm_torchrl import make_env
+        >>> describe_spaces(make_env("Pendulum-v1", action_bounds="rescale"))
+        {'observation_dim': 3, 'action_low': [-1.0], 'action_high': [1.0]}
+    """
+    space = env.action_spec_unbatched.space
+    return {
+        "observation_dim": env.observation_spec["observation"].shape[-1],
+        "action_low": space.low.tolist(),
+        "action_high": space.high.tolist(),
+    }
+
+
+def build_loss(settings: Mapping[str, Any], spaces: Mapping[str, Any]) -> ALMLoss:
+    """Networks and losses from the settings of a run.
+
+    Args:
+        settings: a mapping with the names of
+            :class:`alm_torchrl.config.TrainConfig`; those about networks, losses
+            and noise are read.
+        spaces: see :func:`describe_spaces`.
+
+    Returns:
+        ALMLoss: freshly initialised.
+    """
+    schedule = NoiseSchedule(
+        settings["noise_initial"], settings["noise_final"], settings["noise_steps"]
+    )
+    arguments = {name: settings[name] for name in _LOSS_ARGUMENTS}
+    return make_alm_loss(
+        observation_dim=spaces["observation_dim"],
+        action_low=torch.tensor(spaces["action_low"]),
+        action_high=torch.tensor(spaces["action_high"]),
+        noise_schedule=schedule,
+        **arguments,
+    )
+
+
+def usable_checkpoints(
+    directory: Path, components: Collection[str] | None = None
+) -> Iterator[Path]:
+    """The checkpoints in a directory that are not damaged, the newest first.
+
+    Args:
+        directory: where a :class:`~torchrl.checkpoint.CheckpointRotation` keeps them.
+        components: those that will be loaded, whose files are checked.
+            Default: ``None``, all.
+
+    Warns:
+        UserWarning: for each damaged one that is passed over, saying what is wrong.
+    """
+    if not directory.is_dir():
+        return
+    found = [
+        (int(number), path)
+        for path in directory.iterdir()
+        if (number := path.name.removeprefix("checkpoint-")).isdigit()
+    ]
+    for _, path in sorted(found, reverse=True):
+        try:
+            VerifiedCheckpoint().verify(path, components=components)
+        except CheckpointError as error:
+            warnings.warn(
+                f"{error}. The checkpoint before it is used, if there is one.",
+                UserWarning,
+                stacklevel=3,
+            )
+        else:
+            yield path
+
+
+def find_checkpoint(
+    path: str | Path, components: Collection[str] | None = ("loss_module",)
+) -> Path:
+    """The checkpoint that a path stands for.
+
+    Args:
+        path: a checkpoint, or a run folder, which stands for its newest checkpoint
+            that is not damaged.
+        components: those that will be loaded. Default: the networks.
+
+    Returns:
+        Path: the checkpoint.
+
+    Raises:
+        FileNotFoundError: if the path is missing, is neither of the two, or the run
+            has no checkpoint that can be used.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    if (path / "manifest.json").is_file():
+        return path
+    directory = path / "checkpoints"
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{path} is neither a checkpoint nor a run folder, which would have a "
+            "folder named checkpoints"
+        )
+    newest = next(usable_checkpoints(directory, components), None)
+    if newest is None:
+        best = directory / "best"
+        hint = f" (but {best}, to act with)" if best.is_dir() else ""
+        raise FileNotFoundError(f"{path} holds no usable checkpoint yet{hint}")
+    return newest
+
+
+def checkpoint_metadata(path: Path) -> dict[str, Any]:
+    """What a training run wrote beside its state: settings, spaces, progress.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged, or holds no settings since it
+            was not written by ``alm-torchrl train``.
+    """
+    metadata: dict[str, Any] = read_manifest(path)["metadata"]
+    if "settings" not in metadata or "spaces" not in metadata:
+        raise CheckpointError(
+            f"{path} does not say how its networks are built. Build the loss as for "
+            "the training and use VerifiedCheckpoint(loss_module=loss).load(path)"
+        )
+    return metadata
+
+
+class ActingPolicy(TensorDictModuleBase):
+    """A policy that acts in one way, whatever exploration type surrounds it.
+
+    Args:
+        policy: reads observations and writes actions.
+
+    Keyword Args:
+        deterministic: take the mode of the policy's action, or else draw it.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> loss = make_alm_loss(
+        ...     observation_dim=3, action_low=[-1.0], action_high=[1.0], hidden_dim=8
+        ... )
+        >>> policy = ActingPolicy(loss.acting_policy(), deterministic=True)
+        >>> policy(TensorDict(observation=torch.zeros(3)))["action"].shape
+        torch.Size([1])
+    """
+
+    def __init__(self, policy: TensorDictModuleBase, *, deterministic: bool) -> None:
+        super().__init__()
+        self.policy = policy
+        self.deterministic = deterministic
+        self.in_keys = policy.in_keys
+        self.out_keys = policy.out_keys
+
+    @torch.no_grad()
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Writes the action."""
+        mode = (
+            InteractionType.DETERMINISTIC
+            if self.deterministic
+            else InteractionType.RANDOM
+        )
+        with set_interaction_type(mode):
+            return self.policy(tensordict)
+
+
+def load_policy(
+    path: str | Path,
+    *,
+    deterministic: bool = True,
+    device: torch.device | str = "cpu",
+) -> ActingPolicy:
+    """A trained policy, ready to act.
+
+    Reads the networks only: no replay, no optimizers, and no environment is made.
+    Actions are in the bounds that the training environment had: for a run with
+    ``action_bounds="rescale"``, act in ``make_env(task, action_bounds="rescale")`` or
+    wrap the Gymnasium task in ``gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)``.
+
+    Args:
+        path: a run folder, which stands for its newest checkpoint, or a checkpoint;
+            ``RUN/checkpoints/best`` scored best in the run's evaluations.
+
+    Keyword Args:
+        deterministic: take the actor's mean, or else add the exploration noise of
+            the checkpoint. The latent state is sampled in both. Default: ``True``.
+        device: where the networks go. Default: ``"cpu"``.
+
+    Returns:
+        ActingPolicy: a TensorDictModule that reads ``"observation"``
+        ``[*, observation_dim]`` (float32) and writes ``"action"`` ``[*, action_dim]``.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        torchrl.checkpoint.CheckpointError: if it is damaged or foreign.
+
+    Examples:
+        In a Gymnasium loop::
+
+            policy = load_policy("runs/HalfCheetah-v5-alm-quick-s0")
+            observation, _ = env.reset()
+            observed = torch.as_tensor(observation, dtype=torch.float32)
+            action = policy(TensorDict(observation=observed))["action"].numpy()
+            observation, reward, terminated, truncated, _ = env.step(action)
+
+        In a TorchRL environment: ``make_env(task).rollout(1000, policy)``.
+    """
+    checkpoint = find_checkpoint(path)
+    metadata = checkpoint_metadata(checkpoint)
+    loss = build_loss(metadata["settings"], metadata["spaces"]).to(device)
+    VerifiedCheckpoint(loss_module=loss).load(checkpoint, map_location=device)
+    return ActingPolicy(loss.acting_policy(), deterministic=deterministic)
