@@ -223,7 +223,8 @@ def _write(writer: Writer, index: int, layer: Any) -> dict[str, Any]:  # noqa: A
         own = writer.write(layer.checkpoint_state(), f"{index}.checkpoint_state()")
         return {"own": own}
     attributes, constants = {}, []
-    for name, value in vars(layer).items():
+    # Sorted: values that two attributes share are where the first of them is read.
+    for name, value in sorted(vars(layer).items()):
         if name in _NOT_STATE:
             continue
         if _is_clock(layer, name):
@@ -247,7 +248,7 @@ def _read(reader: Reader, index: int, layer: Any, saved: Mapping[str, Any]) -> N
         unknown = Writer(reader.layers).write(attributes[name], f"{index}.{name}")
         if unknown is not CONSTANT:
             del attributes[name]
-    for name, written in saved["attributes"].items():
+    for name, written in sorted(saved["attributes"].items()):
         current = attributes.get(name)
         value = reader.read(written, f"{index}.{name}", current)
         if _is_clock(layer, name):

@@ -128,7 +128,8 @@ def _arrays(owner: Any) -> Iterator[tuple[str, np.ndarray]]:  # noqa: ANN401
 
 
 def _pack(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Many small arrays as one of bytes, and the layout to find them by."""
+    """Many small arrays as one of bytes, sorted by name, and where to find them."""
+    arrays = dict(sorted(arrays.items()))
     layout = {name: [a.dtype.str, list(a.shape)] for name, a in arrays.items()}
     parts = [np.frombuffer(array.tobytes(), np.uint8) for array in arrays.values()]
     return {"layout": layout, "bytes": np.concatenate(parts)}
@@ -137,7 +138,7 @@ def _pack(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 def _unpack(packed: dict[str, Any]) -> dict[str, np.ndarray]:
     arrays, start = {}, 0
     raw = np.ascontiguousarray(packed["bytes"]).tobytes()
-    for name, (dtype, shape) in packed["layout"].items():
+    for name, (dtype, shape) in sorted(packed["layout"].items()):
         count = int(np.prod(shape))
         arrays[name] = np.frombuffer(raw, dtype, count, start).reshape(shape)
         start += arrays[name].nbytes

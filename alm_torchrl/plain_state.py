@@ -36,6 +36,7 @@ _CONSTANTS = (
     types.FunctionType,
     types.GenericAlias,
     np.ufunc,
+    type(np.mean),
     np.dtype,
     torch.dtype,
     torch.device,
