@@ -346,7 +346,7 @@ class Reader:
             and current.dtype == content.dtype
             and _is_foreign(current)
         )
-        self._expect(fits, place, "view of memory that is not NumPy's")
+        self._expect(fits, place, "view of foreign memory")
         current[...] = content
         return current
 
@@ -385,8 +385,10 @@ def _root(array: np.ndarray) -> np.ndarray:
 
 
 def _is_foreign(array: np.ndarray) -> bool:
-    """Whether writing to ``array`` reaches memory that NumPy does not own."""
-    return _root(array).base is not None and array.flags.writeable
+    """Whether ``array`` shows memory of something else, such as a simulator."""
+    base = _root(array).base
+    # What torch hands out as an array belongs to nobody else: an action, usually.
+    return array.flags.writeable and not isinstance(base, torch.Tensor | None)
 
 
 def _with_parts(space: spaces.Space[Any]) -> Iterator[spaces.Space[Any]]:
@@ -401,6 +403,8 @@ def _with_parts(space: spaces.Space[Any]) -> Iterator[spaces.Space[Any]]:
 
 def _type(value: object) -> str:
     kind = type(value)
+    if isinstance(value, np.ndarray | np.generic):
+        return f"{kind.__module__}.{kind.__qualname__} of {value.dtype}"
     if kind.__module__ == "builtins":
         return kind.__qualname__
     return f"{kind.__module__}.{kind.__qualname__}"
