@@ -7,7 +7,6 @@ import os
 import shlex
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -352,7 +351,7 @@ class _Interrupt:
         self._restore()
         # print() cannot be used: the signal may have come in the middle of one.
         os.write(
-            sys.stderr.fileno(),
+            2,
             b"\nStopping after this step or evaluation; Ctrl-C again stops at once.\n",
         )
 

@@ -150,8 +150,9 @@ def test_no_cuda_is_said(capsys, monkeypatch):
 def test_a_missing_extra_is_named(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     extra = "pip install 'alm_torchrl[cli]'"
-    monkeypatch.setattr("torchrl.record.loggers.tensorboard._has_tb", False)
-    assert extra in _fails(capsys, "train", "InvertedPendulum-v5", *RESCALE)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        assert extra in _fails(capsys, "train", "InvertedPendulum-v5", *RESCALE)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "tyro", None)
         patch.delitem(sys.modules, "alm_torchrl.cli")
@@ -169,8 +170,8 @@ def test_a_missing_extra_is_named(capsys, monkeypatch, tmp_path):
 
 def test_a_folder_without_a_checkpoint_is_said(capsys, tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    assert "no checkpoint" in _fails(capsys, "evaluate", tmp_path)
-    assert "neither a run folder" in _fails(capsys, "evaluate", tmp_path.parent)
+    assert "no usable checkpoint" in _fails(capsys, "evaluate", tmp_path)
+    assert "neither a checkpoint" in _fails(capsys, "evaluate", tmp_path.parent)
 
 
 def test_run_leaves_what_is_documented(pendulum):
@@ -181,6 +182,7 @@ def test_run_leaves_what_is_documented(pendulum):
         "learning_curve.png",
         "checkpoints",
         "tensorboard",
+        ".lock",
     }
     lines = (pendulum / "metrics.csv").read_text().splitlines()
     assert lines[0] == (

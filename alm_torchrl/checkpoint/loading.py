@@ -148,10 +148,10 @@ def find_checkpoint(
     if (path / "manifest.json").is_file():
         return path
     directory = path / "checkpoints"
-    if not directory.is_dir():
+    if not (path / "config.json").is_file() and not directory.is_dir():
         raise FileNotFoundError(
             f"{path} is neither a checkpoint nor a run folder, which would have a "
-            "folder named checkpoints"
+            "config.json and a folder named checkpoints"
         )
     newest = next(usable_checkpoints(directory, components), None)
     if newest is None:
