@@ -9,6 +9,7 @@ from torch.distributions import Distribution, Independent, Normal
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from alm_torchrl import functional
+from alm_torchrl.objectives.inputs import read_column, read_entry
 from alm_torchrl.objectives.networks import ALMNetworks, sampling
 
 
@@ -36,8 +37,8 @@ class ALMRollouts(ALMNetworks):
             ``[B, K]`` and, where its coefficient is not zero, ``kl`` ``[B, K]`` and
             ``terminal_value`` ``[B]``. The gradient reaches encoder and model.
         """
-        action = slices[self.tensor_keys.action]
-        first = slices.select(*self.encoder.in_keys)[:, 0]
+        action = read_entry(slices, self.tensor_keys.action)
+        first = self._observations(slices)[:, 0]
         latents = [self._sample(self.encode(first, "live"))]
         dists = []
         with self._bound("model", "live"):
@@ -52,7 +53,7 @@ class ALMRollouts(ALMNetworks):
         )
         if self.kl_coef != 0:
             with torch.no_grad():
-                target = self.encode(slices["next"])
+                target = self.encode(read_entry(slices, "next"))
             locs, scales = zip(
                 *(normal_parameters(dist, "model") for dist in dists), strict=True
             )
@@ -135,7 +136,7 @@ class ALMRollouts(ALMNetworks):
             Tensor: the estimate for each row, ``[B]``, without gradient.
         """
         latents = [self._sample(self.encode(transitions))]
-        actions = [transitions[self.tensor_keys.action]]
+        actions = [read_entry(transitions, self.tensor_keys.action)]
         for _ in range(horizon):
             latents.append(self._sample(self.step(latents[-1], actions[-1])))
             actions.append(self._mean_action(latents[-1]))
@@ -166,11 +167,12 @@ class ALMRollouts(ALMNetworks):
             Tensor: ``[B]``, without gradient.
         """
         keys = self.tensor_keys
-        reward = transitions["next", keys.reward].squeeze(-1)
-        terminated = transitions["next", keys.terminated]
-        latent = self._sample(self.encode(transitions["next"]))
+        following = read_entry(transitions, "next")
+        reward = read_column(following, keys.reward)
+        terminated = read_column(following, keys.terminated)
+        latent = self._sample(self.encode(following))
         value = self.state_action_value(latent, self.act(latent), "target").amin(-1)
-        discount = self.gamma * (1 - terminated.squeeze(-1).to(value.dtype))
+        discount = self.gamma * (1 - terminated.to(value.dtype))
         return functional.td_target(reward, discount, value)
 
 
