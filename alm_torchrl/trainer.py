@@ -12,6 +12,7 @@ from tensordict import TensorDictBase
 from torchrl.checkpoint import Checkpoint, CheckpointRotation, GlobalRNGState
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.record.loggers import Logger
 from torchrl.trainers import Trainer
 
@@ -249,8 +250,9 @@ def _check_fit(name: str, env: EnvBase, loss: ALMLoss) -> None:
     """Lets the networks act once, as they will only after the warm-up."""
     device = next(loss.parameters()).device
     observation = env.observation_spec.zero().to(device)
-    with torch.no_grad():
-        action = loss.act(loss.encode(observation, "live").rsample(), "live")
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        loss.encode(observation, "live")  # has the better errors
+        action = loss.acting_policy()(observation)[loss.tensor_keys.action]
     if action.shape != env.action_spec.shape:
         raise ValueError(
             f"loss: expected actions of shape {list(env.action_spec.shape)}, those of "

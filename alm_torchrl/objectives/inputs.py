@@ -6,6 +6,7 @@ The checks look at keys, shapes, types and devices, never at values.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -33,19 +34,20 @@ def read_entry(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
     return entry
 
 
-def read_column(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
+def read_column(tensordict: TensorDictBase, key: NestedKey, like: Tensor) -> Tensor:
     """An entry of a batch with one number for each row.
 
     Args:
         tensordict (TensorDictBase): ``[N]``.
         key (NestedKey): entry ``[N, 1]`` or ``[N]``.
+        like (Tensor): a tensor on the device that it must be on.
 
     Returns:
         Tensor: ``[N]``.
 
     Raises:
         KeyError: if there is none.
-        ValueError: if it has another shape.
+        ValueError: if it has another shape or device.
     """
     entry = read_entry(tensordict, key)
     shape = tensordict.batch_size
@@ -53,6 +55,11 @@ def read_column(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
         raise ValueError(
             f"tensordict: expected {key!r} with one number for each of the rows "
             f"{list(shape)}, got shape {list(entry.shape)}."
+        )
+    if entry.device != like.device:
+        raise ValueError(
+            f"tensordict: expected {key!r} on the device of the networks, "
+            f"{like.device}, got {entry.device}."
         )
     return entry.reshape(shape)
 
@@ -81,26 +88,36 @@ def misfit(
     read: list[NestedKey] = list(module.in_keys)  # type: ignore[arg-type]
     if any(key not in names for key in read):
         return KeyError(f"{part}: expected in_keys among {names}, got {read}.")
-    # Indices may go into a table; numbers must have the type of the parameters.
     tensors = {key: inputs.get(key) for key in read}
-    for parameter in module.parameters():
-        for key, tensor in tensors.items():
-            if tensor.device != parameter.device:
-                return ValueError(
-                    f"{part}: expected {key!r} on the device of its parameters, "
-                    f"{parameter.device}, got {tensor.device}."
-                )
-            if tensor.dtype != parameter.dtype:
-                return ValueError(
-                    f"{part}: expected {key!r} with the type of its parameters, "
-                    f"{parameter.dtype}, got {tensor.dtype}."
-                )
-        break
+    # Target and frozen parameters are bound as buffers.
+    bound = chain(module.parameters(), module.buffers())
+    weight = next((tensor for tensor in bound if tensor.is_floating_point()), None)
+    for key, tensor in tensors.items():
+        if weight is not None and tensor.device != weight.device:
+            return ValueError(
+                f"{part}: expected {key!r} on the device of its parameters, "
+                f"{weight.device}, got {tensor.device}."
+            )
+        if weight is not None and tensor.dtype != weight.dtype:
+            return ValueError(
+                f"{part}: expected {key!r} with the type of its parameters, "
+                f"{weight.dtype}, got {tensor.dtype}."
+            )
+    # A subclass tells of something else, such as a lack of memory.
+    if type(error) is not RuntimeError:
+        return error
     text = str(error)
-    # Subclasses tell of other things, as of a lack of memory.
-    if type(error) is RuntimeError and ("shape" in text or "size" in text.lower()):
+    if "out_keys" in text:
+        return ValueError(
+            f"{part}: expected one tensor for each of out_keys {module.out_keys}, "
+            f"got: {text}"
+        )
+    if "shape" in text or "size" in text.lower():
         shapes = ", ".join(f"{key!r} {list(x.shape)}" for key, x in tensors.items())
-        return ValueError(f"{part}: expected a network for {shapes}, got: {text}")
+        return ValueError(
+            f"{part}: expected a network for {shapes} (all parts must agree on these "
+            f"sizes), got: {text}"
+        )
     return error
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn.functional import cross_entropy
 
+from alm_torchrl.checks import check_integer
 from alm_torchrl.objectives.inputs import (
     entry_names,
     masked_mean,
@@ -83,12 +84,12 @@ class OneStepTerms(ALMRollouts):
         shape = slices[self.tensor_keys.action].shape[:-1]
         if horizon is None and len(shape) == 2:
             return shape[1]
-        if horizon is None or horizon < 1:
+        if horizon is None:
             raise ValueError(
                 "actor_loss takes its horizon from slices [B, K] or from horizon >= 1, "
                 f"got batch size {list(shape)} and horizon={horizon}."
             )
-        return horizon
+        return check_integer("horizon", horizon)
 
     def _reduce(
         self, loss: Tensor, mask: Tensor | None, shape: torch.Size | None = None
@@ -99,7 +100,7 @@ class OneStepTerms(ALMRollouts):
     def _reward_term(self, transitions: TensorDictBase, latent: Tensor) -> Tensor:
         keys = self.tensor_keys
         predicted = self.predict_reward(latent, transitions[keys.action], "live")
-        target = read_column(read_entry(transitions, "next"), keys.reward)
+        target = read_column(read_entry(transitions, "next"), keys.reward, predicted)
         return (predicted - target).square()
 
     def _classifier_term(
@@ -111,10 +112,16 @@ class OneStepTerms(ALMRollouts):
             real = self._sample(self.encode(read_entry(transitions, "next")))
             # Another draw than ``latent``: the authors imagine from a z of its own.
             imagined = self._sample(self.step(self._sample(encoded), action))
-        chosen = transitions.get(keys.imagined, default=None)
-        if chosen is None:
+        if transitions.get(keys.imagined, default=None) is None:
             order = torch.rand(latent.shape[0], device=latent.device).argsort()
             chosen = order < latent.shape[0] // 2
+        else:
+            chosen = read_column(transitions, keys.imagined, latent)
+            if chosen.dtype != torch.bool:
+                raise ValueError(
+                    f"tensordict: expected booleans {keys.imagined!r}, got "
+                    f"{chosen.dtype}."
+                )
         chosen = chosen.reshape(-1, 1)
         logits = self.classify(
             latent, action, torch.where(chosen, imagined, real), "live"

@@ -9,6 +9,7 @@ from torch.distributions import Distribution, Independent, Normal
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from alm_torchrl import functional
+from alm_torchrl.checks import check_integer
 from alm_torchrl.objectives.inputs import read_column, read_entry
 from alm_torchrl.objectives.networks import ALMNetworks, sampling
 
@@ -95,6 +96,7 @@ class ALMRollouts(ALMNetworks):
             (the log ratio is zero where ``classifier_coef`` is), ``value`` ``[B, K]``
             for t = 1..K, and ``lambda_return`` ``[B, K]``.
         """
+        check_integer("horizon", horizon)
         latents, actions = [latent], []
         with self._bound("actor", "live"), self._bound("model", "frozen"):
             for _ in range(horizon):
@@ -135,6 +137,7 @@ class ALMRollouts(ALMNetworks):
         Returns:
             Tensor: the estimate for each row, ``[B]``, without gradient.
         """
+        check_integer("horizon", horizon)
         latents = [self._sample(self.encode(transitions))]
         actions = [read_entry(transitions, self.tensor_keys.action)]
         for _ in range(horizon):
@@ -168,10 +171,10 @@ class ALMRollouts(ALMNetworks):
         """
         keys = self.tensor_keys
         following = read_entry(transitions, "next")
-        reward = read_column(following, keys.reward)
-        terminated = read_column(following, keys.terminated)
         latent = self._sample(self.encode(following))
         value = self.state_action_value(latent, self.act(latent), "target").amin(-1)
+        reward = read_column(following, keys.reward, value)
+        terminated = read_column(following, keys.terminated, value)
         discount = self.gamma * (1 - terminated.to(value.dtype))
         return functional.td_target(reward, discount, value)
 
