@@ -18,16 +18,17 @@ __all__ = [
 ]
 
 
-def check_integer(
-    name: str, value: object, low: int = 1, high: float = math.inf
-) -> int:
+LARGEST = 2**63 - 1
+
+
+def check_integer(name: str, value: object, low: int = 1, high: float = LARGEST) -> int:
     """Checks a whole number against its range.
 
     Args:
         name (str): what the error calls it.
         value (object): what was given; a NumPy integer will do, a bool will not.
         low (int): smallest value allowed. Default: ``1``.
-        high (float): largest value allowed. Default: no limit.
+        high (float): largest value allowed. Default: what 64 bits hold.
 
     Returns:
         int: the value.
@@ -45,9 +46,9 @@ def check_integer(
     if (
         not isinstance(value, Integral)
         or isinstance(value, bool)
-        or not low <= int(value) <= high
+        or not low <= int(value) <= min(high, LARGEST)
     ):
-        upper = "" if math.isinf(high) else f" and <= {high}"
+        upper = f" and <= {high}" if high < LARGEST else ""
         raise ValueError(f"{name}: expected an integer >= {low}{upper}, got {value!r}.")
     return int(value)
 

@@ -261,7 +261,10 @@ def preset_config(preset: Preset, **changes: Any) -> TrainConfig:
         raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {preset!r}")
     values = {**PRESETS[preset], "preset": preset, **changes}
     if not values.get("task"):
-        raise ValueError(f"task: the preset {preset!r} names none, so it must be given")
+        raise ValueError(
+            f"task: expected one, as the preset {preset!r} names none, got "
+            f"{values.get('task')!r}"
+        )
     return TrainConfig(**values)
 
 

@@ -250,7 +250,7 @@ SETTINGS = {
     "preset without a task": (
         lambda: preset_config("paper"),
         ValueError,
-        "task: the preset 'paper' names none",
+        "task: expected one, as the preset 'paper' names none, got None",
     ),
     "batch larger than what is stored": (
         lambda: preset_config("quick", batch_size=2001),
