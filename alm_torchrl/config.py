@@ -15,7 +15,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from alm_torchrl.checks import (
+    check_choice,
+    check_integer,
+    check_number,
+    check_steps,
+)
 
 __all__ = ["AGENT", "PRESETS", "Preset", "TrainConfig", "UserError", "preset_config"]
 
@@ -128,19 +135,37 @@ class TrainConfig:
     """Run folder; None: a name made of task, preset, seed and changes in runs/."""
 
     def __post_init__(self) -> None:
-        """Check each number against its range."""
-        for name, (low, high, open_low) in _RANGES.items():
+        """Check each setting against its type and range, and some together."""
+        for name, hint in get_type_hints(TrainConfig).items():
             value = getattr(self, name)
-            if value is None:
+            kinds = get_args(hint)
+            if get_origin(hint) is Literal:
+                check_choice(name, value, kinds)
+            elif name not in _RANGES:
+                if not isinstance(value, hint):
+                    expected = getattr(hint, "__name__", hint)
+                    raise ValueError(f"{name}: expected {expected}, got {value!r}.")
+            elif value is None and type(None) in kinds:
                 continue
-            above = value > low if open_low else value >= low
-            if not (math.isfinite(value) and above and value <= high):
-                raise ValueError(f"{name}: expected {_range_text(name)}, got {value}")
-        if self.warmup_steps < self.horizon:
-            raise ValueError(
-                f"warmup_steps: expected at least horizon={self.horizon}, "
-                f"got {self.warmup_steps}"
-            )
+            else:
+                low, high, open_low = _RANGES[name]
+                if hint is float:
+                    check_number(
+                        name,
+                        value,
+                        low,
+                        high,
+                        open_low=open_low,
+                        open_high=name == "gamma",
+                    )
+                else:
+                    check_integer(name, value, int(low), high)
+        check_steps(
+            warmup_steps=self.warmup_steps,
+            capacity=self.replay_capacity,
+            batch_size=self.batch_size,
+            horizon=self.horizon,
+        )
 
     @property
     def replay_capacity(self) -> int:
@@ -236,7 +261,10 @@ def preset_config(preset: Preset, **changes: Any) -> TrainConfig:
         raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {preset!r}")
     values = {**PRESETS[preset], "preset": preset, **changes}
     if not values.get("task"):
-        raise ValueError(f"task: the preset {preset!r} names none, so it must be given")
+        raise ValueError(
+            f"task: expected one, as the preset {preset!r} names none, got "
+            f"{values.get('task')!r}"
+        )
     return TrainConfig(**values)
 
 
@@ -272,9 +300,3 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
 }
 
 _NOT_HASHED = {"task", "preset", "seed", "device", "threads", "logger", "run_dir"}
-
-
-def _range_text(name: str) -> str:
-    low, high, open_low = _RANGES[name]
-    lower = f"more than {low}" if open_low else f"at least {low}"
-    return lower if math.isinf(high) else f"{lower} and at most {high}"

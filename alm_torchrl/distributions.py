@@ -30,6 +30,9 @@ class ClampedNormal(Normal):
         low (Tensor or float): lower bound of the actions. Default: ``-1.0``.
         high (Tensor or float): upper bound of the actions. Default: ``1.0``.
 
+    Raises:
+        ValueError: if the shapes do not fit or ``loc`` holds no floats.
+
     Examples:
         >>> dist = ClampedNormal(torch.tensor([0.0, 5.0]), torch.zeros(2))
         >>> dist.rsample()
@@ -45,10 +48,39 @@ class ClampedNormal(Normal):
         low: Tensor | float = -1.0,
         high: Tensor | float = 1.0,
     ) -> None:
-        # Non-finite parameters must reach the loss, where they are reported.
-        super().__init__(loc, scale, validate_args=False)
-        self.low = torch.as_tensor(low, dtype=self.loc.dtype, device=self.loc.device)
-        self.high = torch.as_tensor(high, dtype=self.loc.dtype, device=self.loc.device)
+        try:
+            # Non-finite parameters must reach the loss, where they are reported.
+            super().__init__(loc, scale, validate_args=False)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                "loc and scale: expected tensors whose shapes broadcast, got "
+                f"{_described(loc)} and {_described(scale)}."
+            ) from error
+        if not self.loc.is_floating_point():
+            raise ValueError(
+                f"loc: expected a floating-point tensor, got {self.loc.dtype}."
+            )
+        self.low = self._limit("low", low)
+        self.high = self._limit("high", high)
+
+    def _limit(self, name: str, value: Tensor | float) -> Tensor:
+        loc = self.loc
+        try:
+            limit = torch.as_tensor(value, dtype=loc.dtype, device=loc.device)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name}: expected a tensor or number, got {value!r}."
+            ) from error
+        fits = limit.ndim <= loc.ndim and all(
+            size in (1, of_loc)
+            for size, of_loc in zip(limit.shape[::-1], loc.shape[::-1], strict=False)
+        )
+        if not fits:
+            raise ValueError(
+                f"{name}: expected a shape that broadcasts to that of loc, "
+                f"{list(loc.shape)}, got {list(limit.shape)}."
+            )
+        return limit
 
     @property
     def deterministic_sample(self) -> Tensor:
@@ -86,3 +118,7 @@ class ClampedNormal(Normal):
         """Draws a clamped sample without gradient; see :meth:`rsample`."""
         with torch.no_grad():
             return self.rsample(sample_shape)
+
+
+def _described(value: object) -> str:
+    return f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)

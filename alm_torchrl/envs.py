@@ -6,6 +6,7 @@ Importing this module registers the paper's two truncated tasks, ``T-Ant-v5`` an
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, SupportsFloat
@@ -18,6 +19,8 @@ from gymnasium.envs.registration import WrapperSpec
 from gymnasium.utils import RecordConstructorArgs
 from gymnasium.wrappers import RescaleAction, TransformAction, TransformObservation
 from torchrl.envs import GymWrapper, TransformedEnv
+
+from alm_torchrl.checks import check_choice, check_device, check_integer
 
 __all__ = ["TASKS", "Task", "TerminalSurvivalReward", "make_env"]
 
@@ -40,6 +43,8 @@ class Task:
     max_episode_steps: int
     note: str
 
+
+_MAX_SEED = 2**32 - 1
 
 _UNPAID = "no survival reward on the terminal step (v4 and older pay it)"
 
@@ -167,7 +172,8 @@ def make_env(
     Raises:
         ValueError: If ``task`` is unknown, its observations are not flat vectors of
             floats, its actions are not continuous vectors with finite bounds, or
-            ``action_bounds`` is neither of the two.
+            ``action_bounds`` is neither of the two, the device is not there, ``seed``
+            is out of range, or the task does not know an argument in ``gym_kwargs``.
         ImportError: If ``task`` is registered but cannot be built here, as the
             MuJoCo tasks of version 2 and 3.
 
@@ -182,10 +188,11 @@ def make_env(
         >>> env.rollout(3)["next", "reward"].shape
         torch.Size([3, 1])
     """
-    if action_bounds not in ("clamp", "rescale"):
-        raise ValueError(
-            f"action_bounds must be 'clamp' or 'rescale', got {action_bounds!r}"
-        )
+    check_choice("action_bounds", action_bounds, ("clamp", "rescale"))
+    if device is not None:
+        device = check_device("device", device)
+    if seed is not None:
+        seed = check_integer("seed", seed, 0, _MAX_SEED)
     gym_env = _make_gym_env(task, gym_kwargs)
     try:
         gym_env = _float32_observations(task, gym_env)
@@ -215,13 +222,22 @@ def _make_gym_env(task: str, gym_kwargs: dict[str, Any]) -> gymnasium.Env[Any, A
     hint = "`alm-torchrl tasks` lists the paper's tasks"
     try:
         gymnasium.spec(task)
-    except (gymnasium.error.Error, ModuleNotFoundError) as error:
+    except (gymnasium.error.Error, ModuleNotFoundError, TypeError) as error:
+        near = " or ".join(difflib.get_close_matches(str(task), gymnasium.registry))
         raise ValueError(
-            f"task must be the id of a registered Gymnasium task with its version, "
-            f"got {task!r} ({error}); {hint}"
+            f"task: expected the id of a registered Gymnasium task with its version"
+            f"{near and f', such as {near}'}, got {task!r} "
+            f"({error}); {hint}"
         ) from error
     try:
         return gymnasium.make(task, **{"disable_env_checker": True, **gym_kwargs})
+    except TypeError as error:
+        if not gym_kwargs:
+            raise
+        raise ValueError(
+            f"gym_kwargs: expected arguments of task {task!r}, got {gym_kwargs} "
+            f"({error})"
+        ) from error
     except ImportError as error:
         raise ImportError(
             f"task {task!r} cannot be built here ({error}); {hint}"

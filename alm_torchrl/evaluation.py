@@ -15,6 +15,8 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import RandomPolicy
 
+from alm_torchrl.checks import check_integer, check_type
+
 __all__ = ["evaluate_policy", "random_policy", "zero_policy"]
 
 Policy = Callable[[TensorDictBase], TensorDictBase]
@@ -55,8 +57,10 @@ def evaluate_policy(
         undiscounted sum of rewards) and ``"length"`` (int64, steps).
 
     Raises:
-        ValueError: If ``episodes`` is not positive, ``env`` has batch dimensions, or
-            its reward is not one single number.
+        TypeError: If ``env`` is no TorchRL environment or ``policy`` no callable.
+        KeyError: If ``policy`` reads what ``env`` does not give, or writes no action.
+        ValueError: If ``episodes`` or ``seed`` is out of range, ``env`` has batch
+            dimensions, or its reward is not one single number.
 
     Example:
         >>> from alm_torchrl.envs import make_env
@@ -67,8 +71,14 @@ def evaluate_policy(
         >>> bool((scores["return"] < 0).all())
         True
     """
-    if episodes < 1:
-        raise ValueError(f"episodes must be positive, got {episodes}")
+    check_type("env", env, EnvBase, "make_env makes one from a Gymnasium task")
+    if not callable(policy):
+        raise TypeError(
+            "policy: expected a callable that reads and writes tensordicts, got "
+            f"{type(policy).__name__}"
+        )
+    check_integer("episodes", episodes)
+    check_integer("seed", seed, 0, 2**32 - 1)
     if env.batch_size:
         raise ValueError(
             f"env must have no batch dimensions, got batch size {env.batch_size}"
@@ -76,6 +86,12 @@ def evaluate_policy(
     rewards = {key: env.full_reward_spec[key].shape for key in env.reward_keys}
     if [shape.numel() for shape in rewards.values()] != [1]:
         raise ValueError(f"env must have one reward of one number, got {rewards}")
+    given = list(env.observation_spec.keys(True, True))
+    read = list(getattr(policy, "in_keys", []))
+    if any(key not in given for key in read):
+        raise KeyError(
+            f"policy: expected in_keys among {given}, which env gives, got {read}"
+        )
     policy_on_env = _moved_to_policy(policy, env)
     with (
         _random_stream(seed),
@@ -139,7 +155,13 @@ def _run_episode(env: EnvBase, policy: Policy) -> tuple[float, int]:
     total, length = 0.0, 0
     tensordict = env.reset()
     while True:
-        tensordict = env.step(policy(tensordict))
+        acted = policy(tensordict)
+        if acted.get(env.action_key, default=None) is None:
+            raise KeyError(
+                f"policy: expected it to write {env.action_key!r}, got "
+                f"{sorted(acted.keys(True, True), key=str)}"
+            )
+        tensordict = env.step(acted)
         following = tensordict.get("next")
         total += following.get(reward_key).item()
         length += 1

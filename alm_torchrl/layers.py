@@ -14,6 +14,7 @@ from tensordict.nn import (
 )
 from torch import Tensor, nn
 
+from alm_torchrl.checks import check_integer, check_number
 from alm_torchrl.functional import bound_loc, bound_scale
 
 __all__ = [
@@ -76,7 +77,8 @@ class NoiseSchedule(nn.Module):
             Default: ``100_000``.
 
     Raises:
-        ValueError: if a standard deviation is negative or ``steps`` is not positive.
+        ValueError: if a standard deviation is negative or not finite, or ``steps`` is
+            no positive integer.
 
     Examples:
         >>> schedule = NoiseSchedule(1.0, 0.0, steps=4)
@@ -92,17 +94,10 @@ class NoiseSchedule(nn.Module):
         self, initial: float = 1.0, final: float = 0.1, steps: int = 100_000
     ) -> None:
         super().__init__()
-        if initial < 0 or final < 0:
-            raise ValueError(
-                "initial and final must be standard deviations >= 0, got "
-                f"initial={initial} and final={final}."
-            )
-        if steps < 1:
-            raise ValueError(f"steps must be a positive integer, got {steps}.")
-        self.initial = initial
-        self.final = final
-        self.steps = steps
-        self.register_buffer("std", torch.tensor(float(initial)))
+        self.initial = check_number("initial", initial)
+        self.final = check_number("final", final)
+        self.steps = check_integer("steps", steps)
+        self.register_buffer("std", torch.tensor(self.initial))
         self.register_buffer("count", torch.tensor(0))
 
     def step(self, n: int = 1) -> None:

@@ -37,6 +37,7 @@ from tensordict.nn import (
 from torch import Tensor, nn
 from torchrl.modules import IndependentNormal
 
+from alm_torchrl.checks import check_integer, check_type
 from alm_torchrl.distributions import ClampedNormal
 from alm_torchrl.layers import (
     ActorHead,
@@ -64,8 +65,54 @@ MODEL_HIDDEN_DIM = 1024
 
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be a positive integer, got {size}.")
+        check_integer(name, size)
+
+
+def check_bounds(
+    action_low: Tensor | Sequence[float], action_high: Tensor | Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Checks the bounds of the action.
+
+    Args:
+        action_low (Tensor or sequence of float): lower bounds, ``[A]``.
+        action_high (Tensor or sequence of float): upper bounds, ``[A]``.
+
+    Returns:
+        tuple of Tensor: copies of both.
+
+    Raises:
+        ValueError: if they are not two finite vectors with ``low < high``.
+
+    Examples:
+        >>> check_bounds([-1], [1.0])
+        (tensor([-1.]), tensor([1.]))
+    """
+    low, high = _vector("action_low", action_low), _vector("action_high", action_high)
+    if low.shape != high.shape:
+        raise ValueError(
+            "action_low and action_high must be vectors of the same size, got shapes "
+            f"{tuple(low.shape)} and {tuple(high.shape)}."
+        )
+    if not bool((torch.isfinite(low) & torch.isfinite(high) & (low < high)).all()):
+        raise ValueError(
+            "action_low and action_high must be finite with low < high, got "
+            f"{low.tolist()} and {high.tolist()}."
+        )
+    return low, high
+
+
+def _vector(name: str, values: Tensor | Sequence[float]) -> Tensor:
+    try:
+        vector = torch.as_tensor(values, dtype=torch.get_default_dtype()).clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{name}: expected a vector of numbers, got {values!r}."
+        ) from error
+    if vector.ndim != 1 or len(vector) == 0:
+        raise ValueError(
+            f"{name}: expected a vector, got a tensor of shape {tuple(vector.shape)}."
+        )
+    return vector
 
 
 def _gaussian(
@@ -186,6 +233,7 @@ def make_actor(
     Raises:
         ValueError: if the bounds are not two finite vectors with ``low < high``, or
             a size is not positive.
+        TypeError: if ``noise_schedule`` is no ``NoiseSchedule``.
 
     Examples:
         >>> actor = make_actor([-0.4], [0.4], latent_dim=2, hidden_dim=8)
@@ -194,20 +242,10 @@ def make_actor(
         >>> bool((td["action"].abs() <= 0.4).all())
         True
     """
-    low = torch.as_tensor(action_low, dtype=torch.get_default_dtype()).clone()
-    high = torch.as_tensor(action_high, dtype=torch.get_default_dtype()).clone()
-    if low.ndim != 1 or low.shape != high.shape:
-        raise ValueError(
-            "action_low and action_high must be vectors of the same size, got shapes "
-            f"{tuple(low.shape)} and {tuple(high.shape)}."
-        )
-    if not bool((torch.isfinite(low) & torch.isfinite(high) & (low < high)).all()):
-        raise ValueError(
-            "action_low and action_high must be finite with low < high, got "
-            f"{low.tolist()} and {high.tolist()}."
-        )
-    _check_sizes(action_dim=low.shape[0], latent_dim=latent_dim, hidden_dim=hidden_dim)
+    low, high = check_bounds(action_low, action_high)
+    _check_sizes(latent_dim=latent_dim, hidden_dim=hidden_dim)
     schedule = NoiseSchedule() if noise_schedule is None else noise_schedule
+    check_type("noise_schedule", schedule, NoiseSchedule)
     net = elu_mlp(latent_dim, hidden_dim, low.shape[0], ActorHead(low, high, schedule))
     names = ("loc", "scale", "low", "high")
     return ProbabilisticTensorDictSequential(

@@ -24,15 +24,10 @@ from torchrl.data import (
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.storages import Storage
 
+from alm_torchrl.checks import check_device, check_integer, check_type
+
 DONE_KEY = ("next", "done")
 TRAJECTORY_KEY = ("collector", "traj_ids")
-
-
-def _check_at_least(name: str, value: int, minimum: int) -> int:
-    is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not is_int or value < minimum:
-        raise ValueError(f"{name}: expected an integer >= {minimum}, got {value!r}.")
-    return int(value)
 
 
 def _read(column: torch.Tensor, rows: np.ndarray) -> np.ndarray:
@@ -108,7 +103,7 @@ class UniformWindowSampler(Sampler):
     """
 
     def __init__(self, horizon: int) -> None:
-        self.horizon = _check_at_least("horizon", horizon, 1)
+        self.horizon = check_integer("horizon", horizon)
         self._last_row: int | None = None
         self._revision = -1  # of the storage, once all writes seen are accounted for
         self._pending = 0  # rows written since the last draw
@@ -167,7 +162,7 @@ class UniformWindowSampler(Sampler):
             RuntimeError: if no valid window is stored.
             ValueError: if ``batch_size`` is not a positive integer.
         """
-        _check_at_least("batch_size", batch_size, 1)
+        check_integer("batch_size", batch_size)
         self._settle(storage)
         stored, capacity = len(storage), storage.max_size
         if self._count == 0:
@@ -403,7 +398,9 @@ def make_replay_buffer(
 
     Raises:
         ValueError: if a number is not a positive integer, ``capacity`` is below
-            ``horizon``, or ``memmap_dir`` is given with another device than the CPU.
+            ``horizon``, the device is not there, or ``memmap_dir`` is given with
+            another device than the CPU.
+        TypeError: if ``generator`` is no ``torch.Generator``.
 
     Examples:
         >>> import torch
@@ -424,15 +421,19 @@ def make_replay_buffer(
         True
     """
     sampler = UniformWindowSampler(horizon)
-    capacity = _check_at_least("capacity", capacity, 1)
+    capacity = check_integer("capacity", capacity)
     if capacity < sampler.horizon:
         raise ValueError(
             f"capacity: expected at least the horizon, {sampler.horizon}, got "
             f"{capacity}."
         )
+    batch_size = check_integer("batch_size", batch_size)
+    device = check_device("device", device)
+    if generator is not None:
+        check_type("generator", generator, torch.Generator)
     if memmap_dir is None:
         storage = LazyTensorStorage(capacity, device=device)
-    elif torch.device(device).type == "cpu":
+    elif device.type == "cpu":
         storage = LazyMemmapStorage(capacity, scratch_dir=memmap_dir, existsok=True)
     else:
         raise ValueError(
@@ -441,6 +442,6 @@ def make_replay_buffer(
     return WindowReplayBuffer(
         storage=storage,
         sampler=sampler,
-        batch_size=_check_at_least("batch_size", batch_size, 1),
+        batch_size=batch_size,
         generator=generator,
     )

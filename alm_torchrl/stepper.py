@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchrl.objectives import SoftUpdate
 from torchrl.trainers import OptimizationStepper, Trainer
 
+from alm_torchrl.checks import check_choice, check_number, check_type
 from alm_torchrl.objectives import ALMLoss
 
 __all__ = ["ALMOptimizationStepper", "ALMTargetUpdate", "NonFiniteError"]
@@ -117,6 +118,7 @@ class ALMOptimizationStepper(OptimizationStepper):
 
     Raises:
         ValueError: if ``lr``, ``clip_norm``, ``tau`` or ``precision`` is out of range.
+        TypeError: if ``loss`` is no :class:`~alm_torchrl.ALMLoss`.
 
     Examples:
         >>> import torch
@@ -150,13 +152,11 @@ class ALMOptimizationStepper(OptimizationStepper):
         tau: float = 0.005,
         precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
-        if precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}.")
-        for name, value in (("lr", lr), ("clip_norm", clip_norm), ("tau", tau)):
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}.")
-        if tau > 1:
-            raise ValueError(f"tau must be at most 1, got {tau}.")
+        check_type("loss", loss, ALMLoss)
+        check_number("lr", lr, open_low=True)
+        check_number("clip_norm", clip_norm, open_low=True)
+        check_number("tau", tau, 0, 1, open_low=True)
+        check_choice("precision", precision, ("fp32", "bf16"))
         self.loss = loss
         self.clip_norm = clip_norm
         self.precision = precision

@@ -12,6 +12,7 @@ from tensordict import TensorDictBase
 from torchrl.checkpoint import CheckpointRotation, GlobalRNGState
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.record.loggers import Logger
 from torchrl.trainers import Trainer
 
@@ -20,6 +21,7 @@ from alm_torchrl.checkpoint import (
     VerifiedCheckpoint,
     clear_leftovers,
 )
+from alm_torchrl.checks import check_integer, check_steps, check_type
 from alm_torchrl.hooks import (
     BestCheckpoint,
     EpisodeLog,
@@ -108,8 +110,8 @@ def make_trainer(
 
     Keyword Args:
         total_steps (int): training steps (updates), warm-up excluded.
-        warmup_steps (int): random steps before them, at least ``horizon``.
-            Default: ``5000``.
+        warmup_steps (int): random steps before them, at least ``horizon`` and
+            ``batch_size`` and at most ``capacity``. Default: ``5000``.
         batch_size (int): slices, and transitions, per update. Default: ``512``.
         horizon (int): length K of the slices. Default: ``3``.
         capacity (int): transitions that the replay holds. Default: ``100_000``.
@@ -148,8 +150,11 @@ def make_trainer(
         ALMTrainer: ready to ``train()``.
 
     Raises:
-        ValueError: if a number is out of range, ``eval_env`` is ``env``, or one of
-            them has batch dimensions.
+        ValueError: if a number is out of range, ``warmup_steps`` does not lie between
+            ``batch_size`` and ``capacity``, ``eval_env`` is ``env``, or one of them
+            has batch dimensions or does not fit the networks.
+        TypeError: if an environment or the loss is of another type.
+        KeyError: if the encoder reads what an environment does not give.
         NonFiniteError: while training, if an observation, reward, loss or gradient
             norm is not finite: losses and norms at once on a CPU, within
             ``log_interval`` updates elsewhere. Nothing is saved after it.
@@ -174,20 +179,27 @@ def make_trainer(
         "keep_checkpoints": keep_checkpoints,
     }
     for name, number in positive.items():
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}.")
-    if warmup_steps < horizon:
-        raise ValueError(
-            f"warmup_steps must be at least horizon={horizon}, got {warmup_steps}."
-        )
+        check_integer(name, number)
+    check_integer("seed", seed, 0, 2**31 - 1)
+    check_type("loss", loss, ALMLoss)
+    check_steps(
+        warmup_steps=warmup_steps,
+        capacity=capacity,
+        batch_size=batch_size,
+        horizon=horizon,
+    )
     if eval_env is env:
         raise ValueError("eval_env must be another environment than env, got the same.")
     for name, environment in (("env", env), ("eval_env", eval_env)):
-        if environment is not None and environment.batch_size:
+        if environment is None:
+            continue
+        check_type(name, environment, EnvBase, "make_env makes one")
+        if environment.batch_size:
             raise ValueError(
                 f"{name} must have no batch dimensions, got batch size "
                 f"{list(environment.batch_size)}."
             )
+        _check_fit(name, environment, loss)
     torch.manual_seed(seed)
     env.set_seed(seed)
     policy = loss.acting_policy()
@@ -297,3 +309,17 @@ def make_trainer(
             on_evaluation=report,
         ).register(trainer)
     return trainer
+
+
+def _check_fit(name: str, env: EnvBase, loss: ALMLoss) -> None:
+    """Lets the networks act once, as they will only after the warm-up."""
+    device = next(loss.parameters()).device
+    observation = env.observation_spec.zero().to(device)
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        loss.encode(observation, "live")  # has the better errors
+        action = loss.acting_policy()(observation)[loss.tensor_keys.action]
+    if action.shape != env.action_spec.shape:
+        raise ValueError(
+            f"loss: expected actions of shape {list(env.action_spec.shape)}, those of "
+            f"{name}, got {list(action.shape)}."
+        )

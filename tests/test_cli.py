@@ -128,7 +128,7 @@ def test_mistakes_get_one_line(capsys, tmp_path, monkeypatch, arguments, expecte
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("train --lr 0", "lr: expected more than 0"),
+        ("train --lr 0", "lr: expected a number > 0"),
         ("train --warmup-steps 2", "at least horizon=3"),
         ("train --preset slow", "invalid choice 'slow'"),
         ("train --speed 3", "Unrecognized options: --speed"),
@@ -245,7 +245,9 @@ def test_evaluate_takes_a_run_or_a_checkpoint(capsys, pendulum):
         assert name in of_run
     assert main(["evaluate", str(pendulum), "--episodes", "2", "--seed", "5"]) == 0
     assert capsys.readouterr().out.replace("seed 5", "seed 0") != of_run
-    assert "positive" in _fails(capsys, "evaluate", pendulum, "--episodes", 0)
+    assert "episodes: expected an integer >= 1" in _fails(
+        capsys, "evaluate", pendulum, "--episodes", 0
+    )
 
 
 def test_evaluate_acts_with_the_trained_parameters(inverted):

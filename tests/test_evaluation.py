@@ -349,7 +349,7 @@ def test_policy_on_a_gpu(env_device):
 
 def test_errors():
     env = countdown()
-    with pytest.raises(ValueError, match="episodes must be positive, got 0"):
+    with pytest.raises(ValueError, match="episodes: expected an integer >= 1, got 0"):
         evaluate_policy(env, constant(0.0), episodes=0)
     with pytest.raises(ValueError, match=r"no batch dimensions.*\[2\]"):
         evaluate_policy(SerialEnv(2, countdown), constant(0.0))

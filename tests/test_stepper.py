@@ -200,12 +200,12 @@ def test_a_trainer_changes_nothing(make):
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"lr": 0.0}, "lr must be positive, got 0.0"),
-        ({"lr": math.nan}, "lr must be positive, got nan"),
-        ({"clip_norm": -1.0}, "clip_norm must be positive, got -1.0"),
-        ({"tau": 0.0}, "tau must be positive, got 0.0"),
-        ({"tau": 1.5}, "tau must be at most 1, got 1.5"),
-        ({"precision": "fp16"}, "precision must be 'fp32' or 'bf16', got 'fp16'"),
+        ({"lr": 0.0}, "lr: expected a number > 0, got 0.0"),
+        ({"lr": math.nan}, "lr: expected a number > 0, got nan"),
+        ({"clip_norm": -1.0}, "clip_norm: expected a number > 0, got -1.0"),
+        ({"tau": 0.0}, "tau: expected a number > 0 and <= 1, got 0.0"),
+        ({"tau": 1.5}, "tau: expected a number > 0 and <= 1, got 1.5"),
+        ({"precision": "fp16"}, "precision: expected 'fp32' or 'bf16', got 'fp16'"),
     ],
 )
 def test_argument_errors(kwargs, match):

@@ -131,6 +131,7 @@ def test_order_of_actions_updates_and_evaluations(monkeypatch):
         loss,
         total_steps=5,
         warmup_steps=3,
+        batch_size=3,
         eval_env=eval_env,
         eval_interval=2,
         on_evaluation=lambda row: events.append(("evaluate", row["training_step"])),
@@ -166,7 +167,9 @@ def test_order_of_actions_updates_and_evaluations(monkeypatch):
 def test_warm_up_actions_are_uniform_over_the_action_space():
     env = Counter()
     steps = 800
-    build(env, tiny_loss(env), warmup_steps=steps, total_steps=1)[0].train()
+    build(env, tiny_loss(env), warmup_steps=steps, capacity=steps, total_steps=1)[
+        0
+    ].train()
     actions = torch.stack([step["action"] for step in env.history[:steps]])
     low, high = env.action_spec.space.low, env.action_spec.space.high
     share = ((actions - low) / (high - low)).sort(dim=0).values

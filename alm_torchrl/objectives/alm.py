@@ -11,6 +11,7 @@ from torch import Tensor
 from torchrl.objectives import ValueEstimators
 
 from alm_torchrl import functional
+from alm_torchrl.checks import check_choice, check_number
 from alm_torchrl.objectives.inputs import masked_mean
 from alm_torchrl.objectives.networks import PARTS
 from alm_torchrl.objectives.one_step import Metadata, OneStepTerms
@@ -73,8 +74,8 @@ class ALMLoss(OneStepTerms):
         reward (TensorDictModule): ``r(z, a)``, ``[*, 1]``.
         classifier (TensorDictModule, optional): ``C(z, a, z')``, ``[*, 2]``. May be
             ``None`` where ``classifier_coef`` is zero.
-        gamma (float): discount per step. Default: ``0.99``.
-        lmbda (float): weight of longer horizons in the policy's return.
+        gamma (float): discount per step, in [0, 1). Default: ``0.99``.
+        lmbda (float): weight of longer horizons in the policy's return, in [0, 1].
             Default: ``0.95``.
         classifier_coef (float): weight c of the log ratio in the policy's reward.
             Zero removes the classifier, its loss and their cost. Default: ``0.1``.
@@ -145,26 +146,18 @@ class ALMLoss(OneStepTerms):
         reduction: Literal["mean", "sum", "none"] | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("gamma", gamma), ("lmbda", lmbda)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value}.")
-        for name, weight in (
-            ("classifier_coef", classifier_coef),
-            ("kl_coef", kl_coef),
-            ("value_coef", value_coef),
-            ("noise_clip", noise_clip),
-        ):
-            if weight is not None and not weight >= 0:
-                raise ValueError(f"{name} must be >= 0, got {weight}.")
+        gamma, lmbda = _check_discount("gamma", gamma), _check_discount("lmbda", lmbda)
+        check_number("classifier_coef", classifier_coef)
+        check_number("kl_coef", kl_coef)
+        check_number("value_coef", value_coef)
+        if noise_clip is not None:
+            check_number("noise_clip", noise_clip)
         if classifier is None and classifier_coef != 0:
             raise ValueError(
                 "classifier may be None only with classifier_coef=0, got "
                 f"classifier_coef={classifier_coef}."
             )
-        if reduction not in (None, "mean", "sum", "none"):
-            raise ValueError(
-                f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}."
-            )
+        check_choice("reduction", reduction, (None, "mean", "sum", "none"))
         self.classifier_coef = classifier_coef
         self.kl_coef = kl_coef
         self.value_coef = value_coef
@@ -179,8 +172,8 @@ class ALMLoss(OneStepTerms):
             reward=reward,
             classifier=classifier if classifier_coef != 0 else None,
         )
-        self.register_buffer("gamma", torch.tensor(float(gamma)))
-        self.register_buffer("lmbda", torch.tensor(float(lmbda)))
+        self.register_buffer("gamma", torch.tensor(gamma))
+        self.register_buffer("lmbda", torch.tensor(lmbda))
         absent = {"loss_classifier", "classifier_accuracy", "imagined_log_ratio"}
         absent = absent if self.classifier is None else set()
         absent |= {"kl"} if kl_coef == 0 else set()
@@ -215,6 +208,7 @@ class ALMLoss(OneStepTerms):
         Raises:
             NotImplementedError: for any other estimator: Eq. 8 and A.3 fix it.
             TypeError: for any other hyperparameter.
+            ValueError: if a value is out of range.
         """
         if value_type not in (None, ValueEstimators.TDLambda):
             raise NotImplementedError(
@@ -226,7 +220,7 @@ class ALMLoss(OneStepTerms):
                 f"{sorted(unknown)}."
             )
         for name, value in hyperparams.items():
-            setattr(self, name, float(value))
+            setattr(self, name, _check_discount(name, value))
 
     def model_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
         """Encoder and model objective (Eq. 7), averaged over slices.
@@ -342,3 +336,7 @@ class ALMLoss(OneStepTerms):
             f"discount_model_loss={self.discount_model_loss}"
         )
         return "\n".join([f"{type(self).__name__}(", *lines, f"    {settings}", ")"])
+
+
+def _check_discount(name: str, value: float) -> float:
+    return check_number(name, value, 0, 1, open_high=name == "gamma")

@@ -9,11 +9,13 @@ from torch import Tensor
 from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 
+from alm_torchrl.checks import check_type
 from alm_torchrl.layers import NoiseSchedule
 from alm_torchrl.modules import (
     HIDDEN_DIM,
     LATENT_DIM,
     MODEL_HIDDEN_DIM,
+    check_bounds,
     make_actor,
     make_classifier,
     make_encoder,
@@ -62,6 +64,7 @@ def make_alm_loss(
 
     Raises:
         ValueError: if sizes are missing, given twice, or the specs do not fit.
+        TypeError: if ``env`` is no TorchRL environment.
 
     Examples:
         >>> loss = make_alm_loss(
@@ -78,10 +81,11 @@ def make_alm_loss(
             f"{observation_dim}, action_low={action_low}, action_high={action_high}."
         )
     if env is not None:
+        check_type("env", env, EnvBase, "make_env makes one from a Gymnasium task")
         observation_dim, action_low, action_high = _sizes(env)
     if observation_dim is None or action_low is None or action_high is None:
         raise ValueError("observation_dim, action_low and action_high are required.")
-    action_dim = len(action_low)
+    action_dim = check_bounds(action_low, action_high)[0].shape[0]
     width: dict[str, int] = {"latent_dim": latent_dim, "hidden_dim": hidden_dim}
     built: dict[str, Any] = {
         "encoder": lambda: make_encoder(observation_dim, **width),

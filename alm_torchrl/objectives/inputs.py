@@ -1,11 +1,124 @@
-"""Batches in, reduced losses out: shapes, masks and reductions of the terms."""
+"""Batches in, reduced losses out: checks, masks and reductions of the terms.
+
+The checks look at keys, shapes, types and devices, never at values.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
+import torch
 from tensordict import NestedKey, TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def read_entry(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
+    """An entry of a batch.
+
+    Args:
+        tensordict (TensorDictBase): the batch.
+        key (NestedKey): the entry.
+
+    Returns:
+        Tensor: the entry.
+
+    Raises:
+        KeyError: if there is none.
+    """
+    entry = tensordict.get(key, default=None)
+    if entry is None:
+        raise KeyError(
+            f"tensordict: expected the entry {key!r}, got {entry_names(tensordict)}."
+        )
+    return entry
+
+
+def read_column(tensordict: TensorDictBase, key: NestedKey, like: Tensor) -> Tensor:
+    """An entry of a batch with one number for each row.
+
+    Args:
+        tensordict (TensorDictBase): ``[N]``.
+        key (NestedKey): entry ``[N, 1]`` or ``[N]``.
+        like (Tensor): a tensor on the device that it must be on.
+
+    Returns:
+        Tensor: ``[N]``.
+
+    Raises:
+        KeyError: if there is none.
+        ValueError: if it has another shape or device.
+    """
+    entry = read_entry(tensordict, key)
+    shape = tensordict.batch_size
+    if entry.shape not in (shape, (*shape, 1)):
+        raise ValueError(
+            f"tensordict: expected {key!r} with one number for each of the rows "
+            f"{list(shape)}, got shape {list(entry.shape)}."
+        )
+    if entry.device != like.device:
+        raise ValueError(
+            f"tensordict: expected {key!r} on the device of the networks, "
+            f"{like.device}, got {entry.device}."
+        )
+    return entry.reshape(shape)
+
+
+def entry_names(tensordict: TensorDictBase) -> list[NestedKey]:
+    """The names of all entries, for messages."""
+    return sorted(tensordict.keys(True, True), key=str)
+
+
+def misfit(
+    part: str, module: nn.Module, inputs: TensorDictBase, error: Exception
+) -> Exception:
+    """Says why a network does not fit its inputs, after it has failed on them.
+
+    Args:
+        part (str): what the message calls the network.
+        module (TensorDictModule): the network.
+        inputs (TensorDictBase): what it was given.
+        error (Exception): what it raised.
+
+    Returns:
+        Exception: a ``KeyError`` or ``ValueError`` that names the key, device, type or
+        shapes, or ``error`` itself if it is about none of these.
+    """
+    names = entry_names(inputs)
+    read: list[NestedKey] = list(module.in_keys)  # type: ignore[arg-type]
+    if any(key not in names for key in read):
+        return KeyError(f"{part}: expected in_keys among {names}, got {read}.")
+    tensors = {key: inputs.get(key) for key in read}
+    # Target and frozen parameters are bound as buffers.
+    bound = chain(module.parameters(), module.buffers())
+    weight = next((tensor for tensor in bound if tensor.is_floating_point()), None)
+    for key, tensor in tensors.items():
+        if weight is not None and tensor.device != weight.device:
+            return ValueError(
+                f"{part}: expected {key!r} on the device of its parameters, "
+                f"{weight.device}, got {tensor.device}."
+            )
+        if weight is not None and tensor.dtype != weight.dtype:
+            return ValueError(
+                f"{part}: expected {key!r} with the type of its parameters, "
+                f"{weight.dtype}, got {tensor.dtype}."
+            )
+    # A subclass tells of something else, such as a lack of memory.
+    if type(error) is not RuntimeError:
+        return error
+    text = str(error)
+    if "out_keys" in text:
+        return ValueError(
+            f"{part}: expected one tensor for each of out_keys {module.out_keys}, "
+            f"got: {text}"
+        )
+    if "shape" in text or "size" in text.lower():
+        shapes = ", ".join(f"{key!r} {list(x.shape)}" for key, x in tensors.items())
+        return ValueError(
+            f"{part}: expected a network for {shapes} (all parts must agree on these "
+            f"sizes), got: {text}"
+        )
+    return error
 
 
 def read_masked(
@@ -26,15 +139,34 @@ def read_masked(
 
     Raises:
         KeyError: if there is no action.
+        ValueError: if the action holds no floats, or another entry has not its batch
+            size.
     """
-    shape = tensordict[action_key].shape[:-1]
+    action = read_entry(tensordict, action_key)
+    if not action.is_floating_point():
+        raise ValueError(
+            f"tensordict: expected floating-point actions {action_key!r}, got "
+            f"{action.dtype}."
+        )
+    shape = action.shape[:-1]
     if tensordict.batch_size != shape:
         tensordict = tensordict.copy()
-        tensordict.batch_size = shape
+        try:
+            tensordict.batch_size = shape
+        except RuntimeError as error:
+            raise ValueError(
+                f"tensordict: expected entries of batch size {list(shape)}, that of "
+                f"the action {action_key!r}, got {error}"
+            ) from error
     mask = None
     for key in mask_keys:
         entry = tensordict.get(key, default=None)
         if entry is not None:
+            if entry.dtype != torch.bool or entry.numel() != shape.numel():
+                raise ValueError(
+                    f"tensordict: expected a boolean mask {key!r} of shape "
+                    f"{list(shape)}, got {entry.dtype} of shape {list(entry.shape)}."
+                )
             entry = entry.reshape(shape)
             mask = entry if mask is None else mask & entry
     if mask is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal, TypeVar, cast
 
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import (
     TensorDictModule,
     TensorDictModuleBase,
@@ -27,6 +27,7 @@ from torchrl.objectives.utils import _cache_values
 
 from alm_torchrl.distributions import ClampedNormal
 from alm_torchrl.layers import AlwaysSample, NoiseSchedule
+from alm_torchrl.objectives.inputs import entry_names, misfit
 
 Parameters = Literal["live", "frozen", "target"]
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -182,7 +183,50 @@ class ALMNetworks(LossModule):
         if isinstance(dist, ClampedNormal):
             # Without noise the clamp stays: the clamped mean.
             return dist.rsample(noise_clip=0.0 if deterministic else self.noise_clip)
+        if not dist.has_rsample:
+            raise TypeError(
+                "encoder, model, actor: expected distributions whose samples have a "
+                f"gradient (has_rsample), got {type(dist).__name__}."
+            )
         return dist.deterministic_sample if deterministic else dist.rsample()  # type: ignore[attr-defined]
+
+    def _observations(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """What the encoder reads."""
+        keys = self.encoder.in_keys
+        if any(tensordict.get(key, default=None) is None for key in keys):
+            raise KeyError(
+                f"tensordict: expected the encoder's in_keys {keys}, also under "
+                f"'next', got {entry_names(tensordict)}."
+            )
+        return tensordict.select(*keys)
+
+    def _run(self, part: str, inputs: TensorDictBase) -> Any:  # noqa: ANN401
+        """Output or distribution of a network, or an error that names what is amiss."""
+        module = getattr(self, part)
+        run = getattr(module, "get_dist", module)
+        try:
+            return run(inputs)
+        except (KeyError, RuntimeError) as error:
+            reason = misfit(part, module, inputs, error)
+            if reason is error:
+                raise
+            raise reason from error
+
+    def _output(
+        self, part: str, inputs: TensorDictBase, key: NestedKey, size: int | None = None
+    ) -> Tensor:
+        """One output ``[*, size]`` of a network."""
+        output = self._run(part, inputs).get(key, default=None)
+        if output is None:
+            written = getattr(self, part).out_keys
+            raise KeyError(f"{part}: expected the output {key!r}, got {written}.")
+        shape = output.shape
+        if shape[:-1] != inputs.batch_size or size not in (None, shape[-1]):
+            expected = [*inputs.batch_size, "N" if size is None else size]
+            raise ValueError(
+                f"{part}: expected {key!r} of shape {expected}, got {list(shape)}."
+            )
+        return output
 
     def encode(
         self, tensordict: TensorDictBase, parameters: Parameters = "target"
@@ -198,7 +242,7 @@ class ALMNetworks(LossModule):
             Distribution: over latents ``[*, L]``.
         """
         with self._bound("encoder", parameters):
-            return self.encoder.get_dist(tensordict.select(*self.encoder.in_keys))
+            return self._run("encoder", self._observations(tensordict))
 
     def step(
         self, latent: Tensor, action: Tensor, parameters: Parameters = "frozen"
@@ -217,7 +261,14 @@ class ALMNetworks(LossModule):
             return self._step(latent, action)
 
     def _step(self, latent: Tensor, action: Tensor) -> Distribution:
-        return self.model.get_dist(self._inputs(latent=latent, action=action))
+        dist = self._run("model", self._inputs(latent=latent, action=action))
+        shape = dist.batch_shape + dist.event_shape
+        if shape != latent.shape:
+            raise ValueError(
+                "model: expected next latents of the shape of the latents, "
+                f"{list(latent.shape)}, got {list(shape)}."
+            )
+        return dist
 
     @sampling
     def act(self, latent: Tensor, parameters: Parameters = "frozen") -> Tensor:
@@ -240,8 +291,8 @@ class ALMNetworks(LossModule):
     def _act(self, latent: Tensor) -> Tensor:
         inputs = self._inputs(latent=latent)
         if hasattr(self.actor, "get_dist"):
-            return self._sample(self.actor.get_dist(inputs))
-        return self.actor(inputs).get(self.tensor_keys.action)
+            return self._sample(self._run("actor", inputs))
+        return self._output("actor", inputs, self.tensor_keys.action)
 
     def state_action_value(
         self, latent: Tensor, action: Tensor, parameters: Parameters = "frozen"
@@ -259,7 +310,8 @@ class ALMNetworks(LossModule):
         """
         inputs = self._inputs(latent=latent, action=action)
         with self._bound("qvalue", parameters):
-            return self.qvalue(inputs).get(self.tensor_keys.state_action_value)
+            key = self.tensor_keys.state_action_value
+            return self._output("qvalue", inputs, key)
 
     def predict_reward(
         self, latent: Tensor, action: Tensor, parameters: Parameters = "frozen"
@@ -276,9 +328,8 @@ class ALMNetworks(LossModule):
         """
         inputs = self._inputs(latent=latent, action=action)
         with self._bound("reward", parameters):
-            return (
-                self.reward(inputs).get(self.tensor_keys.predicted_reward).squeeze(-1)
-            )
+            key = self.tensor_keys.predicted_reward
+            return self._output("reward", inputs, key, 1).squeeze(-1)
 
     def classify(
         self,
@@ -299,9 +350,8 @@ class ALMNetworks(LossModule):
             Tensor: ``[*, 2]``; index 1 is "real".
         """
         inputs = self._inputs(latent=latent, action=action, next_latent=next_latent)
-        classifier = cast("TensorDictModule", self.classifier)
         with self._bound("classifier", parameters):
-            return classifier(inputs).get(self.tensor_keys.logits)
+            return self._output("classifier", inputs, self.tensor_keys.logits, 2)
 
     def acting_policy(self) -> TensorDictSequential:
         """The policy that acts: online encoder, then actor.
@@ -312,11 +362,25 @@ class ALMNetworks(LossModule):
 
         Returns:
             TensorDictSequential: reads the encoder's ``in_keys``, writes the action.
+
+        Raises:
+            KeyError: if the encoder does not write what the actor reads, or the actor
+                no action.
         """
+        key = self.tensor_keys.action
+        for part, written, needed in (
+            ("encoder", self.encoder.out_keys, self.actor.in_keys),
+            ("actor", self.actor.out_keys, [key]),
+        ):
+            missing = [entry for entry in needed if unravel_key(entry) not in written]
+            if missing:
+                raise KeyError(
+                    f"{part}: expected the outputs {missing}, got {written}."
+                )
         return TensorDictSequential(
             AlwaysSample(self.encoder),
             self.actor,
-            selected_out_keys=[self.tensor_keys.action],
+            selected_out_keys=[key],
         )
 
     @property

@@ -8,7 +8,15 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn.functional import cross_entropy
 
-from alm_torchrl.objectives.inputs import masked_mean, read_masked, reduce_masked
+from alm_torchrl.checks import check_integer
+from alm_torchrl.objectives.inputs import (
+    entry_names,
+    masked_mean,
+    read_column,
+    read_entry,
+    read_masked,
+    reduce_masked,
+)
 from alm_torchrl.objectives.rollouts import ALMRollouts
 
 Metadata = dict[str, Tensor]
@@ -24,8 +32,26 @@ class OneStepTerms(ALMRollouts):
     def _read(
         self, tensordict: TensorDictBase, key: NestedKey
     ) -> tuple[TensorDictBase, Tensor | None]:
+        rows, mask = read_masked(
+            self._part(tensordict, key), self.tensor_keys.action, self._loss_mask_keys()
+        )
+        if 0 in rows.batch_size:
+            raise ValueError(
+                "tensordict: expected at least one row and step, got batch size "
+                f"{list(rows.batch_size)}."
+            )
+        return rows, mask
+
+    def _part(self, tensordict: TensorDictBase, key: NestedKey) -> TensorDictBase:
+        """The entry ``key`` of a two-draw batch, or the plain batch itself."""
         part = tensordict.get(key, default=tensordict)
-        return read_masked(part, self.tensor_keys.action, self._loss_mask_keys())
+        action_key = self.tensor_keys.action
+        if part.get(action_key, default=None) is None:
+            raise KeyError(
+                f"tensordict: expected the entry {action_key!r}, alone or under "
+                f"{key!r}, got {entry_names(tensordict)}."
+            )
+        return part
 
     def _slices(
         self, tensordict: TensorDictBase
@@ -54,16 +80,16 @@ class OneStepTerms(ALMRollouts):
         return transitions.reshape(-1), mask, shape
 
     def _horizon(self, tensordict: TensorDictBase, horizon: int | None) -> int:
-        slices = tensordict.get(self.tensor_keys.slice, default=tensordict)
+        slices = self._part(tensordict, self.tensor_keys.slice)
         shape = slices[self.tensor_keys.action].shape[:-1]
         if horizon is None and len(shape) == 2:
             return shape[1]
-        if horizon is None or horizon < 1:
+        if horizon is None:
             raise ValueError(
                 "actor_loss takes its horizon from slices [B, K] or from horizon >= 1, "
                 f"got batch size {list(shape)} and horizon={horizon}."
             )
-        return horizon
+        return check_integer("horizon", horizon)
 
     def _reduce(
         self, loss: Tensor, mask: Tensor | None, shape: torch.Size | None = None
@@ -74,7 +100,7 @@ class OneStepTerms(ALMRollouts):
     def _reward_term(self, transitions: TensorDictBase, latent: Tensor) -> Tensor:
         keys = self.tensor_keys
         predicted = self.predict_reward(latent, transitions[keys.action], "live")
-        target = transitions["next", keys.reward].squeeze(-1)
+        target = read_column(read_entry(transitions, "next"), keys.reward, predicted)
         return (predicted - target).square()
 
     def _classifier_term(
@@ -83,13 +109,19 @@ class OneStepTerms(ALMRollouts):
         keys = self.tensor_keys
         action = transitions[keys.action]
         with torch.no_grad():
-            real = self._sample(self.encode(transitions["next"]))
+            real = self._sample(self.encode(read_entry(transitions, "next")))
             # Another draw than ``latent``: the authors imagine from a z of its own.
             imagined = self._sample(self.step(self._sample(encoded), action))
-        chosen = transitions.get(keys.imagined, default=None)
-        if chosen is None:
+        if transitions.get(keys.imagined, default=None) is None:
             order = torch.rand(latent.shape[0], device=latent.device).argsort()
             chosen = order < latent.shape[0] // 2
+        else:
+            chosen = read_column(transitions, keys.imagined, latent)
+            if chosen.dtype != torch.bool:
+                raise ValueError(
+                    f"tensordict: expected booleans {keys.imagined!r}, got "
+                    f"{chosen.dtype}."
+                )
         chosen = chosen.reshape(-1, 1)
         logits = self.classify(
             latent, action, torch.where(chosen, imagined, real), "live"

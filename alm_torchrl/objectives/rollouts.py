@@ -9,6 +9,8 @@ from torch.distributions import Distribution, Independent, Normal
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from alm_torchrl import functional
+from alm_torchrl.checks import check_integer
+from alm_torchrl.objectives.inputs import read_column, read_entry
 from alm_torchrl.objectives.networks import ALMNetworks, sampling
 
 
@@ -36,8 +38,8 @@ class ALMRollouts(ALMNetworks):
             ``[B, K]`` and, where its coefficient is not zero, ``kl`` ``[B, K]`` and
             ``terminal_value`` ``[B]``. The gradient reaches encoder and model.
         """
-        action = slices[self.tensor_keys.action]
-        first = slices.select(*self.encoder.in_keys)[:, 0]
+        action = read_entry(slices, self.tensor_keys.action)
+        first = self._observations(slices)[:, 0]
         latents = [self._sample(self.encode(first, "live"))]
         dists = []
         with self._bound("model", "live"):
@@ -52,7 +54,7 @@ class ALMRollouts(ALMNetworks):
         )
         if self.kl_coef != 0:
             with torch.no_grad():
-                target = self.encode(slices["next"])
+                target = self.encode(read_entry(slices, "next"))
             locs, scales = zip(
                 *(normal_parameters(dist, "model") for dist in dists), strict=True
             )
@@ -94,6 +96,7 @@ class ALMRollouts(ALMNetworks):
             (the log ratio is zero where ``classifier_coef`` is), ``value`` ``[B, K]``
             for t = 1..K, and ``lambda_return`` ``[B, K]``.
         """
+        check_integer("horizon", horizon)
         latents, actions = [latent], []
         with self._bound("actor", "live"), self._bound("model", "frozen"):
             for _ in range(horizon):
@@ -134,8 +137,9 @@ class ALMRollouts(ALMNetworks):
         Returns:
             Tensor: the estimate for each row, ``[B]``, without gradient.
         """
+        check_integer("horizon", horizon)
         latents = [self._sample(self.encode(transitions))]
-        actions = [transitions[self.tensor_keys.action]]
+        actions = [read_entry(transitions, self.tensor_keys.action)]
         for _ in range(horizon):
             latents.append(self._sample(self.step(latents[-1], actions[-1])))
             actions.append(self._mean_action(latents[-1]))
@@ -166,11 +170,12 @@ class ALMRollouts(ALMNetworks):
             Tensor: ``[B]``, without gradient.
         """
         keys = self.tensor_keys
-        reward = transitions["next", keys.reward].squeeze(-1)
-        terminated = transitions["next", keys.terminated]
-        latent = self._sample(self.encode(transitions["next"]))
+        following = read_entry(transitions, "next")
+        latent = self._sample(self.encode(following))
         value = self.state_action_value(latent, self.act(latent), "target").amin(-1)
-        discount = self.gamma * (1 - terminated.squeeze(-1).to(value.dtype))
+        reward = read_column(following, keys.reward, value)
+        terminated = read_column(following, keys.terminated, value)
+        discount = self.gamma * (1 - terminated.to(value.dtype))
         return functional.td_target(reward, discount, value)
 
 
