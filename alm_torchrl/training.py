@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import shlex
@@ -13,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from gymnasium.error import Error as GymnasiumError
@@ -50,9 +51,6 @@ from alm_torchrl.runs import (
 )
 from alm_torchrl.stepper import NonFiniteError
 from alm_torchrl.trainer import ALMTrainer, make_trainer
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 __all__ = ["mistakes", "train"]
 
@@ -114,6 +112,7 @@ def train(config: TrainConfig, resume: Path | None = None, fresh: bool = False) 
                 make_env(config.task, action_bounds=config.action_bounds, seed=seed)
                 for seed in (config.seed, None)
             )
+            _check_logger(config.logger)
             stack.enter_context(lock_run(path))
             if fresh and holds_run(path):
                 print(f"The run before is now in {set_run_aside(path)}")
@@ -367,31 +366,34 @@ def _device(name: str) -> str:
     return name
 
 
+def _check_logger(name: str) -> None:
+    """Import what a logger needs before anything is written."""
+    try:
+        if name == "tensorboard":
+            importlib.import_module("torch.utils.tensorboard")
+        elif name == "wandb":
+            importlib.import_module("wandb")
+    except ImportError as error:
+        extra = "wandb" if name == "wandb" else "cli"
+        raise ImportError(
+            f"--logger {name} needs another package: pip install 'alm_torchrl[{extra}]'"
+        ) from error
+
+
 def _logger(config: TrainConfig, step: int) -> Logger | None:
     """The logger, told to forget what was logged after environment step ``step``."""
     path = config.run_path
     if config.logger == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
         from torchrl.record.loggers.tensorboard import TensorboardLogger
 
         class _Tensorboard(TensorboardLogger):
             def _create_experiment(self) -> SummaryWriter:
-                from torch.utils.tensorboard import SummaryWriter
-
                 return SummaryWriter(str(path / "tensorboard"), purge_step=step + 1)
 
-        try:
-            return _Tensorboard("tensorboard", log_dir=str(path))
-        except ImportError as error:
-            raise ImportError(
-                "--logger tensorboard needs TensorBoard: pip install 'alm_torchrl[cli]'"
-            ) from error
+        return _Tensorboard("tensorboard", log_dir=str(path))
     if config.logger == "wandb":
         from torchrl.record.loggers.wandb import WandbLogger
 
-        try:
-            return WandbLogger(path.name, project="alm_torchrl", save_dir=str(path))
-        except ImportError as error:
-            raise ImportError(
-                "--logger wandb needs W&B: pip install 'alm_torchrl[wandb]'"
-            ) from error
+        return WandbLogger(path.name, project="alm_torchrl", save_dir=str(path))
     return None
