@@ -67,7 +67,7 @@ def made(build, *args, **kwargs):
         raised = error
     frame = traceback.extract_tb(raised.__traceback__)[-1]
     assert frame.filename.startswith(PACKAGE), f"{raised!r} from {frame}"
-    assert re.search("expected .* got|must .* got", str(raised))
+    assert re.search("(expected|must|needs|may) .* got", str(raised))
     return None
 
 
@@ -104,7 +104,7 @@ WORDS = st.one_of(
 COMMANDS = st.sampled_from(["train"] * 6 + ["evaluate", "plot", "render", "tasks", ""])
 
 
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(COMMANDS, st.lists(WORDS, max_size=4))
 @example("train", [["--preset"]])
 @example("train", [["--preset=paper"], ["--preset", "quick"]])
@@ -209,8 +209,7 @@ def test_any_loss(values):
         return
     assert isinstance(loss, ALMLoss)
     if values.keys().isdisjoint(ends):
-        losses = loss(make_rows(2, 2))
-        assert all(value.isfinite().all() for value in losses.values())
+        assert set(loss(make_rows(2, 2)).keys()) == set(loss.out_keys)
 
 
 @settings(max_examples=60)
@@ -243,6 +242,7 @@ def test_any_replay_buffer(capacity, values, stored):
 @settings(max_examples=50)
 @given(settings_of(initial=POSITIVE, final=SHARE, steps=SIZE))
 @example({"steps": 10**30})
+@example({"final": 1e300})
 def test_any_noise_schedule(values):
     schedule = made(NoiseSchedule, **values)
     if schedule is not None:

@@ -371,7 +371,9 @@ class TestErrors:
             loss(rows)
         with pytest.raises(ValueError, match="horizon=None"):
             loss.actor_loss(rows)
-        with pytest.raises(ValueError, match="horizon=0"):
+        with pytest.raises(
+            ValueError, match="horizon: expected an integer >= 1, got 0"
+        ):
             loss.actor_loss(batch, horizon=0)
         for term in ("reward", "classifier", "qvalue"):
             with pytest.raises(ValueError, match=r"got batch size \[6, 3, 2\]"):
