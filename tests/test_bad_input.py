@@ -458,7 +458,7 @@ def test_wrong_spaces(task, observation_space, action_space, message):
         ("train CartPole-v1", "supported actions are continuous vectors .* Discrete"),
         ("train FrozenLake-v1", "supported observations are flat vectors .* Discrete"),
         ("train --preset paper", "the preset 'paper' needs a task, for example: "),
-        ("train --device cuda", "--device cuda: PyTorch finds no CUDA device"),
+        ("train --device cuda", "--device: expected one that PyTorch finds, got cuda"),
     ],
 )
 def test_mistake_on_the_command_line(capsys, monkeypatch, tmp_path, arguments, message):
