@@ -18,7 +18,9 @@ __all__ = [
 ]
 
 
+# What tensors hold: more overflows somewhere inside PyTorch.
 LARGEST = 2**63 - 1
+LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 
 def check_integer(name: str, value: object, low: int = 1, high: float = LARGEST) -> int:
@@ -57,7 +59,7 @@ def check_number(
     name: str,
     value: object,
     low: float = 0.0,
-    high: float = math.inf,
+    high: float = LARGEST_FLOAT,
     *,
     open_low: bool = False,
     open_high: bool = False,
@@ -68,7 +70,7 @@ def check_number(
         name (str): what the error calls it.
         value (object): what was given; a NumPy number will do, a bool will not.
         low (float): lower limit. Default: ``0.0``.
-        high (float): upper limit. Default: no limit.
+        high (float): upper limit. Default: what float32 holds.
 
     Keyword Args:
         open_low (bool): whether the lower limit itself is outside.
@@ -90,12 +92,12 @@ def check_number(
     number = isinstance(value, Real) and not isinstance(value, bool)
     given = float(value) if number else math.nan  # type: ignore[arg-type]
     if (
-        not math.isfinite(given)
+        not abs(given) <= LARGEST_FLOAT
         or not (low < given if open_low else low <= given)
         or not (given < high if open_high else given <= high)
     ):
         expected = f"a number {'>' if open_low else '>='} {low:g}"
-        if not math.isinf(high):
+        if high < LARGEST_FLOAT:
             expected += f" and {'<' if open_high else '<='} {high:g}"
         raise ValueError(f"{name}: expected {expected}, got {value!r}.")
     return given

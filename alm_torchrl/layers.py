@@ -94,9 +94,8 @@ class NoiseSchedule(nn.Module):
         self, initial: float = 1.0, final: float = 0.1, steps: int = 100_000
     ) -> None:
         super().__init__()
-        largest = torch.finfo(torch.get_default_dtype()).max
-        self.initial = check_number("initial", initial, 0, largest)
-        self.final = check_number("final", final, 0, largest)
+        self.initial = check_number("initial", initial)
+        self.final = check_number("final", final)
         self.steps = check_integer("steps", steps)
         self.register_buffer("std", torch.tensor(self.initial))
         self.register_buffer("count", torch.tensor(0))

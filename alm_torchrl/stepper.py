@@ -153,9 +153,9 @@ class ALMOptimizationStepper(OptimizationStepper):
         precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         check_type("loss", loss, ALMLoss)
-        check_number("lr", lr, open_low=True)
-        check_number("clip_norm", clip_norm, open_low=True)
-        check_number("tau", tau, 0, 1, open_low=True)
+        lr = check_number("lr", lr, open_low=True)
+        clip_norm = check_number("clip_norm", clip_norm, open_low=True)
+        tau = check_number("tau", tau, 0, 1, open_low=True)
         check_choice("precision", precision, ("fp32", "bf16"))
         self.loss = loss
         self.clip_norm = clip_norm

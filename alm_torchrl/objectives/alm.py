@@ -147,11 +147,12 @@ class ALMLoss(OneStepTerms):
     ) -> None:
         super().__init__()
         gamma, lmbda = _check_discount("gamma", gamma), _check_discount("lmbda", lmbda)
-        check_number("classifier_coef", classifier_coef)
-        check_number("kl_coef", kl_coef)
-        check_number("value_coef", value_coef)
+        # Floats: a tensor cannot be multiplied by a large Python integer.
+        classifier_coef = check_number("classifier_coef", classifier_coef)
+        kl_coef = check_number("kl_coef", kl_coef)
+        value_coef = check_number("value_coef", value_coef)
         if noise_clip is not None:
-            check_number("noise_clip", noise_clip)
+            noise_clip = check_number("noise_clip", noise_clip)
         if classifier is None and classifier_coef != 0:
             raise ValueError(
                 "classifier may be None only with classifier_coef=0, got "
