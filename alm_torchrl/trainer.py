@@ -46,9 +46,14 @@ class ALMTrainer(Trainer):
     bar: ProgressBar | None = None
 
     def train(self) -> None:
-        """Trains until the end, a stop that was requested, or an error."""
+        """Trains until the end, a stop that was requested, or an error.
+
+        Does nothing if the end was reached before, as after loading a checkpoint of a
+        complete run.
+        """
         try:
-            super().train()
+            if self.collected_frames < self.total_frames:
+                super().train()
         except NonFiniteError as error:
             rotation = self.checkpoint_rotation
             raise NonFiniteError(

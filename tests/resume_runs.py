@@ -102,6 +102,9 @@ def keep_final_state(trainer, folder):
 def train(folder, task, stop=None, **options):
     """Trains until ``stop`` or the end, and leaves the state in ``final.pt``."""
     trainer = make_run(folder, task, **options)
+    if trainer.collected_frames == TOTAL:
+        # Killed after its last checkpoint.
+        torch.save(final_state(trainer), Path(folder) / "final.pt")
 
     def check():
         if trainer.collected_frames == stop:

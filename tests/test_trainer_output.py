@@ -91,6 +91,18 @@ def test_checkpoints_are_kept_and_load_into_a_fresh_loss(keep, tmp_path):
     assert differing(loaded, stepper) == []
 
 
+def test_a_complete_run_does_not_go_on(tmp_path):
+    counter_trainer(checkpoint_dir=tmp_path).train()
+    newest = CheckpointRotation(tmp_path, keep_last=1).latest()
+    trainer = counter_trainer(checkpoint_dir=tmp_path)
+    with pytest.warns(UserWarning, match="fresh episode"):
+        trainer.load_from_file(newest)
+    state = tensors(trainer.loss_module.state_dict())
+    trainer.train()
+    assert trainer.collected_frames == WARMUP + TOTAL
+    assert differing(tensors(trainer.loss_module.state_dict()), state) == []
+
+
 def test_no_checkpoint_directory_means_no_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     counter_trainer(checkpoint_interval=1).train()
