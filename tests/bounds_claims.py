@@ -1,7 +1,7 @@
 """The claims of section 3.3 and appendix A as inequalities over random problems.
 
-A statement maps a problem to its slack, one number or more for each MDP of the batch: not
-negative where the statement holds. Each has broken versions, which must be found out.
+A statement maps a problem to its slack, one number or more for each MDP of the batch,
+not negative where the statement holds. Each has broken versions, to be found out.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from alm_torchrl.bounds import (
     log_omission_error,
     log_omission_gap,
     lower_bound,
+    model_rollout,
     offline_bound,
     optimal_discount,
     optimal_dynamics,
@@ -120,8 +121,6 @@ def theorem(problem, **exchanged):
 def swapped_kl(problem, parts):
     """``KL(e(.|s_{t+1}) || m(.|z_t, a_t))`` in place of the other direction."""
     mdp, agent = problem.mdp, problem.agent
-    from alm_torchrl.bounds import model_rollout
-
     joint = model_rollout(mdp, agent, problem.horizon)[:, :-1]
     ahead = einsum("btsz,bza,bsap->btzap", joint, agent.policy, mdp.kernel)
     rows = kl_table(agent.encoder, agent.model.flatten(1, 2)).mT
@@ -166,7 +165,7 @@ def improvement(problem, factor=1.0):
 # -- A.3 -----------------------------------------------------------------------------
 
 
-def lambda_average(problem, weight="printed", cut=False, kl=True):
+def lambda_average(problem, weight="printed", cut=False):
     mdp, agent = problem.mdp, problem.agent
     bound = lambda_bound(
         mdp,

@@ -6,7 +6,7 @@ A path is a tuple of triples ``(s, z, a)``. Nothing here is shared with the pack
 from __future__ import annotations
 
 import math
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 
@@ -72,7 +72,7 @@ class Enumeration:
         """``q(tau|H)`` of Eq. 4."""
         s, z, a = path[0]
         chance = self.start[s] * self.encoder[s][z] * self.policy[z][a]
-        for (s, z, a), (s2, z2, a2) in zip(path, path[1:], strict=False):
+        for (s, z, a), (s2, z2, a2) in pairwise(path):
             chance *= self.kernel[s][a][s2] * self.model[z][a][z2] * self.policy[z2][a2]
         return chance
 
