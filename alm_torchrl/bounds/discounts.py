@@ -1,4 +1,4 @@
-"""Distributions over the horizon, and the bound with a discount of its own (A.1, A.4)."""
+"""Distributions over the horizon, and the bound with a discount of its own (A.4)."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class OptimalDynamics:
     """``q*(tau|H)`` (A.4) as a Markov chain whose steps depend on the time left.
 
     ``q*(tau|H) = p(tau|H) psi_H / E_p[psi_H]``. Over ``(s, z, a)`` this factorises:
-    step ``t`` of ``p`` is reweighted by the expected payoff ``beta_t`` that it leads to.
+    step ``t`` of ``p`` is reweighted by the expected payoff that it leads to.
 
     Args:
         initial (Tensor): ``q*(s_0)``, ``[*, S]``.
@@ -48,14 +48,15 @@ def optimal_dynamics(
     """The trajectory distribution that makes the term of ``H`` tight (A.4, step d).
 
     The paper gives it for ``H >= 1``; the bound is tight only if ``H = 0`` has it too,
-    where it reweights ``s_0, z_0, a_0``. It changes ``p_0``, the kernel, the encoder and
-    the policy and is not of the form of Eq. 4, so that no latent model attains it.
+    where it reweights ``s_0, z_0, a_0``. It changes ``p_0``, the kernel, the encoder
+    and the policy and is not of the form of Eq. 4: no latent model attains it.
 
     Args:
         mdp (FiniteMDP): the problem.
         agent (LatentAgent): encoder and policy; the model plays no part.
         horizon (int): ``K >= 1``.
-        stop (int): ``H`` in ``0..K``; the payoff is ``r`` for ``H < K``, ``Q`` at ``K``.
+        stop (int): ``H`` in ``0..K``. The payoff is ``r`` for ``H < K`` and ``Q`` for
+            ``H = K``.
 
     Returns:
         OptimalDynamics: tables for ``t = 0..H``.
@@ -72,7 +73,8 @@ def optimal_dynamics(
         >>> chain = optimal_dynamics(mdp, agent, horizon=3, stop=2)
         >>> chain.choice.shape, chain.kernel.shape
         (torch.Size([4, 3, 3, 5, 2]), torch.Size([4, 2, 3, 2, 3]))
-        >>> dynamics_bound(mdp, agent, 3, chain).allclose(payoffs(mdp, agent, 3)[:, 2].log())
+        >>> best = payoffs(mdp, agent, 3)[:, 2].log()
+        >>> dynamics_bound(mdp, agent, 3, chain).allclose(best)
         True
     """
     beta = _payoff(mdp, agent, horizon, stop)

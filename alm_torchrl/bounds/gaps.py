@@ -15,7 +15,6 @@ from alm_torchrl.bounds.exact import (
     q_values,
     weighted,
 )
-from alm_torchrl.bounds.objective import lower_bound
 from alm_torchrl.bounds.practice import (
     classifier_log_ratio,
     latent_q_values,
@@ -74,7 +73,7 @@ def surrogate_bound(
             ``horizon`` is below 1, or if ``agent`` does not fit ``mdp``.
 
     Examples:
-        >>> from alm_torchrl.bounds import random_agent, random_mdp
+        >>> from alm_torchrl.bounds import lower_bound, random_agent, random_mdp
         >>> generator = torch.Generator().manual_seed(0)
         >>> mdp = random_mdp(4, 3, 2, generator=generator)
         >>> agent = random_agent(4, 3, 2, 2, generator=generator)

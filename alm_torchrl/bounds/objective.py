@@ -256,9 +256,10 @@ def lambda_bound(
 def _endless_lambda_bound(
     mdp: FiniteMDP, agent: LatentAgent, lmbda: float, kl_weight: KLWeight
 ) -> Tensor:
-    """``sum_t (lmbda gamma)^t E_q[(1 - gamma) log r - w KL + (1 - lmbda) gamma log Q']``.
+    """All horizons at once, by the discounted occupancy of ``(s_t, z_t)``.
 
-    The weight of step ``t`` is ``gamma^t`` times that of all horizons above ``t``.
+    ``sum_t (lmbda gamma)^t E_q[(1 - gamma) log r - w KL + (1 - lmbda) gamma log Q']``:
+    step ``t`` counts for all horizons above ``t``, whose weights add up to ``lmbda^t``.
     """
     check_pair(mdp, agent)
     pairs = (mdp.states, agent.latents)

@@ -1,13 +1,12 @@
 """What the practical algorithm computes instead of the bound, exactly.
 
-Rewards, values and divergences as functions of latents depend on the data that they are
-learned from: a distribution ``data`` over ``(s, a)``, ``[*, S, A]``, with ``z ~ e(s)``
-and ``s' ~ p(s, a)``. Each function here is the optimum of its loss on that distribution.
+Rewards, values and divergences as functions of latents depend on the data that they
+are learned from: a distribution ``data`` over ``(s, a)``, ``[*, S, A]``, with
+``z ~ e(s)`` and ``s' ~ p(s, a)``. Each table here is the optimum of its loss on it.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, einsum
 
 from alm_torchrl.bounds.exact import Discounted, weighted
@@ -37,6 +36,7 @@ def latent_reward(mdp: FiniteMDP, encoder: Tensor, data: Tensor) -> Tensor:
         ValueError: if a pair ``(z, a)`` never occurs in the data.
 
     Examples:
+        >>> import torch
         >>> from alm_torchrl.bounds import random_mdp
         >>> generator = torch.Generator().manual_seed(0)
         >>> mdp = random_mdp(1, 3, 2, generator=generator)
@@ -63,6 +63,7 @@ def latent_dynamics(mdp: FiniteMDP, encoder: Tensor, data: Tensor) -> Tensor:
         ValueError: if a pair ``(z, a)`` never occurs in the data.
 
     Examples:
+        >>> import torch
         >>> from alm_torchrl.bounds import random_mdp
         >>> generator = torch.Generator().manual_seed(0)
         >>> mdp = random_mdp(1, 3, 2, generator=generator)
@@ -80,9 +81,9 @@ def latent_q_values(
 ) -> Tensor:
     """The critic's fixed point (Eq. 10) as a function of the latent, normalised.
 
-    ``Q(z, a) = E[(1 - gamma) r(s, a) + gamma Q(z', a') | z, a]`` with ``z' ~ e(s')`` and
-    ``a' ~ pi(z')``. It bootstraps from latents, as if they were states. Divide it by
-    ``1 - gamma`` for the critic of the algorithm.
+    ``Q(z, a) = E[(1 - gamma) r(s, a) + gamma Q(z', a') | z, a]`` with ``z' ~ e(s')``
+    and ``a' ~ pi(z')``. It bootstraps from latents, as if they were states. Divide it
+    by ``1 - gamma`` for the critic of the algorithm.
 
     Args:
         mdp (FiniteMDP): the problem.
@@ -97,6 +98,7 @@ def latent_q_values(
         ValueError: if a pair ``(z, a)`` never occurs in the data.
 
     Examples:
+        >>> import torch
         >>> from alm_torchrl.bounds import q_values, random_mdp, random_policy
         >>> generator = torch.Generator().manual_seed(0)
         >>> mdp = random_mdp(1, 3, 2, generator=generator)
@@ -134,9 +136,9 @@ def classifier_log_ratio(
 
     Keyword Args:
         shared_latent (bool): ``True`` if the imagined ``z'`` starts from the ``z`` that
-            the classifier sees, as in Eq. 9; ``False`` if it starts from another draw of
-            ``e(s)``, as in the authors' code and :class:`~alm_torchrl.ALMLoss`, where
-            the model in the ratio becomes its mean over that draw. Default: ``True``.
+            the classifier sees, as in Eq. 9; ``False`` if it starts from another draw
+            of ``e(s)``, as in the authors' code and :class:`~alm_torchrl.ALMLoss`: the
+            model in the ratio becomes its mean over that draw. Default: ``True``.
 
     Returns:
         Tensor: ``[*, Z, A, Z]``; infinite where only one of the two occurs.
@@ -147,6 +149,7 @@ def classifier_log_ratio(
     Examples:
         No classifier tells a model from the encoder that it agrees with:
 
+        >>> import torch
         >>> from alm_torchrl.bounds import LatentAgent, random_agent, random_mdp
         >>> generator = torch.Generator().manual_seed(0)
         >>> mdp = random_mdp(1, 3, 2, generator=generator)
@@ -180,10 +183,10 @@ def practical_estimate(
 ) -> Tensor:
     """The estimate of the practical algorithm, from each latent and first action.
 
-    ``E[sum_{t<K} gamma^t (r(z_t, a_t) + c rho(z_t, a_t, z_{t+1})) + gamma^K Q(z_K, a_K)]``
-    with ``z_{t+1} ~ m(z_t, a_t)`` and, after the first, ``a_t ~ pi(z_t)``: Eq. 8 without
-    logarithms, which is also the estimate of the bias study (Fig. 4). Any tables will
-    do; nothing is normalised.
+    The mean of ``sum_{t<K} gamma^t (r(z_t, a_t) + c rho(z_t, a_t, z_{t+1}))
+    + gamma^K Q(z_K, a_K)`` with ``z_{t+1} ~ m(z_t, a_t)`` and, after the first,
+    ``a_t ~ pi(z_t)``: Eq. 8 without logarithms, which is also the estimate of the bias
+    study (Fig. 4). Any tables will do; nothing is normalised.
 
     Args:
         model (Tensor): ``m(z'|z, a)``, ``[*, Z, A, Z]``.
@@ -208,6 +211,7 @@ def practical_estimate(
     Examples:
         With exact tables it is the value that the critic starts from, for any horizon:
 
+        >>> import torch
         >>> from alm_torchrl.bounds import q_values, random_mdp, random_policy
         >>> generator = torch.Generator().manual_seed(0)
         >>> mdp = random_mdp(1, 3, 2, generator=generator)

@@ -135,7 +135,7 @@ class LatentAgent:
 
     @property
     def state_policy(self) -> Tensor:
-        """What the agent does in each state: ``sum_z e(z|s) pi(a|z)``, ``[*, S, A]``."""
+        """The actions in each state: ``sum_z e(z|s) pi(a|z)``, ``[*, S, A]``."""
         return self.encoder @ self.policy
 
 

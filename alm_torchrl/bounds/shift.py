@@ -31,7 +31,8 @@ def log_omission_error(reward: Tensor, shift: float) -> Tensor:
 
     Examples:
         >>> import torch
-        >>> log_omission_error(torch.tensor([0.0, 1.0, 100.0], dtype=torch.float64), 1e4)
+        >>> reward = torch.tensor([0.0, 1.0, 100.0], dtype=torch.float64)
+        >>> log_omission_error(reward, 1e4)
         tensor([0.0000e+00, 4.9997e-05, 4.9669e-01], dtype=torch.float64)
     """
     if not shift > 0:
