@@ -44,7 +44,7 @@ def truncated_geometric(gamma: Tensor, horizon: int) -> Tensor:
         tensor([0.5000, 0.2500, 0.2500])
     """
     check_horizon(horizon)
-    weight = gamma[..., None].pow(torch.arange(horizon + 1, dtype=gamma.dtype))
+    weight = gamma[..., None].pow(torch.arange(horizon + 1, device=gamma.device))
     stop = torch.ones_like(weight)
     stop[..., :-1] = (1 - gamma)[..., None]
     return weight * stop

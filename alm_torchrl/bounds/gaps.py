@@ -103,11 +103,11 @@ def surrogate_bound(
     else:
         ratio = weighted(agent.model, log_ratio).sum(-1)
         kl = -weighted(by_latent, ratio[..., None, :, :]).sum((-2, -1))
-    steps = torch.arange(horizon + 1, dtype=mdp.gamma.dtype)
+    steps = torch.arange(horizon + 1, device=mdp.gamma.device)
     discounts = mdp.gamma[..., None].pow(steps)
-    coef = torch.as_tensor(kl_coef, dtype=discounts.dtype)[..., None]
+    coef = torch.as_tensor(kl_coef, dtype=discounts.dtype, device=discounts.device)
     extrinsic = (1 - mdp.gamma)[..., None] * mean(reward, mdp.reward)
-    total = discounts * extrinsic - weighted(discounts * coef, kl)
+    total = discounts * extrinsic - weighted(discounts * coef[..., None], kl)
     value = mean(qvalue, q_values(mdp, agent.state_policy))
     return total[..., :-1].sum(-1) + (discounts * value)[..., -1]
 

@@ -53,7 +53,7 @@ class BoundParts:
     @property
     def discounts(self) -> Tensor:
         """``gamma^t`` for ``t = 0..K``, ``[*, K + 1]``."""
-        steps = torch.arange(self.log_value.shape[-1], dtype=self.gamma.dtype)
+        steps = torch.arange(self.log_value.shape[-1], device=self.gamma.device)
         return self.gamma[..., None].pow(steps)
 
     @property
@@ -155,6 +155,8 @@ def lower_bound(
     where ``KL_t = E_q[KL(m(.|z_t, a_t) || e(.|s_{t+1}))] >= 0``. The paper prints
     ``w_t = gamma^t``; ``w_t = gamma^(t+1)`` bounds the return as well and is larger by
     ``(1 - gamma) sum_{t<K} gamma^t KL_t``: strictly, unless every KL is zero.
+    For random agents in random problems that is about ``1 - gamma`` of the gap between
+    the bound and the return (``tutorials/theory.py``).
 
     **Proof.** Let ``H`` be ``t < K`` with probability ``(1 - gamma) gamma^t`` and ``K``
     with ``gamma^K``, and ``psi_H`` be ``r(s_H, a_H)`` for ``H < K`` and
@@ -248,7 +250,7 @@ def lambda_bound(
     if horizon is None:
         return _endless_lambda_bound(mdp, agent, lmbda, kl_weight)
     bounds = bound_parts(mdp, agent, horizon).bounds(kl_weight)[..., 1:]
-    weight = lmbda ** torch.arange(horizon, dtype=bounds.dtype)
+    weight = lmbda ** torch.arange(horizon).to(bounds)
     weight[:-1] *= 1 - lmbda
     return weighted(weight, bounds).sum(-1)
 
