@@ -1,4 +1,4 @@
-"""The claims of section 3.3 and appendix A, each with broken versions to be found out."""
+"""The claims of section 3.3 and appendix A, each with versions to be found out."""
 
 from __future__ import annotations
 
