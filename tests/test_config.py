@@ -18,8 +18,11 @@ from alm_torchrl.runs import (
     MetricsWriter,
     Run,
     create_run,
+    harmful_differences,
+    lock_run,
     read_metrics,
     read_run,
+    refuse_other_files,
 )
 
 
@@ -142,7 +145,12 @@ def _row(seed=0, step=0, mean_return=0.0):
 
 def test_run_folder_holds_what_is_documented(tmp_path):
     config = preset_config("quick", run_dir=tmp_path / "a run")
-    path = create_run(config, "cpu")
+    path = config.run_path
+    with lock_run(path):
+        create_run(config, "cpu")
+        message = "another process trains in it"
+        with pytest.raises(BlockingIOError, match=message), lock_run(path):
+            pass
     record = json.loads((path / "config.json").read_text())
     assert set(record) == {
         "settings",
@@ -151,6 +159,7 @@ def test_run_folder_holds_what_is_documented(tmp_path):
         "commit",
         "hardware",
         "started",
+        "continued",
     }
     assert record["settings"] == config.to_dict()
     assert set(record["versions"]) == {"python", *PACKAGES}
@@ -162,13 +171,25 @@ def test_run_folder_holds_what_is_documented(tmp_path):
         read_run(path)
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.csv", "checkpoints"])
-def test_a_folder_with_a_run_is_refused_and_kept(tmp_path, name):
+@pytest.mark.parametrize("name", ["metrics.csv", "checkpoints"])
+def test_a_folder_with_files_of_another_kind_is_refused(tmp_path, name):
     (tmp_path / name).write_text("precious")
     with pytest.raises(FileExistsError, match="--run-dir"):
-        create_run(preset_config("quick", run_dir=tmp_path), "cpu")
-    assert (tmp_path / name).read_text() == "precious"
-    assert [file.name for file in tmp_path.iterdir()] == [name]
+        refuse_other_files(tmp_path)
+
+
+def test_only_settings_that_leave_the_training_alone_may_change(tmp_path):
+    config = preset_config("quick", run_dir=tmp_path)
+    for name, value in {"total_steps": 9999, "logger": "none", "threads": 2}.items():
+        changed = dataclasses.replace(config, **{name: value})
+        assert harmful_differences(config.to_dict(), changed) == {}
+    changed = dataclasses.replace(config, lr=0.5, total_steps=9999, horizon=2)
+    assert harmful_differences(config.to_dict(), changed) == {
+        "lr": (config.lr, 0.5),
+        "horizon": (3, 2),
+    }
+    older = {k: v for k, v in config.to_dict().items() if k != "lr"}
+    assert harmful_differences(older, config) == {"lr": (None, config.lr)}
 
 
 def test_metrics_are_on_disk_at_once_and_read_back_equal(tmp_path):
@@ -184,8 +205,14 @@ def test_metrics_are_on_disk_at_once_and_read_back_equal(tmp_path):
         "seed,training_step,environment_step,mean_return,mean_length,wall_time,task"
     )
     assert ",".join(METRICS_FIELDS) == path.read_text().splitlines()[0]
-    with pytest.raises(FileExistsError):
-        MetricsWriter(path)
+    with path.open("a") as file:
+        file.write("0,20")  # by a process that was killed
+    with MetricsWriter(path, until=rows[0]["environment_step"]) as writer:
+        assert writer.rows == read_metrics(path) == rows[:1]
+        writer.write(rows[1])
+    assert read_metrics(path) == rows
+    MetricsWriter(path).close()
+    assert read_metrics(path) == []
 
 
 def test_foreign_csv_is_refused(tmp_path):
