@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.trainers import OptimizationStepper, Trainer
 

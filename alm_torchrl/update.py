@@ -1,4 +1,4 @@
-"""The arithmetic of one update as a function of the batch: eager, compiled, captured."""
+"""The arithmetic of one update: as a function, with compiled terms, as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any, Literal, cast
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 from torchrl.objectives import SoftUpdate
 
@@ -51,11 +51,13 @@ class ALMTargetUpdate(SoftUpdate):
         super().__init__(loss_module, tau=tau)
         self.failed: Tensor | None = None
 
-    def _step(self, p_source: Tensor, p_target: Tensor) -> None:
+    def _step(self, p_source: TensorDictBase, p_target: TensorDictBase) -> None:
         weight: Tensor | float = 1 - self.eps
-        if self.failed is not None:
-            weight = weight * (~self.failed).to(p_target.dtype)
-        p_target.data.lerp_(p_source.data, weight)
+        for key, target in p_target.items(include_nested=True, leaves_only=True):
+            if self.failed is not None:
+                # TensorDict's own lerp_ would wait for this number.
+                weight = (1 - self.eps) * (~self.failed).to(target.dtype)
+            target.data.lerp_(p_source.get(key).data, weight)
 
 
 class Update:
@@ -232,10 +234,11 @@ class CapturedUpdate:
             self._capture(batch)
         expected, given = _entries(self._inputs), _entries(batch)
         if given != expected:
+            keys = [k for k in expected | given if expected.get(k) != given.get(k)]
+            key = min(keys, key=str)
             raise ValueError(
-                "sub_batch: expected the entries that were captured, "
-                f"{sorted(expected - given, key=str)}, got "
-                f"{sorted(given - expected, key=str)}; cudagraph=False takes any."
+                f"sub_batch: expected {key!r} as it was captured, {expected.get(key)}, "
+                f"got {given.get(key)}; cudagraph=False takes any batch."
             )
         self._inputs.update_(batch)
         cast("torch.cuda.CUDAGraph", self._graph).replay()
@@ -281,9 +284,9 @@ def compile_term(method: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
-def _entries(batch: TensorDictBase) -> set[tuple[object, ...]]:
+def _entries(batch: TensorDictBase) -> dict[NestedKey, tuple[object, ...]]:
     return {
-        (key, tuple(entry.shape), entry.dtype, entry.device)
+        key: (tuple(entry.shape), entry.dtype, entry.device)
         for key, entry in batch.items(include_nested=True, leaves_only=True)
     }
 
