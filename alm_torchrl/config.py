@@ -115,8 +115,12 @@ class TrainConfig:
     """Largest gradient norm of each optimizer."""
     tau: float = 0.005
     """Step of the target encoder and critic towards the online ones."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Precision of the hidden layers in updates; all else keeps fp32."""
+    compile: bool = False
+    """Compile the terms of the update; takes a minute or more at the start."""
+    cudagraph: bool | None = None
+    """Run updates as one captured CUDA graph; None: wherever there is a GPU."""
 
     # Evaluation, logs and checkpoints
     eval_interval: int = 5000

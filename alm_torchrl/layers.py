@@ -221,9 +221,9 @@ class TensorModule(TensorDictModule):
 def elu_mlp(in_dim: int, hidden_dim: int, out_dim: int, *head: nn.Module) -> MLP:
     return MLP(
         OrthogonalLinear(in_dim, hidden_dim),
-        nn.ELU(),
+        nn.ELU(inplace=True),
         OrthogonalLinear(hidden_dim, hidden_dim),
-        nn.ELU(),
+        nn.ELU(inplace=True),
         OutputLinear(hidden_dim, out_dim),
         *head,
     )
@@ -235,6 +235,6 @@ def value_mlp(in_dim: int, hidden_dim: int, out_dim: int) -> MLP:
         nn.LayerNorm(hidden_dim),
         nn.Tanh(),
         OrthogonalLinear(hidden_dim, hidden_dim),
-        nn.ELU(),
+        nn.ELU(inplace=True),
         OutputLinear(hidden_dim, out_dim),
     )

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor, nn
-from torchrl.objectives import SoftUpdate
 from torchrl.trainers import OptimizationStepper, Trainer
 
 from alm_torchrl.checks import check_choice, check_number, check_type
 from alm_torchrl.objectives import ALMLoss
+from alm_torchrl.update import ALMTargetUpdate, CapturedUpdate, Update
 
 __all__ = ["ALMOptimizationStepper", "ALMTargetUpdate", "NonFiniteError"]
-
-# Each step of an update: the loss method, and the parts it trains.
-STEPS = (
-    ("model_loss", ("encoder", "model")),
-    ("reward_classifier_loss", ("reward", "classifier")),
-    ("qvalue_loss", ("qvalue",)),
-    ("actor_loss", ("actor",)),
-)
 
 
 class NonFiniteError(RuntimeError):
@@ -63,32 +52,6 @@ class NonFiniteError(RuntimeError):
         self.checkpoint = checkpoint
 
 
-class ALMTargetUpdate(SoftUpdate):
-    """Soft update of the targets that stands still after a failed update.
-
-    Args:
-        loss_module (ALMLoss): loss with target parameters.
-        tau (float): share of the online parameters, in (0, 1]. Default: ``0.005``.
-
-    Examples:
-        >>> from alm_torchrl import make_alm_loss
-        >>> loss = make_alm_loss(
-        ...     observation_dim=3, action_low=[-1.0], action_high=[1.0], hidden_dim=8
-        ... )
-        >>> ALMTargetUpdate(loss, tau=0.01).step()
-    """
-
-    def __init__(self, loss_module: ALMLoss, *, tau: float = 0.005) -> None:
-        super().__init__(loss_module, tau=tau)
-        self.failed: Tensor | None = None
-
-    def _step(self, p_source: Tensor, p_target: Tensor) -> None:
-        weight: Tensor | float = 1 - self.eps
-        if self.failed is not None:
-            weight = weight * (~self.failed).to(p_target.dtype)
-        p_target.data.lerp_(p_source.data, weight)
-
-
 class ALMOptimizationStepper(OptimizationStepper):
     """Performs one whole update of ALM, with a Trainer or in a loop of one's own.
 
@@ -101,9 +64,19 @@ class ALMOptimizationStepper(OptimizationStepper):
     nothing; :meth:`raise_if_nonfinite` reads the verdict. On a CPU it is read in each
     update, elsewhere whoever logs calls it (``make_trainer`` does).
 
+    The whole update is one function of the batch. It runs as it is, with its terms
+    compiled (``compile``), or as one captured CUDA graph (``cudagraph``), of the
+    compiled terms if both are set. All modes draw the same random numbers and agree up
+    to rounding. Compiling takes a minute or more at the first update. So does not the
+    capture, but its updates must all have the shapes of the first; it first runs the
+    update a few times and puts parameters, optimizers, targets, buffers and generators
+    back. Where the state is loaded later, or :meth:`recapture` is called, for example
+    after a change of an optimizer's ``lr``, the graph is captured anew.
+
     Args:
-        loss (ALMLoss): the loss; without a Trainer its methods are called directly,
-            with one through ``trainer.compute_loss``.
+        loss (ALMLoss): the loss. Its methods are called through
+            ``trainer.compute_loss`` where an eager update has a trainer, otherwise
+            directly.
 
     Keyword Args:
         lr (float): learning rate of all four Adams. Default: ``1e-4``.
@@ -111,14 +84,21 @@ class ALMOptimizationStepper(OptimizationStepper):
             Default: ``100.0``.
         tau (float): share by which targets move towards the online networks.
             Default: ``0.005``.
-        precision (str): ``"fp32"`` (the parameters' own) or ``"bf16"``: matrix
-            products of the hidden layers in bfloat16 by autocast; parameters, last
-            layers, KL, returns, losses and optimizers keep full precision.
-            Default: ``"fp32"``.
+        precision (str): what the matrix products of the hidden layers are computed in;
+            parameters, last layers, KL, returns, losses and optimizers keep full
+            precision. ``"fp32"``: the parameters' own type; ``"bf16"``: bfloat16 by
+            autocast; ``"tf32"``: TF32 for all layers, on CUDA only and only while an
+            update runs. Default: ``"fp32"``.
+        compile (bool): run the loss's methods through :func:`torch.compile`, each as
+            one graph. Default: ``False``.
+        cudagraph (bool, optional): capture the update as a CUDA graph.
+            Default: ``None``, on CUDA only.
 
     Raises:
-        ValueError: if ``lr``, ``clip_norm``, ``tau`` or ``precision`` is out of range.
-        TypeError: if ``loss`` is no :class:`~alm_torchrl.ALMLoss`.
+        ValueError: if ``lr``, ``clip_norm``, ``tau`` or ``precision`` is out of range,
+            or ``cudagraph`` or ``"tf32"`` is asked for without CUDA.
+        TypeError: if ``loss`` is no :class:`~alm_torchrl.ALMLoss`, or ``compile`` or
+            ``cudagraph`` no boolean.
 
     Examples:
         >>> import torch
@@ -150,35 +130,42 @@ class ALMOptimizationStepper(OptimizationStepper):
         lr: float = 1e-4,
         clip_norm: float = 100.0,
         tau: float = 0.005,
-        precision: Literal["fp32", "bf16"] = "fp32",
+        precision: Literal["fp32", "tf32", "bf16"] = "fp32",
+        compile: bool = False,
+        cudagraph: bool | None = None,
     ) -> None:
         check_type("loss", loss, ALMLoss)
         lr = check_number("lr", lr, open_low=True)
         clip_norm = check_number("clip_norm", clip_norm, open_low=True)
         tau = check_number("tau", tau, 0, 1, open_low=True)
-        check_choice("precision", precision, ("fp32", "bf16"))
-        self.loss = loss
-        self.clip_norm = clip_norm
-        self.precision = precision
+        check_choice("precision", precision, ("fp32", "tf32", "bf16"))
+        check_type("compile", compile, bool)
         self.target_update = ALMTargetUpdate(loss, tau=tau)
-        self.optimizers: dict[str, torch.optim.Adam] = {}
-        self._parameters: dict[str, list[nn.Parameter]] = {}
-        for method, parts in STEPS:
-            params = list(self._part_parameters(parts))
-            self._parameters[method] = params
-            # Only the fused implementation can skip a step on the device.
-            self.optimizers[method] = torch.optim.Adam(params, lr=lr, fused=True)
-        device = self._parameters["model_loss"][0].device
-        # Update and position (from 1) of the first term that was not finite, or zeros.
-        self._failure = torch.zeros(2, dtype=torch.int64, device=device)
-        self._terms: list[str] = []
+        self._update = Update(
+            loss,
+            self.target_update,
+            lr=lr,
+            clip_norm=clip_norm,
+            precision=precision,
+            compile=compile,
+        )
+        device = self._update.device
+        if cudagraph is None:
+            cudagraph = device.type == "cuda"
+        check_type("cudagraph", cudagraph, bool)
+        for name, value in (("cudagraph", cudagraph), ("precision", precision)):
+            if value in (True, "tf32") and device.type != "cuda":
+                raise ValueError(
+                    f"{name}: {value!r} expects the loss on a CUDA device, got "
+                    f"{device}."
+                )
+        self.loss = loss
+        self.precision = precision
+        self.compile = compile
+        self.cudagraph = cudagraph
+        self.optimizers = self._update.optimizers
+        self._captured = CapturedUpdate(self._update)
         self._count = 0
-
-    def _part_parameters(self, parts: tuple[str, ...]) -> Iterator[nn.Parameter]:
-        for part in parts:
-            params = getattr(self.loss, f"{part}_params", None)
-            if params is not None:
-                yield from params.parameters()
 
     @property
     def optimizer_step_count(self) -> int:
@@ -202,52 +189,20 @@ class ALMOptimizationStepper(OptimizationStepper):
             NonFiniteError: on a CPU, if a loss or gradient norm is not finite.
         """
         self._count += 1
-        metrics: dict[str, Tensor] = {}
-        checked: dict[str, Tensor] = {}
-        for method, _ in STEPS:
-            with torch.autocast(
-                self._failure.device.type, torch.bfloat16, self.precision == "bf16"
-            ):
-                if trainer is None:
-                    value, metadata = getattr(self.loss, method)(sub_batch)
-                else:
-                    value, metadata = trainer.compute_loss(sub_batch, method=method)
-            optimizer = self.optimizers[method]
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            norm = nn.utils.clip_grad_norm_(self._parameters[method], self.clip_norm)
-            name = method.removesuffix("_loss")
-            if method != "reward_classifier_loss":
-                checked[f"loss_{name}"] = value.detach()
-            checked.update(
-                {key: loss for key, loss in metadata.items() if key.startswith("loss_")}
-            )
-            checked[f"grad_norm_{name}"] = norm
-            metrics.update(metadata)
-            # Read by the fused Adam: the step is skipped where it is 1.
-            skip = self._check(checked).to(torch.float32)
-            optimizer.found_inf = skip  # type: ignore[attr-defined]
-            optimizer.step()
-        self.target_update.failed = self._failure[0] > 0
-        self.target_update.step()
-        self._terms = list(checked)
-        if self._failure.device.type == "cpu":
+        self._update.count.fill_(self._count)
+        if self.cudagraph:
+            metrics = self._captured(sub_batch)
+        elif trainer is None or self.compile:
+            metrics = self._update(sub_batch)
+        else:
+            metrics = self._update(sub_batch, trainer.compute_loss)
+        if self._update.device.type == "cpu":
             self.raise_if_nonfinite()
-        return TensorDict({**metrics, **checked}, batch_size=[])
+        return TensorDict(metrics, batch_size=[])
 
-    def _check(self, checked: dict[str, Tensor]) -> Tensor:
-        """Notes the first term that is not finite; True where there ever was one."""
-        finite = torch.stack(list(checked.values())).isfinite()
-        first = torch.stack(
-            [
-                torch.full_like(self._failure[0], self._count),
-                (~finite).int().argmax() + 1,
-            ]
-        )
-        seen = self._failure[0] > 0
-        fails = ~finite.all() & ~seen
-        self._failure.copy_(torch.where(fails, first, self._failure))
-        return seen | fails
+    def recapture(self) -> None:
+        """Has the next update captured anew; does nothing in the other modes."""
+        self._captured.reset()
 
     def raise_if_nonfinite(self) -> None:
         """Raises if any update so far met a value that was not finite.
@@ -257,17 +212,17 @@ class ALMOptimizationStepper(OptimizationStepper):
         Raises:
             NonFiniteError: naming the first such term and its update.
         """
-        step, position = self._failure.tolist()
+        step, position = self._update.failure.tolist()
         if step:
-            raise NonFiniteError(self._terms[position - 1], step)
+            raise NonFiniteError(self._update.checked[position - 1], step)
 
     def state_dict(self) -> dict[str, Any]:
         """State of the four optimizers, the count of updates and any failure."""
         return {
             "optimizers": {k: v.state_dict() for k, v in self.optimizers.items()},
             "count": self._count,
-            "failure": self._failure.clone(),
-            "terms": self._terms,
+            "failure": self._update.failure.clone(),
+            "terms": self._update.checked,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -275,5 +230,7 @@ class ALMOptimizationStepper(OptimizationStepper):
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state_dict["optimizers"][name])
         self._count = state_dict["count"]
-        self._failure.copy_(state_dict["failure"])
-        self._terms = state_dict["terms"]
+        self._update.failure.copy_(state_dict["failure"])
+        self._update.checked = state_dict["terms"]
+        # The optimizers' state is in other tensors now, and their options may differ.
+        self.recapture()

@@ -80,7 +80,9 @@ def make_trainer(
     lr: float = 1e-4,
     clip_norm: float = 100.0,
     tau: float = 0.005,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32",
+    compile: bool = False,
+    cudagraph: bool | None = None,
     eval_env: EnvBase | None = None,
     eval_interval: int = 5000,
     eval_episodes: int = 5,
@@ -125,8 +127,11 @@ def make_trainer(
         lr (float): learning rate of all optimizers. Default: ``1e-4``.
         clip_norm (float): largest gradient norm of each. Default: ``100.0``.
         tau (float): share by which the targets move. Default: ``0.005``.
-        precision (str): ``"fp32"`` or ``"bf16"``, see
+        precision (str): ``"fp32"``, ``"tf32"`` (CUDA only) or ``"bf16"``, see
             :class:`~alm_torchrl.ALMOptimizationStepper`. Default: ``"fp32"``.
+        compile (bool): compile the terms of the update. Default: ``False``.
+        cudagraph (bool, optional): capture the update as a CUDA graph.
+            Default: ``None``, where the loss is on CUDA.
         eval_env (EnvBase, optional): environment for evaluations, not ``env`` itself.
             Default: ``None``, no evaluations.
         eval_interval (int): training steps between evaluations, the first at
@@ -157,7 +162,8 @@ def make_trainer(
     Raises:
         ValueError: if a number is out of range, ``warmup_steps`` does not lie between
             ``batch_size`` and ``capacity``, ``eval_env`` is ``env``, or one of them
-            has batch dimensions or does not fit the networks.
+            has batch dimensions or does not fit the networks; or if ``cudagraph`` or
+            ``"tf32"`` is asked for without CUDA.
         TypeError: if an environment or the loss is of another type.
         KeyError: if the encoder reads what an environment does not give.
         NonFiniteError: while training, if an observation, reward, loss or gradient
@@ -222,7 +228,13 @@ def make_trainer(
         capacity, batch_size=batch_size, horizon=horizon, memmap_dir=memmap_dir
     )
     stepper = ALMOptimizationStepper(
-        loss, lr=lr, clip_norm=clip_norm, tau=tau, precision=precision
+        loss,
+        lr=lr,
+        clip_norm=clip_norm,
+        tau=tau,
+        precision=precision,
+        compile=compile,
+        cudagraph=cudagraph,
     )
 
     def metadata(*_: Any) -> dict[str, Any]:

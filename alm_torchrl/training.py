@@ -210,6 +210,8 @@ def _train_in_folder(
             clip_norm=config.clip_norm,
             tau=config.tau,
             precision=config.precision,
+            compile=config.compile,
+            cudagraph=config.cudagraph,
             eval_env=eval_env,
             eval_interval=config.eval_interval,
             eval_episodes=config.eval_episodes,

@@ -385,7 +385,7 @@ TRAINING = {
     "precision by another name": (
         lambda: ALMOptimizationStepper(make_loss(), precision="fp16"),
         ValueError,
-        "precision: expected 'fp32' or 'bf16', got 'fp16'",
+        "precision: expected 'fp32' or 'tf32' or 'bf16', got 'fp16'",
     ),
     "no episodes": (
         lambda: evaluate_policy(pendulum(), zero_policy(pendulum()), episodes=0),

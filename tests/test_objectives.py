@@ -249,8 +249,12 @@ class TestDraws:
         for _ in range(4):
             loss.classifier_loss(batch)
             real, imagined, mixed = (seen[k] for k in ("real", "imagined", "mixed"))
-            chosen = (mixed == imagined).all(-1)
-            assert ((mixed == real).all(-1) == ~chosen).all()
+            assert (len(real), len(imagined)) == (rows - rows // 2, rows // 2)
+            chosen = (mixed.unsqueeze(1) == imagined).all(-1)
+            assert (chosen.sum(0) == 1).all()
+            chosen = chosen.any(1)
+            assert ((mixed.unsqueeze(1) == real).all(-1).sum(0) == 1).all()
+            assert ((mixed.unsqueeze(1) == real).all(-1).any(1) == ~chosen).all()
             assert chosen.sum() == rows // 2
             halves.add(tuple(chosen.tolist()))
         assert len(halves) > 1 or rows == 1

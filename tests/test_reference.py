@@ -187,9 +187,14 @@ def draws_of(noise, terms=TERMS, *, half=True, value=True, classifier=True):
     if "loss_reward" in terms or "loss_classifier" in terms:
         order += [noise["shared_z"]]
     if "loss_classifier" in terms and classifier:
-        order += [noise["classifier_next_z"], noise["imagination_z"]]
-        order += [noise["imagination_step"]]
-        order += [uniform_for(noise["imagined"])] if half else []
+        next_z, step = noise["classifier_next_z"], noise["imagination_step"]
+        if half:
+            # Each row is either encoded or imagined.
+            order += [uniform_for(noise["imagined"])]
+            rows = order[-1].argsort().argsort()
+            count = len(rows) // 2
+            next_z, step = next_z[rows[count:]], step[rows[:count]]
+        order += [next_z, noise["imagination_z"], step]
     if "loss_qvalue" in terms:
         order += [noise["critic_next_z"], noise["critic_action"], noise["critic_z"]]
     if "loss_actor" in terms:

@@ -205,7 +205,7 @@ def test_a_trainer_changes_nothing(make):
         ({"clip_norm": -1.0}, "clip_norm: expected a number > 0, got -1.0"),
         ({"tau": 0.0}, "tau: expected a number > 0 and <= 1, got 0.0"),
         ({"tau": 1.5}, "tau: expected a number > 0 and <= 1, got 1.5"),
-        ({"precision": "fp16"}, "precision: expected 'fp32' or 'bf16', got 'fp16'"),
+        ({"precision": "fp16"}, "precision: expected 'fp32' or 'tf32' or 'bf16'"),
     ],
 )
 def test_argument_errors(kwargs, match):

@@ -301,9 +301,10 @@ class ALMLoss(OneStepTerms):
             ``self.out_keys``.
         """
         model, metadata = self.model_loss(tensordict)
-        losses, extra = self._reward_classifier(tensordict)
-        qvalue, qvalue_metadata = self.qvalue_loss(tensordict)
-        actor, actor_metadata = self.actor_loss(tensordict)
+        encoded = self.encode_transitions(tensordict)
+        losses, extra = self._reward_classifier(encoded)
+        qvalue, qvalue_metadata = self.qvalue_loss(encoded)
+        actor, actor_metadata = self.actor_loss(encoded)
         outputs = {
             "loss_model": model,
             **losses,

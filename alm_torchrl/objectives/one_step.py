@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn.functional import cross_entropy
+from torchrl.modules import IndependentNormal
 
 from alm_torchrl.checks import check_integer
 from alm_torchrl.objectives.inputs import (
@@ -106,35 +107,78 @@ class OneStepTerms(ALMRollouts):
     def _classifier_term(
         self, transitions: TensorDictBase, encoded: Distribution, latent: Tensor
     ) -> tuple[Tensor, Tensor]:
-        keys = self.tensor_keys
-        action = transitions[keys.action]
+        action = transitions[self.tensor_keys.action]
         with torch.no_grad():
-            real = self._sample(self.encode(read_entry(transitions, "next")))
-            # Another draw than ``latent``: the authors imagine from a z of its own.
-            imagined = self._sample(self.step(self._sample(encoded), action))
-        if transitions.get(keys.imagined, default=None) is None:
-            order = torch.rand(latent.shape[0], device=latent.device).argsort()
-            chosen = order < latent.shape[0] // 2
-        else:
-            chosen = read_column(transitions, keys.imagined, latent)
-            if chosen.dtype != torch.bool:
-                raise ValueError(
-                    f"tensordict: expected booleans {keys.imagined!r}, got "
-                    f"{chosen.dtype}."
-                )
-        chosen = chosen.reshape(-1, 1)
-        logits = self.classify(
-            latent, action, torch.where(chosen, imagined, real), "live"
-        )
-        label = (~chosen).squeeze(-1).long()
+            chosen, following = self._mixed_next(transitions, encoded)
+        logits = self.classify(latent, action, following, "live")
+        label = (~chosen).long()
         loss = cross_entropy(logits, label, reduction="none")
         return loss, (logits.detach().argmax(-1) == label).to(loss.dtype)
+
+    def _mixed_next(
+        self, transitions: TensorDictBase, encoded: Distribution
+    ) -> tuple[Tensor, Tensor]:
+        """Which next latents are imagined, [N], and the next latents, [N, L]."""
+        keys = self.tensor_keys
+        action = transitions[keys.action]
+        following = read_entry(transitions, "next")
+        given = transitions.get(keys.imagined, default=None) is not None
+        if not given:
+            # Each row runs through one of the networks only.
+            half = action.shape[0] // 2
+            rank = torch.rand(action.shape[0], device=action.device).argsort()
+            rows = rank.argsort()
+            following, action = following[rows[half:]], action[rows[:half]]
+        real = self._sample(self._target_encoding(following))
+        # Another draw than that of the reward: the authors imagine from a z of its own.
+        latent = self._sample(encoded)
+        if not given:
+            imagined = self._sample(self.step(latent[rows[:half]], action))
+            return rank < half, torch.cat([imagined, real])[rank]
+        imagined = self._sample(self.step(latent, action))
+        chosen = read_column(transitions, keys.imagined, latent)
+        if chosen.dtype != torch.bool:
+            raise ValueError(
+                f"tensordict: expected booleans {keys.imagined!r}, got {chosen.dtype}."
+            )
+        return chosen, torch.where(chosen.unsqueeze(-1), imagined, real)
 
     @torch.no_grad()
     def _encoded(self, transitions: TensorDictBase) -> tuple[Distribution, Tensor]:
         """The target encoder's distribution of ``z``, and a sample of it."""
-        dist = self.encode(transitions)
+        dist = self._target_encoding(transitions)
         return dist, self._sample(dist)
+
+    @torch.no_grad()
+    def encode_transitions(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Runs the target encoder once for all one-step terms and the policy's.
+
+        They draw their samples from what this leaves in the transitions, and otherwise
+        run the encoder themselves. It holds until a target moves.
+
+        Args:
+            tensordict (TensorDictBase): two-draw batch, slices or transitions.
+
+        Returns:
+            TensorDictBase: a shallow copy with the entry ``encoded`` in the transitions
+            and under their ``"next"``; the input itself if the encoder's distribution
+            is no :class:`torchrl.modules.IndependentNormal`.
+        """
+        keys = self.tensor_keys
+        transitions, _, shape = self._transitions(tensordict)
+        part = self._part(tensordict, keys.transition).copy()
+        for rows, entry in (
+            (transitions, keys.encoded),
+            (read_entry(transitions, "next"), ("next", keys.encoded)),
+        ):
+            dist = self.encode(rows)
+            if type(dist) is not IndependentNormal:
+                return tensordict
+            encoded = TensorDict(loc=dist.mean, scale=dist.stddev)
+            part.set(entry, encoded.apply(lambda x: x.reshape(*shape, -1)))
+        if tensordict.get(keys.transition, default=None) is None:
+            return part
+        return tensordict.copy().set(keys.transition, part)
 
     def reward_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
         """Squared error of the reward model on ``z ~ e'(s)`` (Eq. 11).

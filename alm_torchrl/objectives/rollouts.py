@@ -7,6 +7,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import IndependentNormal
 
 from alm_torchrl import functional
 from alm_torchrl.checks import check_integer
@@ -150,6 +151,13 @@ class ALMRollouts(ALMNetworks):
             reward + self.classifier_coef * log_ratio, value, self.gamma
         )
 
+    def _target_encoding(self, rows: TensorDictBase) -> Distribution:
+        """``e'(z | s)`` of rows, from their entry ``encoded`` where they have one."""
+        encoded = rows.get(self.tensor_keys.encoded, default=None)
+        if encoded is None:
+            return self.encode(rows)
+        return IndependentNormal(encoded["loc"], encoded["scale"], validate_args=False)
+
     def _mean_action(self, latent: Tensor) -> Tensor:
         deterministic = set_exploration_type(ExplorationType.DETERMINISTIC)
         with deterministic, self._bound("actor", "frozen"):
@@ -171,7 +179,7 @@ class ALMRollouts(ALMNetworks):
         """
         keys = self.tensor_keys
         following = read_entry(transitions, "next")
-        latent = self._sample(self.encode(following))
+        latent = self._sample(self._target_encoding(following))
         value = self.state_action_value(latent, self.act(latent), "target").amin(-1)
         reward = read_column(following, keys.reward, value)
         terminated = read_column(following, keys.terminated, value)

@@ -1,0 +1,500 @@
+"""The modes of an update: eager, compiled, captured; and that none wastes work."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import parity
+import pytest
+import resume_runs
+import torch
+from helpers import (
+    ACTION,
+    HIDDEN,
+    LATENT,
+    OBSERVATION,
+    B,
+    K,
+    make_batch,
+    make_loss,
+    make_rows,
+    targets,
+)
+from resume_runs import WARMUP
+from stepping import PARTS, Context, changed, make_stepper, values_of
+from test_nonfinite import BAD, bad_batch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from trainer_runs import counter_trainer, differing, tensors
+
+from alm_torchrl import ALMOptimizationStepper, NonFiniteError, update
+
+TERMS = ["encode_transitions", *PARTS]
+RECORDINGS = sorted((Path(__file__).parent / "data").glob("authors_*.npz"))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def run_updates(stepper, updates, make=make_batch):
+    """Updates on batches and with noise of their own seeds; returns the metrics."""
+    results = []
+    for n in updates:
+        torch.manual_seed(n)
+        results.append(stepper.step(None, make()))
+    return results
+
+
+def assert_same(one, other, atol=0.0):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=atol, atol=atol, msg=name)
+
+
+# -- work -----------------------------------------------------------------------------
+
+
+def product(*sizes, rows=B):
+    return 2 * rows * sum(a * b for a, b in pairwise(sizes))
+
+
+def trained(*sizes, rows=B):
+    """Forward and backward; nobody asks for the gradient of the first input."""
+    return 3 * product(*sizes, rows=rows) - product(*sizes[:2], rows=rows)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_an_update_multiplies_no_more_than_it_needs(given):
+    """Each network once for each input; frozen ones without their own gradients."""
+    gaussian = (HIDDEN, HIDDEN, 2 * LATENT)
+    encoder, model = (OBSERVATION, *gaussian), (LATENT + ACTION, *gaussian)
+    actor = (LATENT, HIDDEN, HIDDEN, ACTION)
+    value = (LATENT + ACTION, HIDDEN, HIDDEN, 1)
+    classifier = (2 * LATENT + ACTION, HIDDEN, HIDDEN, 2)
+    needed = {
+        "model_loss": trained(*encoder)
+        + 3 * K * product(*model)
+        + product(*encoder, rows=K * B)
+        + 2 * product(*value, rows=K * B)
+        + product(*actor)
+        + 2 * 2 * product(*value),
+        "encode_transitions": 2 * product(*encoder),
+        "reward_classifier_loss": trained(*value)
+        + trained(*classifier)
+        + product(*model, rows=B if given else B // 2),
+        "qvalue_loss": product(*actor) + 2 * product(*value) + 2 * trained(*value),
+        "actor_loss": K * trained(*actor)
+        + product(*actor)
+        + K * 2 * product(*model)
+        + 2 * product(*value, rows=K * B)
+        + 2 * product(*classifier, rows=K * B)
+        + 2 * 2 * product(*value, rows=K * B),
+    }
+    batch = make_batch()
+    if not given:
+        del batch["transition", "imagined"]
+    stepper = make_stepper()
+    with FlopCounterMode(display=False) as counter:
+        stepper.step(None, batch)
+    assert counter.get_total_flops() == sum(needed.values())
+
+
+@pytest.mark.parametrize("make", [make_batch, lambda: make_rows(B, K)])
+def test_terms_draw_the_same_from_shared_distributions(make):
+    loss, batch = make_loss(), make()
+    shared = loss.encode_transitions(batch)
+    for method in ("reward_classifier_loss", "qvalue_loss", "actor_loss"):
+        torch.manual_seed(1)
+        value, metadata = getattr(loss, method)(batch)
+        torch.manual_seed(1)
+        again, other = getattr(loss, method)(shared)
+        assert metadata.keys() == other.keys()
+        # Rows that are encoded alone round differently.
+        torch.testing.assert_close(again, value)
+    entries = set(shared.keys(True, True)) - set(batch.keys(True, True))
+    assert len(entries) == 4
+    assert ("transition" in batch) == ("transition" in shared)
+
+
+def test_distributions_of_another_kind_are_not_shared():
+    loss, batch = make_loss(), make_batch()
+    loss.encoder[-1].distribution_class = OtherNormal
+    assert loss.encode_transitions(batch) is batch
+
+
+class OtherNormal(update.torch.distributions.Independent):
+    def __init__(self, loc, scale, **kwargs):
+        super().__init__(torch.distributions.Normal(loc, scale), 1)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations whose results the host must wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "equal", "masked_select"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("make", [make_batch, lambda: make_rows(B, K)])
+def test_an_update_waits_for_nothing(make, precision, monkeypatch):
+    stepper, batch = make_stepper(precision=precision), make()
+    monkeypatch.setattr(stepper, "raise_if_nonfinite", lambda: None)
+    with Waits() as waits:
+        metrics = stepper.step(None, batch)
+        assert waits.found == []
+        metrics["loss_model"].item()
+    assert waits.found == ["_local_scalar_dense"]
+
+
+# -- arguments ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "match"),
+    [
+        ({"cudagraph": True}, ValueError, "cudagraph: True expects .* CUDA .* got cpu"),
+        ({"precision": "tf32"}, ValueError, "precision: 'tf32' expects .* got cpu"),
+        ({"compile": "yes"}, TypeError, "compile: expected bool, got str"),
+        ({"cudagraph": 1}, TypeError, "cudagraph: expected bool, got int"),
+    ],
+)
+def test_argument_errors(kwargs, error, match):
+    with pytest.raises(error, match=match):
+        ALMOptimizationStepper(make_loss(updater=False), **kwargs)
+
+
+def test_defaults_on_a_cpu():
+    stepper = make_stepper()
+    assert (stepper.compile, stepper.cudagraph, stepper.precision) == (
+        False,
+        False,
+        "fp32",
+    )
+
+
+def test_matrix_products_in_tf32_are_limited_to_the_update():
+    before = torch.get_float32_matmul_precision()
+    with update._matrix_products("tf32"):
+        assert torch.get_float32_matmul_precision() == "high" != before
+    assert torch.get_float32_matmul_precision() == before
+    with pytest.raises(KeyError), update._matrix_products("tf32"):
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == before
+    with update._matrix_products("fp32"):
+        assert torch.get_float32_matmul_precision() == before
+
+
+# -- compiled -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """Lets terms be compiled by a quicker backend, or not at all."""
+
+    def use(name, calls=None):
+        def compiled(method):
+            if name is not None:
+                return torch.compile(method, backend=name, fullgraph=True)
+
+            def counted(batch):
+                calls.append(method.__name__)
+                return method(batch)
+
+            return counted
+
+        monkeypatch.setattr(update, "compile_term", compiled)
+
+    yield use
+    torch._dynamo.reset()
+
+
+def test_compiled_terms_replace_those_of_the_loss_and_trainer(backend):
+    calls = []
+    eager = make_stepper(lr=1e-2)
+    backend(None, calls)
+    torch.manual_seed(0)
+    compiled = make_stepper(lr=1e-2, compile=True)
+    assert calls == []
+    context = Context(compiled)
+    for n in range(2):
+        torch.manual_seed(n)
+        expected = eager.step(None, make_batch())
+        torch.manual_seed(n)
+        assert (expected == compiled.step(context, make_batch())).all()
+    assert calls == 2 * [TERMS[1], TERMS[0], *TERMS[2:]]
+    assert context.methods == []
+    assert changed(values_of(eager), values_of(compiled)) == set()
+
+
+def test_make_trainer_compiles(backend):
+    calls = []
+    backend(None, calls)
+    trainer = counter_trainer(compile=True)
+    trainer.train()
+    assert trainer.optimization_stepper.compile
+    assert len(calls) == 5 * trainer.optimization_stepper.optimizer_step_count
+    plain = counter_trainer()
+    plain.train()
+    assert not plain.optimization_stepper.compile
+    states = [tensors(t.loss_module.state_dict()) for t in (trainer, plain)]
+    assert differing(*states) == []
+
+
+def compare_term(method, precision="fp32"):
+    """A compiled term against the term: values, metrics and gradients."""
+    loss, batch = make_loss(), make_batch()
+    params = list(loss.parameters())
+    results = []
+    for term in (getattr(loss, method), update.compile_term(getattr(loss, method))):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, precision == "bf16"):
+            value, metadata = term(batch)
+        grads = torch.autograd.grad(value, params, allow_unused=True)
+        results.append((value, metadata, grads))
+    (value, metadata, grads), (other, other_metadata, other_grads) = results
+    torch.testing.assert_close(other, value)
+    assert_same(metadata, other_metadata, 1e-5)
+    assert [g is None for g in grads] == [g is None for g in other_grads]
+    for ours, theirs in zip(grads, other_grads, strict=True):
+        if ours is not None:
+            torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["reward_loss", "classifier_loss", *TERMS[1:]])
+def test_each_term_compiles_to_one_graph(backend, method):
+    backend("aot_eager")
+    compare_term(method)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_updates_equal_eager_ones(precision):
+    """With the compiler that is used, and the noise of the eager update."""
+    eager = make_stepper(lr=1e-3, precision=precision)
+    torch.manual_seed(0)
+    compiled = make_stepper(lr=1e-3, precision=precision, compile=True)
+    batches = [run_updates(stepper, range(3)) for stepper in (eager, compiled)]
+    # In bf16 the compiler keeps fp32 between operations that it fuses.
+    atol = 1e-4 if precision == "fp32" else 0.05
+    for left, right in zip(*batches, strict=True):
+        assert_same(dict(left.items()), dict(right.items()), atol)
+    assert_same(values_of(eager), values_of(compiled), atol)
+    assert len(targets(compiled.loss)) > 0
+    # A saved state goes on in the other mode.
+    eager.loss.load_state_dict(compiled.loss.state_dict())
+    eager.load_state_dict(compiled.state_dict())
+    left, right = (run_updates(s, [3])[0] for s in (eager, compiled))
+    assert_same(dict(left.items()), dict(right.items()), atol)
+    torch._dynamo.reset()
+
+
+class WithoutTrainer(parity.Parity):
+    """A recording replayed by a stepper that calls the loss by itself."""
+
+    def __init__(self, path, **kwargs):
+        super().__init__(path)
+        self.stepper = ALMOptimizationStepper(self.loss, **kwargs)
+        # Its targets are copies now.
+        self._load("init")
+
+    def run(self):
+        names = {"loss_model": "loss_encoder_model"}
+        names |= {f"grad_norm_{m[:-5]}": f"grad_norm_{n}" for m, (n, _) in GROUPS}
+        for number in range(self.updates):
+            self.update = number
+            metrics = self.stepper.step(None, self._batch(number))
+            for name, value in metrics.items():
+                if name.startswith(("loss_", "grad_norm_")):
+                    self._compare(f"update{number}/{names.get(name, name)}", value)
+            for net in self._nets():
+                for key, param in self._parameters(net).items():
+                    self._compare(f"after{number + 1}/{net}/{key}", param)
+        return dict(self.differences)
+
+
+GROUPS = parity.GROUPS.items()
+
+
+def check_parity(path, **kwargs):
+    differences = WithoutTrainer(str(path), **kwargs).run()
+    assert len(differences) == 12
+    for group, difference in differences.items():
+        assert difference <= parity.BOUND, group
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_recorded_numbers_without_a_trainer(path):
+    check_parity(path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_recorded_numbers_compiled(path, backend):
+    backend("aot_eager")
+    check_parity(path, compile=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_compiled_run_continues(backend, tmp_path):
+    backend("aot_eager")
+    check_continued(tmp_path, compile=True)
+
+
+def test_a_run_continues(backend, tmp_path):
+    backend(None, [])
+    check_continued(tmp_path, compile=True)
+
+
+def check_continued(folder, **options):
+    """A run that is stopped and continued ends near an eager one that is not."""
+    options = {"total_steps": 12, "eval_interval": 100, **options}
+    resume_runs.train(folder / "a", "Pendulum-v1", stop=WARMUP + 5, **options)
+    stopped = resume_runs.final(folder / "a")
+    resume_runs.train(folder / "a", "Pendulum-v1", **options)
+    resume_runs.train(folder / "b", "Pendulum-v1", **{**options, "compile": False})
+    states = [resume_runs.final(folder / name) for name in "ab"]
+    for count, state in ((5, stopped), (12, states[0])):
+        assert state["/stepper/count"] == count
+    trained = [
+        {k: v for k, v in state.items() if k.startswith(("/loss/", "/stepper/"))}
+        for state in states
+    ]
+    assert_same(*trained, 1e-4)
+
+
+# -- captured, by a stand-in for the graph --------------------------------------------
+
+
+@contextmanager
+def stand_in(monkeypatch):
+    """A CUDA graph as a CPU can have it: captured without effect, run when replayed."""
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        captured = None
+
+        def replay(self):
+            captured = self.captured
+            outputs = captured._update(captured._inputs)
+            captured._outputs.copy_(torch.stack(list(outputs.values())))
+
+    class Capture:
+        def __init__(self, graph):
+            self.without_effect = update._restored(self.tensors)
+
+        def tensors(self):
+            return stepper_now[0]._update.tensors()
+
+        def __enter__(self):
+            groups = [o.param_groups[0] for o in stepper_now[0].optimizers.values()]
+            assert all(group["capturable"] for group in groups)
+            grads = [p.grad for p in stepper_now[0].loss.parameters()]
+            assert all(grad is None for grad in grads)
+            self.generator = torch.get_rng_state()
+            self.without_effect.__enter__()
+
+        def __exit__(self, *error):
+            self.without_effect.__exit__(*error)
+            torch.set_rng_state(self.generator)
+
+    stepper_now = [None]
+    fork = torch.random.fork_rng
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        patch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        patch.setattr(torch.cuda, "current_stream", Stream)
+        patch.setattr(torch.cuda, "Stream", Stream)
+        patch.setattr(torch.cuda, "CUDAGraph", Graph)
+        patch.setattr(torch.cuda, "graph", Capture)
+        patch.setattr(torch.random, "fork_rng", lambda devices: fork([]))
+
+        def capture(stepper):
+            stepper.cudagraph = True
+            stepper_now[0] = stepper
+            Graph.captured = stepper._captured
+            return stepper
+
+        yield capture
+
+
+def test_captured_updates_equal_eager_ones(monkeypatch):
+    """The warm-up leaves no trace, and each batch reaches the graph."""
+    eager = make_stepper(lr=1e-2)
+    torch.manual_seed(0)
+    captured = make_stepper(lr=1e-2)
+    with stand_in(monkeypatch) as capture:
+        expected = run_updates(eager, range(3))
+        results = run_updates(capture(captured), range(3))
+    for left, right in zip(expected, results, strict=True):
+        assert (left == right).all()
+    # What was returned does not change with later updates.
+    assert (results[0] != results[1]).any()
+    assert changed(values_of(eager), values_of(captured)) == set()
+    assert not captured.optimizers["actor_loss"].param_groups[0]["capturable"]
+
+
+def test_captured_updates_go_on_from_a_loaded_state(monkeypatch):
+    uninterrupted = make_stepper(lr=1e-2)
+    run_updates(uninterrupted, range(2))
+    states = uninterrupted.loss.state_dict(), uninterrupted.state_dict()
+    states = copy.deepcopy(states)
+    other = make_stepper(lr=1e-2)
+    with stand_in(monkeypatch) as capture:
+        run_updates(capture(other), range(1))
+        graph = other._captured._graph
+        other.loss.load_state_dict(states[0])
+        other.load_state_dict(states[1])
+        run_updates(other, range(2, 4))
+        assert other._captured._graph not in (None, graph)
+    run_updates(uninterrupted, range(2, 4))
+    assert changed(values_of(uninterrupted), values_of(other)) == set()
+    assert other.optimizer_step_count == 4
+
+
+@pytest.mark.parametrize("term", BAD)
+def test_a_failure_in_a_captured_update(term, monkeypatch):
+    stepper = make_stepper()
+    with stand_in(monkeypatch) as capture:
+        capture(stepper)
+        run_updates(stepper, range(2), lambda: make_batch(2))
+        with pytest.raises(NonFiniteError, match=f"{term} was not finite in update 3"):
+            stepper.step(None, bad_batch(term))
+    before = values_of(stepper)
+    assert all(value.isfinite().all() for value in before.values())
+
+
+def test_a_capture_takes_batches_of_one_kind(monkeypatch):
+    stepper = make_stepper()
+    with stand_in(monkeypatch) as capture:
+        capture(stepper).step(None, make_batch())
+        before = values_of(stepper)
+        for batch, match in (
+            (
+                make_batch(B + 1),
+                r"'action'\) as it was captured, \(\(6, 3, 2\), .* got",
+            ),
+            (make_rows(B, K), r"'observation'\) as it was captured, None, got"),
+        ):
+            with pytest.raises(ValueError, match=match):
+                stepper.step(None, batch)
+    assert changed(before, values_of(stepper)) == set()
