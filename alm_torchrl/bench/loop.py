@@ -20,7 +20,7 @@ from alm_torchrl.trainer import ALMTrainer, make_trainer
 
 __all__ = ["PARTS", "LoopComparison", "Meter", "compare_loops"]
 
-WARMUP_STEPS = 500
+WARMUP_STEPS = 100
 """Random steps before the first update: enough to draw from."""
 
 PARTS = ("env", "policy", "collector", "extend", "sample", "update", "log")

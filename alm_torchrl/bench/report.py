@@ -40,7 +40,7 @@ __all__ = [
     "updates_section",
 ]
 
-WARMUP = 2
+WARMUP = 1
 REPLAY_ROWS = 5000
 NO_CUDA = "needs a CUDA device"
 NO_AUTHORS = "no --authors PATH with a checkout of github.com/RajGhugare19/alm"
