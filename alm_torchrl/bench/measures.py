@@ -18,7 +18,9 @@ from alm_torchrl.runs import circumstances
 __all__ = ["count_flop", "machine", "matrix_products", "measured", "peak_memory"]
 
 GEMM_FLOP = 1e9
-"""Operations that one call of a matrix-rate contender makes at least, about."""
+"""Operations that one call of a matrix-rate contender makes, about ..."""
+GEMM_REPEATS = 100
+"""... in at most as many products."""
 
 
 def count_flop(call: Callable[[], Any]) -> int:
@@ -127,7 +129,7 @@ def matrix_products(sizes: Sizes, device: str) -> list[Contender]:
     """
     batch, width = sizes.batch_size, sizes.model_hidden_dim
     flop = 2 * batch * width * width
-    times = max(1, round(GEMM_FLOP / flop))
+    times = min(max(1, round(GEMM_FLOP / flop)), GEMM_REPEATS)
     precisions = ["fp32", "bf16"] + ["tf32"] * (device == "cuda")
     return [
         Contender(
