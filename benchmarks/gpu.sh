@@ -24,6 +24,11 @@ alm-torchrl bench --task HalfCheetah-v5 Humanoid-v5 --preset paper --device cuda
     --json "$folder/bench.json" --plot "$folder/growth.png" 2>&1 |
     tee "$folder/bench.txt"
 
+# The peers again, next to the captured graph instead of the eager update.
+alm-torchrl bench --task HalfCheetah-v5 Humanoid-v5 --preset paper --device cuda \
+    --sections peers --modes graph --repeats 50 --json "$folder/bench-graph.json" 2>&1 |
+    tee "$folder/bench-graph.txt"
+
 nohup alm-torchrl train HalfCheetah-v5 --preset paper --device cuda --seed 0 \
     --total-steps 200000 --run-dir "$folder/HalfCheetah-v5-paper-s0" \
     > "$folder/train.txt" 2>&1 &

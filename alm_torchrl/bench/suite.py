@@ -161,7 +161,8 @@ def run_bench(
         "machine": machine(device),
         "tasks": [{"task": task} for task in options.task],
     }
-    say(_describe(record["machine"]["hardware"]))
+    described = _describe(record["machine"]["hardware"], options.clock)
+    say(described)
     for config, entry in zip(configs, record["tasks"], strict=True):
         _measure_task(config, settings, options, entry, say)
         _save(record, options.json)
@@ -181,8 +182,7 @@ def run_bench(
         }
         say(f"\n{_title(configs[0])}: growth\n{growth_table(points)}")
         if options.plot is not None:
-            hardware = record["machine"]["hardware"]
-            title = f"{_title(configs[0])}, {_describe(hardware)}"
+            title = f"{_title(configs[0])}\n{described}"
             say(f"Growth drawn in {plot_growth(points, title, options.plot)}")
     record["machine"]["load_average_after"] = machine(device)["hardware"][
         "load_average"
@@ -213,12 +213,14 @@ def _measure_task(
 
 
 def _title(config: TrainConfig) -> str:
-    return f"{config.task}, {config.preset} sizes"
+    changes = ", ".join(f"{name}={value}" for name, value in config.changes.items())
+    return f"{config.task}, {config.preset} sizes" + (changes and f" ({changes})")
 
 
-def _describe(hardware: dict[str, Any]) -> str:
+def _describe(hardware: dict[str, Any], clock: str) -> str:
     device = hardware["gpu"] or f"{hardware['cpu']} ({hardware['instructions']})"
-    return f"{device}, {hardware['threads']} of {hardware['cores']} cores"
+    threads = f"{hardware['threads']} threads on {hardware['cores']} cores"
+    return f"{device}, {threads}, {'CPU' if clock == 'cpu' else 'wall'} time"
 
 
 def _save(record: dict[str, Any], path: Path | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from alm_torchrl.bench.measures import measured
+from alm_torchrl.bench.measures import count_flop, measured
 from alm_torchrl.bench.sizes import Sizes
 from alm_torchrl.bench.timing import Contender, LeftOut
 from alm_torchrl.stepper import ALMOptimizationStepper
@@ -92,24 +92,27 @@ def our_updates(
         ValueError: if the first mode is one of these.
     """
     draw = sizes.make_draw(rows, device)
+    flop = _eager_flop(sizes, draw, device)
     contenders: list[Contender] = []
     left_out: list[LeftOut] = []
-    flop: int | None = None
     for mode in modes:
         name = f"alm, {mode.name}"
         made = _update(sizes, mode, draw, device, flop)
-        if isinstance(made, str):
-            if mode is modes[0]:
-                raise ValueError(f"{name} cannot be measured: {made}")
+        if isinstance(made, Contender):
+            contenders.append(made)
+        elif mode is modes[0]:
+            raise ValueError(f"{name} cannot be measured: {made}")
+        else:
             left_out.append(LeftOut(name, made))
-            continue
-        # The same products in every mode: compiled ones cannot be counted.
-        flop = made.flop
-        contenders.append(made)
-    return [
-        *contenders,
-        Contender("alm: draw of the batch", draw, kind="draw"),
-    ], left_out
+    draws = Contender("alm: draw of the batch", draw, kind="draw")
+    return [*contenders, draws], left_out
+
+
+def _eager_flop(sizes: Sizes, draw: Callable[[], Any], device: str) -> int:
+    """Operations of an update in any mode: only eager ones can be counted."""
+    (eager,), _ = modes_of(["eager"], device)
+    stepper = ALMOptimizationStepper(sizes.make_loss(device), **eager.arguments)
+    return count_flop(lambda: stepper.step(None, draw()))
 
 
 def _update(
@@ -117,7 +120,7 @@ def _update(
     mode: Mode,
     draw: Callable[[], Any],
     device: str,
-    flop: int | None,
+    flop: int,
 ) -> Contender | str:
     """The contender, or why there is none."""
     from torch._dynamo.exc import TorchDynamoException
