@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from alm_torchrl.bench.suite import BenchOptions
 from alm_torchrl.config import PRESETS, Preset, TrainConfig, UserError
 
 try:
@@ -135,6 +136,17 @@ class Tasks:
         return commands.tasks()
 
 
+@dataclass(frozen=True)
+class Bench(BenchOptions):
+    """Measure speed: updates next to the authors' and peers', the loop, growth."""
+
+    def run(self) -> int:
+        """Measure."""
+        from alm_torchrl import commands
+
+        return commands.bench(self)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -153,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _commands(_train_defaults(arguments)),
         args=arguments,
         prog="alm-torchrl",
-        description="Aligned Latent Models: train, evaluate, plot and film agents.",
+        description="Aligned Latent Models: train, evaluate, plot, film, time.",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
     try:
@@ -210,4 +222,5 @@ def _commands(train: Train) -> Any:  # noqa: ANN401
         | Annotated[Plot, tyro.conf.subcommand("plot")]
         | Annotated[Render, tyro.conf.subcommand("render")]
         | Annotated[Tasks, tyro.conf.subcommand("tasks")]
+        | Annotated[Bench, tyro.conf.subcommand("bench")]
     )

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import logging
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torchrl import torchrl_logger
 from torchrl.envs import TransformedEnv
 
+from alm_torchrl.bench.suite import BenchOptions, run_bench
 from alm_torchrl.checkpoint import checkpoint_metadata, find_checkpoint, load_policy
 from alm_torchrl.envs import TASKS, make_env
 from alm_torchrl.evaluation import evaluate_policy
 from alm_torchrl.plotting import plot_runs
 from alm_torchrl.rendering import check_film_name, film_policy, render_headless
 from alm_torchrl.runs import read_run
-from alm_torchrl.training import mistakes, train
+from alm_torchrl.training import find_device, mistakes, train
 
-__all__ = ["evaluate", "plot", "render", "tasks", "train"]
+__all__ = ["bench", "evaluate", "plot", "render", "tasks", "train"]
+
+
+def bench(options: BenchOptions) -> int:
+    """Measure speed, print the tables and write the files that were asked for.
+
+    Raises:
+        UserError: if a task, a device or the checkout of the authors' code cannot be
+            used.
+    """
+    torchrl_logger.setLevel(logging.WARNING)
+    with mistakes():
+        run_bench(
+            options, find_device(options.device), lambda text: print(text, flush=True)
+        )
+    if options.json is not None:
+        print(f"Record in {options.json}")
+    return 0
 
 
 def evaluate(checkpoint: Path, episodes: int, seed: int) -> int:

@@ -55,6 +55,7 @@ __all__ = [
     "PACKAGES",
     "MetricsWriter",
     "Run",
+    "circumstances",
     "continue_run",
     "create_run",
     "harmful_differences",
@@ -262,7 +263,7 @@ def create_run(config: TrainConfig, device: str) -> None:
     record = {
         "settings": config.to_dict(),
         "agent": AGENT,
-        **_circumstances(device),
+        **circumstances(device),
         "started": _now(),
         "continued": [],
     }
@@ -293,7 +294,7 @@ def continue_run(
             for name, value in after.items()
             if before.get(name) != value
         },
-        **_circumstances(device),
+        **circumstances(device),
     }
     record["settings"] = after
     record["continued"] = [*record.get("continued", []), entry]
@@ -367,7 +368,8 @@ def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-def _circumstances(device: str) -> dict[str, Any]:
+def circumstances(device: str) -> dict[str, Any]:
+    """Package versions, source commit and hardware, as records keep them."""
     return {
         "versions": _versions(),
         "commit": _source_commit(),

@@ -52,7 +52,7 @@ from alm_torchrl.runs import (
 from alm_torchrl.stepper import NonFiniteError
 from alm_torchrl.trainer import ALMTrainer, make_trainer
 
-__all__ = ["mistakes", "train"]
+__all__ = ["find_device", "mistakes", "train"]
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def train(config: TrainConfig, resume: Path | None = None, fresh: bool = False) 
         raise UserError("--fresh starts anew and --resume continues: choose one")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = _device(config.device)
+    device = find_device(config.device)
     path = config.run_path
     with ExitStack() as stack:
         with mistakes():
@@ -357,7 +357,12 @@ class _Interrupt:
         )
 
 
-def _device(name: str) -> str:
+def find_device(name: str) -> str:
+    """The device that ``--device`` means here.
+
+    Raises:
+        UserError: if it is CUDA and there is none.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():

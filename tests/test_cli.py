@@ -72,7 +72,7 @@ def _fails(capsys, *arguments):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "evaluate", "plot", "render", "tasks"]
+    "command", ["", "train", "evaluate", "plot", "render", "tasks", "bench"]
 )
 def test_help_fits_80_columns(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "80")

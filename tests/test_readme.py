@@ -38,7 +38,7 @@ def commands() -> list[str]:
 
 def test_readme_names_every_command():
     named = {command.split()[1] for command in commands()}
-    assert named == {"train", "evaluate", "plot", "render", "tasks"}
+    assert named == {"train", "evaluate", "plot", "render", "tasks", "bench"}
 
 
 @pytest.mark.parametrize("command", commands())

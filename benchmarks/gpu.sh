@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# The part of the work that needs a CUDA device, in one go:
+#
+#     bash benchmarks/gpu.sh [CHECKOUT OF github.com/RajGhugare19/alm]
+#
+# Runs the gpu-marked tests, then `alm-torchrl bench` while the device does nothing
+# else, and starts the paper's HalfCheetah-v5 run to 200,000 training steps, which goes
+# on in the background. Needs the extras cli and test. Results are in results/gpu.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+folder=results/gpu
+mkdir -p "$folder"
+authors=()
+if [ $# -gt 0 ]; then authors=(--authors "$1"); fi
+
+python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    { echo "benchmarks/gpu.sh: PyTorch finds no CUDA device" >&2; exit 1; }
+nvidia-smi > "$folder/nvidia-smi.txt"
+
+python -m pytest -m gpu -ra tests 2>&1 | tee "$folder/tests.txt"
+
+alm-torchrl bench --task HalfCheetah-v5 Humanoid-v5 --preset paper --device cuda \
+    "${authors[@]}" --repeats 50 --loop-steps 200 --growth-repeats 20 \
+    --json "$folder/bench.json" --plot "$folder/growth.png" 2>&1 |
+    tee "$folder/bench.txt"
+
+# The peers again, next to the captured graph instead of the eager update.
+alm-torchrl bench --task HalfCheetah-v5 Humanoid-v5 --preset paper --device cuda \
+    --sections peers --modes graph --repeats 50 --json "$folder/bench-graph.json" 2>&1 |
+    tee "$folder/bench-graph.txt"
+
+nohup alm-torchrl train HalfCheetah-v5 --preset paper --device cuda --seed 0 \
+    --total-steps 200000 --run-dir "$folder/HalfCheetah-v5-paper-s0" \
+    > "$folder/train.txt" 2>&1 &
+echo "Training in the background (process $!): tail -f $folder/train.txt"
+echo "A run that was stopped continues with the same command."
