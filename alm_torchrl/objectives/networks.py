@@ -74,9 +74,6 @@ class ALMNetworks(LossModule):
             imagined: optional boolean entry of the transitions: the rows whose next
                 latent comes from the model in the classifier's loss.
                 Default: ``"imagined"``.
-            encoded: optional entry of the transitions, and of their ``"next"``: the
-                target encoder's ``loc`` and ``scale``, as ``encode_transitions``
-                leaves them. Default: ``"encoded"``.
             slice: slices of a two-draw batch. Default: ``"slice"``.
             transition: transitions of a two-draw batch. Default: ``"transition"``.
         """
@@ -89,7 +86,6 @@ class ALMNetworks(LossModule):
         state_action_value: NestedKey = "state_action_value"
         logits: NestedKey = "logits"
         imagined: NestedKey = "imagined"
-        encoded: NestedKey = "encoded"
         slice: NestedKey = "slice"
         transition: NestedKey = "transition"
 

@@ -18,7 +18,7 @@ from alm_torchrl.objectives.inputs import (
     read_masked,
     reduce_masked,
 )
-from alm_torchrl.objectives.rollouts import ALMRollouts
+from alm_torchrl.objectives.rollouts import ENCODED, ALMRollouts
 
 Metadata = dict[str, Tensor]
 
@@ -121,20 +121,17 @@ class OneStepTerms(ALMRollouts):
         """Which next latents are imagined, [N], and the next latents, [N, L]."""
         keys = self.tensor_keys
         action = transitions[keys.action]
-        following = read_entry(transitions, "next")
-        given = transitions.get(keys.imagined, default=None) is not None
-        if not given:
+        half, rest = None, None
+        if transitions.get(keys.imagined, default=None) is None:
             # Each row runs through one of the networks only.
-            half = action.shape[0] // 2
             rank = torch.rand(action.shape[0], device=action.device).argsort()
-            rows = rank.argsort()
-            following, action = following[rows[half:]], action[rows[:half]]
-        real = self._sample(self._target_encoding(following))
+            half, rest = rank.argsort().tensor_split([action.shape[0] // 2])
+        real = self._sample(self._target_encoding(transitions, "next", rest))
         # Another draw than that of the reward: the authors imagine from a z of its own.
         latent = self._sample(encoded)
-        if not given:
-            imagined = self._sample(self.step(latent[rows[:half]], action))
-            return rank < half, torch.cat([imagined, real])[rank]
+        if half is not None:
+            imagined = self._sample(self.step(latent[half], action[half]))
+            return rank < len(half), torch.cat([imagined, real])[rank]
         imagined = self._sample(self.step(latent, action))
         chosen = read_column(transitions, keys.imagined, latent)
         if chosen.dtype != torch.bool:
@@ -160,25 +157,30 @@ class OneStepTerms(ALMRollouts):
             tensordict (TensorDictBase): two-draw batch, slices or transitions.
 
         Returns:
-            TensorDictBase: a shallow copy with the entry ``encoded`` in the transitions
-            and under their ``"next"``; the input itself if the encoder's distribution
-            is no :class:`torchrl.modules.IndependentNormal`.
+            TensorDictBase: a shallow copy with an entry more in the transitions; the
+            input itself if the encoder's distribution is no
+            :class:`torchrl.modules.IndependentNormal`.
         """
-        keys = self.tensor_keys
+        key = self.tensor_keys.transition
         transitions, _, shape = self._transitions(tensordict)
-        part = self._part(tensordict, keys.transition).copy()
-        for rows, entry in (
-            (transitions, keys.encoded),
-            (read_entry(transitions, "next"), ("next", keys.encoded)),
-        ):
-            dist = self.encode(rows)
-            if type(dist) is not IndependentNormal:
-                return tensordict
-            encoded = TensorDict(loc=dist.mean, scale=dist.stddev)
-            part.set(entry, encoded.apply(lambda x: x.reshape(*shape, -1)))
-        if tensordict.get(keys.transition, default=None) is None:
-            return part
-        return tensordict.copy().set(keys.transition, part)
+        dists = {
+            "now": self._target_encoding(transitions),
+            "next": self._target_encoding(transitions, "next"),
+        }
+        if any(type(dist) is not IndependentNormal for dist in dists.values()):
+            return tensordict
+        encoded = {
+            when: {
+                "loc": dist.mean.reshape(*shape, -1),
+                "scale": dist.stddev.reshape(*shape, -1),
+            }
+            for when, dist in dists.items()
+        }
+        rows = self._read(tensordict, key)[0].copy()
+        rows.set(ENCODED, TensorDict(encoded, batch_size=shape))
+        if tensordict.get(key, default=None) is None:
+            return rows
+        return tensordict.copy().set(key, rows)
 
     def reward_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
         """Squared error of the reward model on ``z ~ e'(s)`` (Eq. 11).

@@ -14,6 +14,9 @@ from alm_torchrl.checks import check_integer
 from alm_torchrl.objectives.inputs import read_column, read_entry
 from alm_torchrl.objectives.networks import ALMNetworks, sampling
 
+# Where ``encode_transitions`` leaves the target encoder's distributions.
+ENCODED = "_encoded"
+
 
 class ALMRollouts(ALMNetworks):
     """Rollouts of the latent model, the critics' target and the lower bound.
@@ -151,11 +154,19 @@ class ALMRollouts(ALMNetworks):
             reward + self.classifier_coef * log_ratio, value, self.gamma
         )
 
-    def _target_encoding(self, rows: TensorDictBase) -> Distribution:
-        """``e'(z | s)`` of rows, from their entry ``encoded`` where they have one."""
-        encoded = rows.get(self.tensor_keys.encoded, default=None)
+    def _target_encoding(
+        self, transitions: TensorDictBase, when: str = "now", rows: Tensor | None = None
+    ) -> Distribution:
+        """``e'(z | s)``, or of ``s'`` for ``when="next"``, of all or some rows.
+
+        From the entry of ``encode_transitions``, where there is one.
+        """
+        encoded = transitions.get((ENCODED, when), default=None)
         if encoded is None:
-            return self.encode(rows)
+            source = transitions if when == "now" else read_entry(transitions, "next")
+            source = self._observations(source)
+            return self.encode(source if rows is None else source[rows])
+        encoded = encoded if rows is None else encoded[rows]
         return IndependentNormal(encoded["loc"], encoded["scale"], validate_args=False)
 
     def _mean_action(self, latent: Tensor) -> Tensor:
@@ -179,7 +190,7 @@ class ALMRollouts(ALMNetworks):
         """
         keys = self.tensor_keys
         following = read_entry(transitions, "next")
-        latent = self._sample(self._target_encoding(following))
+        latent = self._sample(self._target_encoding(transitions, "next"))
         value = self.state_action_value(latent, self.act(latent), "target").amin(-1)
         reward = read_column(following, keys.reward, value)
         terminated = read_column(following, keys.terminated, value)
