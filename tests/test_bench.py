@@ -255,7 +255,7 @@ def test_hand_written_update_multiplies_as_much_as_ours(pair):
 def test_hand_written_windows_stay_within_an_episode(steps):
     replay = _filled_replay(steps)
     starts = set()
-    for _ in range(60):
+    for _ in range(600):
         batch = replay.sample("cpu")
         time = batch["slice_observation"][..., 0].floor()
         assert (time.diff(dim=1) == 1).all()
