@@ -100,15 +100,21 @@ def keep_final_state(trainer, folder):
 
 
 def train(folder, task, stop=None, **options):
-    """Trains until ``stop`` or the end, and leaves the state in ``final.pt``."""
+    """Trains until the end, or the first step from ``stop`` on that ends no episode.
+
+    Leaves its state in ``final.pt``.
+    """
     trainer = make_run(folder, task, **options)
     if trainer.collected_frames == TOTAL:
         # Killed after its last checkpoint.
         torch.save(final_state(trainer), Path(folder) / "final.pt")
 
     def check():
-        if trainer.collected_frames == stop:
-            trainer.request_stop()
+        frames = trainer.collected_frames
+        if stop is not None and frames >= stop:
+            newest = trainer.replay_buffer[(frames - 1) % CAPACITY]
+            if not newest["next", "done"]:
+                trainer.request_stop()
 
     # Evaluations and checkpoints come after this hook.
     trainer.register_op("post_steps", check)

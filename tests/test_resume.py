@@ -66,21 +66,22 @@ def test_stopped_and_continued_equals_uninterrupted(
 ):
     shutil.copytree(stopped(task), tmp_path, dirs_exist_ok=True)
     middle = final(tmp_path)
-    assert middle["/counts/0"] == HALF > WARMUP + 10
+    at = int(middle["/counts/0"])
+    assert WARMUP + 10 < HALF <= at < CAPACITY
     finish(train, tmp_path, task)
     whole, end = final(uninterrupted(task)), final(tmp_path)
     assert differing(end, whole) == []
     assert logged(tmp_path / "log.txt") == logged(uninterrupted(task) / "log.txt")
 
     # In the middle of an episode; then came an end, an evaluation and a wrap.
-    row = HALF - 1
+    row = at - 1
     assert not middle["/replay/next/done"][row]
     ids = end["/replay/collector/traj_ids"]
     assert ids[row].equal(ids[(row + 1) % CAPACITY])
     assert len(ids[row:].unique()) > 1
-    assert HALF < CAPACITY < TOTAL
+    assert CAPACITY < TOTAL
     steps = {step for step, name in logged(tmp_path / "log.txt") if name == "row"}
-    assert [step > HALF for step in sorted(steps)].count(True) >= 2
+    assert [step > at for step in sorted(steps)].count(True) >= 2
     assert LIMIT < HALF
 
 
@@ -135,10 +136,13 @@ def make_collector_state(checkpoint, trainer):
     return read_state(directory)
 
 
-def _killed_and_continued(task, folder, delay):
-    """Kills a run after some seconds, continues it, and says if it was killed."""
+def _killed_and_continued(task, folder, size, delay):
+    """Kills a run once its log has a size, continues it, and says if it was killed."""
+    log = folder / "log.txt"
     process = in_process(train, folder, task, **SAVES_OFTEN)
-    process.join(delay)
+    while process.is_alive() and not (log.exists() and log.stat().st_size >= size):
+        time.sleep(0.001)
+    time.sleep(delay)
     process.kill()
     process.join()
     killed = process.exitcode == -9
@@ -147,16 +151,15 @@ def _killed_and_continued(task, folder, delay):
 
 
 def _check_kills(task, count, uninterrupted, tmp_path):
-    began = time.monotonic()
-    finish(train, tmp_path / "timed", task, **SAVES_OFTEN)
-    duration = time.monotonic() - began
     moments = random.Random(count)
     killed, saved = 0, 0
     whole = uninterrupted(task)
+    size = (whole / "log.txt").stat().st_size
     for number in range(count):
         folder = tmp_path / str(number)
-        delay = duration * moments.random()
-        killed += _killed_and_continued(task, folder, delay)
+        # Anywhere in the run, and anywhere in a step or a save.
+        moment = size * 0.95 * moments.random(), 0.03 * moments.random()
+        killed += _killed_and_continued(task, folder, *moment)
         assert differing(final(folder), final(whole)) == []
         assert logged(folder / "log.txt") == logged(whole / "log.txt")
         left = {
