@@ -161,14 +161,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             standard error stream; with 0 after ``--help``.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command = tyro.cli(
-        _commands(_train_defaults(arguments)),
-        args=arguments,
-        prog="alm-torchrl",
-        description="Aligned Latent Models: train, evaluate, plot, film, time.",
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-    )
     try:
+        command = tyro.cli(
+            _commands(_train_defaults(arguments)),
+            args=arguments,
+            prog="alm-torchrl",
+            description="Aligned Latent Models: train, evaluate, plot, film, time.",
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        )
         return int(command.run())
     except UserError as error:
         message = " ".join(str(error).split())
@@ -205,8 +205,14 @@ def _run_settings(path: Path) -> dict[str, Any] | None:
     """Settings of a run folder, or of the one a checkpoint is in, if it has any."""
     for run in (path, *path.absolute().parents[1:2]):
         if (run / "config.json").is_file():
-            record = json.loads((run / "config.json").read_text(encoding="utf-8"))
-            config = TrainConfig.from_dict({**record["settings"], "run_dir": str(run)})
+            try:
+                record = json.loads((run / "config.json").read_text(encoding="utf-8"))
+                settings = {**record["settings"], "run_dir": str(run)}
+                config = TrainConfig.from_dict(settings)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{run / 'config.json'} does not hold a run's settings: {error}"
+                ) from error
             return {
                 field.name: getattr(config, field.name)
                 for field in dataclasses.fields(config)

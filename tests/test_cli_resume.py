@@ -168,6 +168,9 @@ def test_folders_that_cannot_be_continued(copy, six, tmp_path, capsys):
     assert f"{copy} already holds a run" in message
     message = fails(capsys, "train", "--resume", tmp_path / "nowhere")
     assert "does not exist" in message
+    (copy / "config.json").write_text("{")
+    message = fails(capsys, "train", "--resume", copy)
+    assert "does not hold a run's settings" in message
     assert "choose one" in fails(capsys, "train", "--resume", six, "--fresh")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "metrics.csv").write_text("mine")
