@@ -162,7 +162,8 @@ class Update:
         for method, optimizer in self.optimizers.items():
             with self._autocast():
                 value, metadata = compute_loss(batch, method)
-            optimizer.zero_grad(set_to_none=True)
+            for parameter in self._parameters[method]:
+                parameter.grad = None
             value.backward()
             norm = nn.utils.clip_grad_norm_(self._parameters[method], self.clip_norm)
             name = method.removesuffix("_loss")

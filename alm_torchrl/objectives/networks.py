@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal, TypeVar, cast
 
+import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import (
     TensorDictModule,
@@ -27,6 +28,7 @@ from torchrl.objectives.utils import _cache_values
 
 from alm_torchrl.distributions import ClampedNormal
 from alm_torchrl.layers import AlwaysSample, NoiseSchedule
+from alm_torchrl.objectives.binding import Loan, lendable
 from alm_torchrl.objectives.inputs import entry_names, misfit
 
 Parameters = Literal["live", "frozen", "target"]
@@ -158,13 +160,23 @@ class ALMNetworks(LossModule):
     def _bound(
         self, part: str, parameters: Parameters
     ) -> AbstractContextManager[object]:
-        if parameters == "live":
-            params = getattr(self, f"{part}_params")
-        elif parameters == "target":
-            params = getattr(self, f"target_{part}_params")
-        else:
-            params = self._frozen(part)
-        return params.to_module(getattr(self, part), preserve_module_state=False)
+        """Context in which the network of a part holds a set of parameters."""
+        name = f"{part}_params" if parameters != "target" else f"target_{part}_params"
+        if torch.compiler.is_compiling():
+            params = self._frozen(part) if parameters == "frozen" else None
+            params = getattr(self, name) if params is None else params
+            return params.to_module(getattr(self, part), preserve_module_state=False)
+        params = self._modules[name]
+        cache = self.__dict__.setdefault("_cache", {})
+        loans = cache.setdefault("loans", {})
+        loan = loans.get((part, parameters))
+        if loan is None or not loan.holds(params):
+            module, frozen = getattr(self, part), parameters == "frozen"
+            if not lendable(module):
+                params = params.detach() if frozen else params
+                return params.to_module(module, preserve_module_state=False)
+            loan = loans[part, parameters] = Loan(module, params, detach=frozen)
+        return loan
 
     def _inputs(self, **tensors: Tensor) -> TensorDict:
         """Network inputs by accepted key; ``next_latent`` goes under ``"next"``."""
