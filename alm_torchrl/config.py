@@ -95,6 +95,8 @@ class TrainConfig:
     """Weight of the KL term in the encoder and model objective."""
     value_coef: float = 1.0
     """Weight of the final value in the encoder and model objective."""
+    actor_objective: Literal["bound", "qvalue"] = "bound"
+    """What the policy maximises; qvalue (TD3's) never reads the classifier."""
     discount_model_loss: bool = False
     """Discount the encoder and model objective, as in the paper's Eq. 7."""
 

@@ -42,6 +42,7 @@ _LOSS_ARGUMENTS = (
     "value_coef",
     "noise_clip",
     "discount_model_loss",
+    "actor_objective",
 )
 
 
@@ -73,7 +74,8 @@ def build_loss(settings: Mapping[str, Any], spaces: Mapping[str, Any]) -> ALMLos
     Args:
         settings: a mapping with the names of
             :class:`alm_torchrl.config.TrainConfig`; those about networks, losses
-            and noise are read.
+            and noise are read. One that the version of the run did not have yet takes
+            its default.
         spaces: see :func:`describe_spaces`.
 
     Returns:
@@ -82,7 +84,7 @@ def build_loss(settings: Mapping[str, Any], spaces: Mapping[str, Any]) -> ALMLos
     schedule = NoiseSchedule(
         settings["noise_initial"], settings["noise_final"], settings["noise_steps"]
     )
-    arguments = {name: settings[name] for name in _LOSS_ARGUMENTS}
+    arguments = {n: settings[n] for n in _LOSS_ARGUMENTS if n in settings}
     return make_alm_loss(
         observation_dim=spaces["observation_dim"],
         action_low=torch.tensor(spaces["action_low"]),

@@ -16,6 +16,14 @@ from alm_torchrl.objectives.inputs import masked_mean
 from alm_torchrl.objectives.networks import PARTS
 from alm_torchrl.objectives.one_step import Metadata, OneStepTerms
 
+# Metrics of the policy's rollouts.
+IMAGINED_KEYS = (
+    "imagined_reward",
+    "imagined_log_ratio",
+    "imagined_value",
+    "lambda_return",
+)
+
 OUT_KEYS = (
     "loss_model",
     "loss_reward",
@@ -29,10 +37,7 @@ OUT_KEYS = (
     "pred_value",
     "target_value",
     "td_error",
-    "imagined_reward",
-    "imagined_log_ratio",
-    "imagined_value",
-    "lambda_return",
+    *IMAGINED_KEYS,
 )
 
 
@@ -85,6 +90,10 @@ class ALMLoss(OneStepTerms):
             removes it and its cost. Default: ``1.0``.
         noise_clip (float, optional): clip of the action noise inside the losses,
             ``None`` for no clip. Default: ``0.3``.
+        actor_objective (str): what the policy maximises: ``"bound"``, the lower bound
+            (Eq. 8), or ``"qvalue"``, the critics' value of its action, which is TD3's
+            objective on ALM's representation (Fig. 5c). With the latter nothing reads
+            the classifier: ``classifier_coef=0`` spares its cost. Default: ``"bound"``.
         discount_model_loss (bool): weight step t of ``loss_model`` by gamma^t and the
             value by gamma^K, as Eq. 7 prints it; the authors' code does not.
             Default: ``False``.
@@ -142,6 +151,7 @@ class ALMLoss(OneStepTerms):
         kl_coef: float = 1.0,
         value_coef: float = 1.0,
         noise_clip: float | None = 0.3,
+        actor_objective: Literal["bound", "qvalue"] = "bound",
         discount_model_loss: bool = False,
         reduction: Literal["mean", "sum", "none"] | None = None,
     ) -> None:
@@ -158,11 +168,13 @@ class ALMLoss(OneStepTerms):
                 "classifier may be None only with classifier_coef=0, got "
                 f"classifier_coef={classifier_coef}."
             )
+        check_choice("actor_objective", actor_objective, ("bound", "qvalue"))
         check_choice("reduction", reduction, (None, "mean", "sum", "none"))
         self.classifier_coef = classifier_coef
         self.kl_coef = kl_coef
         self.value_coef = value_coef
         self.noise_clip = noise_clip
+        self.actor_objective = actor_objective
         self.discount_model_loss = discount_model_loss
         self.reduction = "mean" if reduction is None else reduction
         self._bind(
@@ -179,6 +191,7 @@ class ALMLoss(OneStepTerms):
         absent = absent if self.classifier is None else set()
         absent |= {"kl"} if kl_coef == 0 else set()
         absent |= {"terminal_value"} if value_coef == 0 else set()
+        absent |= set(IMAGINED_KEYS) if actor_objective == "qvalue" else set()
         self.out_keys = [key for key in OUT_KEYS if key not in absent]
 
     @property
@@ -259,24 +272,30 @@ class ALMLoss(OneStepTerms):
     ) -> tuple[Tensor, Metadata]:
         """Negative lambda-weighted K-step return of the policy (Eq. 8, A.3).
 
-        ``- mean_t gamma^t G_t`` from ``z_0 ~ e'(s)``; see :meth:`imagine`.
+        ``- mean_t gamma^t G_t`` from ``z_0 ~ e'(s)``; see :meth:`imagine`. With
+        ``actor_objective="qvalue"``: ``- min_i Q_i(z_0, pi(z_0))``; see
+        :meth:`policy_value`.
 
         Args:
             tensordict (TensorDictBase): two-draw batch, slices or transitions.
-            horizon (int, optional): number of steps K; needed with transitions alone.
+            horizon (int, optional): number of steps K; needed with transitions alone,
+                and not read with ``actor_objective="qvalue"``.
                 Default: ``None``, the length of the slices.
 
         Returns:
             tuple: the loss, which trains the actor, and detached means over starts and
             steps of ``imagined_reward``, ``imagined_log_ratio``, ``imagined_value`` and
-            ``lambda_return``.
+            ``lambda_return``, which there are not with ``actor_objective="qvalue"``.
 
         Raises:
             ValueError: if the horizon is neither given nor found.
         """
-        steps = self._horizon(tensordict, horizon)
+        bound = self.actor_objective == "bound"
+        steps = self._horizon(tensordict, horizon) if bound else 0
         transitions, mask, shape = self._transitions(tensordict)
         _, latent = self._encoded(transitions)
+        if not bound:
+            return -self._reduce(self.policy_value(latent), mask, shape), {}
         rollout = self.imagine(latent, steps)
         objective = functional.discounted_mean(rollout["lambda_return"], self.gamma)
         names = ["reward", "value"] + ["log_ratio"] * (self.classifier is not None)
@@ -335,6 +354,7 @@ class ALMLoss(OneStepTerms):
             f"gamma={self.gamma.item():g}, lmbda={self.lmbda.item():g}, "
             f"classifier_coef={self.classifier_coef:g}, kl_coef={self.kl_coef:g}, "
             f"value_coef={self.value_coef:g}, noise_clip={self.noise_clip}, "
+            f"actor_objective={self.actor_objective!r}, "
             f"discount_model_loss={self.discount_model_loss}"
         )
         return "\n".join([f"{type(self).__name__}(", *lines, f"    {settings}", ")"])

@@ -126,6 +126,23 @@ class ALMRollouts(ALMNetworks):
         )
 
     @sampling
+    def policy_value(self, latent: Tensor) -> Tensor:
+        """The critics' value of the policy's action: TD3's actor objective (Fig. 5c).
+
+        ``min_i Q_i(z, pi(z))``, with the noise clipped as everywhere in the losses.
+        The gradient reaches the actor's parameters through the action; the critics are
+        frozen, and the latent is given.
+
+        Args:
+            latent (Tensor): ``[*, L]``.
+
+        Returns:
+            Tensor: ``[*]``.
+        """
+        action = self.act(latent.detach(), "live")
+        return self.state_action_value(latent.detach(), action).amin(-1)
+
+    @sampling
     @torch.no_grad()
     def lower_bound(self, transitions: TensorDictBase, horizon: int) -> Tensor:
         """K-step estimate of the lower bound for given first actions (Fig. 4, 8).

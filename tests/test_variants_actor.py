@@ -1,0 +1,216 @@
+"""Variants of the policy's side: its objective, its classifier, its entropy."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from helpers import (
+    PARTS,
+    B,
+    K,
+    gradients,
+    make_batch,
+    make_loss,
+    make_rows,
+    network,
+    part_of,
+    seeded,
+    variant,
+)
+from torch.testing import assert_close
+
+from alm_torchrl import ALMOptimizationStepper
+from alm_torchrl import testing as t
+from alm_torchrl.checkpoint import build_loss
+from alm_torchrl.config import TrainConfig, preset_config
+from alm_torchrl.runs import harmful_differences
+
+equal = partial(assert_close, rtol=0, atol=0)
+SPACES = {"observation_dim": 3, "action_low": [-1.0, -1.0], "action_high": [1.0, 1.0]}
+SMALL = {"latent_dim": 2, "hidden_dim": 4, "model_hidden_dim": 4}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def batch():
+    return make_batch()
+
+
+def calls(loss, method, *args):
+    """How often each network runs in a method."""
+    counts = dict.fromkeys(PARTS, 0)
+
+    def count(part, *_):
+        counts[part] += 1
+
+    hooks = [
+        network(loss, part).register_forward_hook(partial(count, part))
+        for part in PARTS
+        if getattr(loss, part) is not None
+    ]
+    getattr(loss, method)(*args)
+    for hook in hooks:
+        hook.remove()
+    return counts
+
+
+def settings_of(**changes):
+    return preset_config("quick", **SMALL, **changes).to_dict()
+
+
+# -- TD3's objective -------------------------------------------------------------------
+
+
+class TestQValueObjective:
+    def by_hand(self, loss, latent):
+        """- mean min Q(z, tanh mean) on the networks themselves."""
+        action = network(loss, "actor")(latent)[0]
+        values = network(loss, "qvalue")(latent, action)
+        return -torch.minimum(values[:, 0], values[:, 1]).mean()
+
+    def test_value_and_gradient(self, batch):
+        loss = make_loss(deterministic=True, actor_objective="qvalue")
+        # Each of the critics is the smaller one somewhere.
+        values = loss.state_action_value(torch.randn(64, 4), torch.zeros(64, 2))
+        assert len(values.argmin(-1).unique()) == 2
+        value, metadata = loss.actor_loss(batch)
+        expected = self.by_hand(loss, loss.encode(batch["transition"]).mean)
+        assert_close(value, expected)
+        assert metadata == {}
+        expected = {
+            name: grad
+            for name, grad in gradients(expected, loss).items()
+            if part_of(name) == "actor"
+        }
+        assert all(grad.norm() > 0 for grad in expected.values())
+        # Not a parameter of another part, and through the action alone.
+        assert_close(gradients(value, loss), expected)
+
+    def test_latents_and_noise(self, batch):
+        loss = make_loss(noise=5.0, bound=100.0, actor_objective="qvalue")
+        seen = []
+        hook = network(loss, "qvalue").register_forward_hook(
+            lambda _, inputs, output: seen.append(inputs)
+        )
+        loss.actor_loss(batch)
+        hook.remove()
+        ((latent, action),) = seen
+        target = loss.encode(batch["transition"])
+        assert ((latent - target.mean).abs() > 1e-3).all()
+        noise = (action - network(loss, "actor")(latent)[0]).abs()
+        assert_close(noise.max().item(), 0.3)
+
+    def test_only_actor_and_critics_run(self, batch):
+        loss = make_loss(actor_objective="qvalue", classifier_coef=0.0)
+        counts = calls(loss, "actor_loss", loss.encode_transitions(batch))
+        assert counts == {**dict.fromkeys(PARTS, 0), "actor": 1, "qvalue": 1}
+        assert calls(loss, "actor_loss", make_rows(B))["encoder"] == 1
+
+    @pytest.mark.parametrize("coef", [0.0, 0.1])
+    def test_keys(self, batch, coef):
+        loss = make_loss(actor_objective="qvalue", classifier_coef=coef)
+        gone = {"imagined_reward", "imagined_log_ratio", "imagined_value"}
+        assert not {*gone, "lambda_return"} & {*loss.out_keys}
+        assert set(loss(batch).keys()) == set(loss.out_keys)
+        assert ("loss_classifier" in loss.out_keys) == (coef > 0)
+        assert "actor_objective='qvalue'" in repr(loss)
+
+    def test_other_terms_are_the_same(self, batch):
+        one = make_loss(deterministic=True)
+        other = variant(one, actor_objective="qvalue")
+        before, after = one(batch), other(batch).to_dict()
+        assert {k for k, v in after.items() if v != before[k]} == {"loss_actor"}
+
+    @pytest.mark.parametrize("reduction", ["sum", "none"])
+    def test_reductions(self, reduction):
+        rows = make_rows(B, K)
+        loss = make_loss(
+            deterministic=True, actor_objective="qvalue", reduction=reduction
+        )
+        value = loss.actor_loss(rows)[0]
+        assert value.shape == ((B,) if reduction == "none" else ())
+        mean = variant(loss, actor_objective="qvalue").actor_loss(rows)[0]
+        count = B if reduction == "none" else B * K
+        assert_close(value.sum() / count, mean)
+
+    def test_unknown(self):
+        with pytest.raises(ValueError, match=r"actor_objective: expected .* got 'td3'"):
+            make_loss(actor_objective="td3")
+
+
+# -- all of them -----------------------------------------------------------------------
+
+LOSSES = {
+    "qvalue": {"actor_objective": "qvalue"},
+    "qvalue alone": {"actor_objective": "qvalue", "classifier_coef": 0.0},
+}
+
+
+@pytest.mark.parametrize("kwargs", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("make", [t.make_two_draw_batch, t.make_slices])
+def test_checks_for_losses(kwargs, make):
+    sizes = t.Sizes(horizon=2)
+    t.check_loss(t.make_loss(sizes, **kwargs), make(sizes))
+
+
+def new_stepper(kwargs, seed=0):
+    loss = seeded(make_loss, updater=False, seed=seed, **kwargs)
+    return ALMOptimizationStepper(loss, lr=1e-2)
+
+
+def updates(stepper, numbers):
+    return [
+        seeded(lambda: stepper.step(None, make_batch()), seed=n).to_dict()
+        for n in numbers
+    ]
+
+
+@pytest.mark.parametrize("kwargs", LOSSES.values(), ids=LOSSES)
+def test_stepper_continues(kwargs):
+    whole, part, rest = new_stepper(kwargs), new_stepper(kwargs), new_stepper(kwargs, 1)
+    before = copy.deepcopy(whole.loss.state_dict())
+    expected = updates(whole, range(4))
+    updates(part, range(2))
+    rest.loss.load_state_dict(part.loss.state_dict())
+    rest.load_state_dict(copy.deepcopy(part.state_dict()))
+    equal(updates(rest, range(2, 4)), expected[2:])
+    equal(rest.loss.state_dict(), whole.loss.state_dict())
+    same = [
+        name
+        for name, value in whole.loss.state_dict().items()
+        if name.split(".")[0] not in ("gamma", "lmbda")
+        and not name.endswith((".low", ".high", ".std", ".count"))
+        and isinstance(value, torch.Tensor)
+        and torch.equal(value, before[name])
+    ]
+    assert same == []
+
+
+SETTINGS = {"actor_objective": "qvalue"}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_reach_the_loss(name):
+    plain, changed = (
+        build_loss(settings, SPACES)
+        for settings in (settings_of(), settings_of(**{name: SETTINGS[name]}))
+    )
+    assert repr(plain) != repr(changed)
+
+
+def test_settings_of_older_runs():
+    config = preset_config("quick", **SMALL)
+    older = {k: v for k, v in config.to_dict().items() if k not in SETTINGS}
+    assert TrainConfig.from_dict(older) == config
+    assert harmful_differences(older, config) == {}
+    for name, value in SETTINGS.items():
+        changed = preset_config("quick", **SMALL, **{name: value})
+        assert harmful_differences(older, changed) == {name: (None, value)}
+    assert repr(build_loss(older, SPACES)) == repr(build_loss(config.to_dict(), SPACES))
