@@ -83,6 +83,8 @@ class TrainConfig:
     """Units per hidden layer of all networks but the latent model."""
     model_hidden_dim: int = 1024
     """Units per hidden layer of the latent model."""
+    classifier: Literal["mlp", "linear"] = "mlp"
+    """Hidden layers in the classifier, or none."""
 
     # Losses
     gamma: float = 0.99

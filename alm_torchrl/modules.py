@@ -40,9 +40,11 @@ from torchrl.modules import IndependentNormal
 from alm_torchrl.checks import check_integer, check_type
 from alm_torchrl.distributions import ClampedNormal
 from alm_torchrl.layers import (
+    MLP,
     ActorHead,
     GaussianHead,
     NoiseSchedule,
+    OutputLinear,
     TensorModule,
     TwinCritic,
     elu_mlp,
@@ -321,7 +323,11 @@ def make_reward(
 
 
 def make_classifier(
-    action_dim: int, *, latent_dim: int = LATENT_DIM, hidden_dim: int = HIDDEN_DIM
+    action_dim: int,
+    *,
+    latent_dim: int = LATENT_DIM,
+    hidden_dim: int = HIDDEN_DIM,
+    linear: bool = False,
 ) -> TensorDictModule:
     """Builds the classifier ``C(z, a, z')`` of real against imagined latents (Eq. 9).
 
@@ -330,6 +336,8 @@ def make_classifier(
         latent_dim (int): size of the latent, L. Default: ``50``.
         hidden_dim (int): width of the hidden layers (LayerNorm and tanh, then ELU).
             Default: ``512``.
+        linear (bool): logits linear in ``(z, a, z')``, without hidden layers (Fig. 16).
+            Default: ``False``.
 
     Returns:
         TensorDictModule: writes ``logits`` ``[*, 2]``; index 1 is "from the encoder".
@@ -342,8 +350,9 @@ def make_classifier(
         ['logits']
     """
     _check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
+    in_dim = 2 * latent_dim + action_dim
     return TensorModule(
-        value_mlp(2 * latent_dim + action_dim, hidden_dim, 2),
+        MLP(OutputLinear(in_dim, 2)) if linear else value_mlp(in_dim, hidden_dim, 2),
         in_keys=["latent", "action", ("next", "latent")],
         out_keys=["logits"],
     )

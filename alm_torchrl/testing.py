@@ -78,7 +78,12 @@ class Sizes:
 
 
 def make_loss(
-    sizes: Sizes, loss_class: type[ALMLoss] = ALMLoss, *, seed: int = 0, **kwargs: Any
+    sizes: Sizes,
+    loss_class: type[ALMLoss] = ALMLoss,
+    *,
+    seed: int = 0,
+    linear_classifier: bool = False,
+    **kwargs: Any,
 ) -> ALMLoss:
     """Builds a loss with the networks of the paper, for actions in [-1, 1].
 
@@ -86,6 +91,8 @@ def make_loss(
         sizes (Sizes): sizes of the networks.
         loss_class (type): ``ALMLoss`` or a subclass. Default: ``ALMLoss``.
         seed (int): seed of the parameters. Default: ``0``.
+        linear_classifier (bool): a classifier without hidden layers.
+            Default: ``False``.
         **kwargs: further arguments of the class; a network replaces the built one.
 
     Returns:
@@ -103,7 +110,9 @@ def make_loss(
             "actor": modules.make_actor(-bound, bound, **width),
             "qvalue": modules.make_qvalue(actions, **width),
             "reward": modules.make_reward(actions, **width),
-            "classifier": modules.make_classifier(actions, **width),
+            "classifier": modules.make_classifier(
+                actions, linear=linear_classifier, **width
+            ),
         }
         loss = loss_class(**{**parts, **kwargs})
     # A loss warns at each call until an updater is associated with it.

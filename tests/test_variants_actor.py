@@ -8,6 +8,8 @@ from functools import partial
 import pytest
 import torch
 from helpers import (
+    ACTION,
+    LATENT,
     PARTS,
     B,
     K,
@@ -20,9 +22,10 @@ from helpers import (
     seeded,
     variant,
 )
+from tensordict import TensorDict
 from torch.testing import assert_close
 
-from alm_torchrl import ALMOptimizationStepper
+from alm_torchrl import ALMOptimizationStepper, make_classifier
 from alm_torchrl import testing as t
 from alm_torchrl.checkpoint import build_loss
 from alm_torchrl.config import TrainConfig, preset_config
@@ -145,11 +148,56 @@ class TestQValueObjective:
             make_loss(actor_objective="td3")
 
 
+# -- linear classifier -----------------------------------------------------------------
+
+
+class TestLinearClassifier:
+    def test_logits(self):
+        classifier = make_classifier(ACTION, latent_dim=LATENT, linear=True)
+        z, a, after = torch.randn(B, LATENT), torch.randn(B, ACTION), torch.randn(B, 4)
+        rows = TensorDict(
+            latent=z,
+            action=a,
+            next=TensorDict(latent=after, batch_size=B),
+            batch_size=B,
+        )
+        weight, bias = classifier.parameters()
+        torch.nn.init.normal_(bias)
+        expected = torch.cat([z, a, after], 1) @ weight.T + bias
+        assert_close(classifier(rows)["logits"], expected)
+        # Orthogonal, as all layers are at the start.
+        assert_close(weight @ weight.T, torch.eye(2))
+
+    def test_loss(self, batch):
+        loss = make_loss(deterministic=True, linear_classifier=True)
+        layer = network(loss, "classifier")[0]
+        rows = batch["transition"]
+        z, after = loss.encode(rows).mean, loss.encode(rows["next"]).mean
+        imagined = loss.step(z, rows["action"]).mean
+        after = torch.where(rows["imagined"].unsqueeze(1), imagined, after)
+        logits = layer(torch.cat([z, rows["action"], after], 1))
+        label = (~rows["imagined"]).long()
+        log_prob = logits.log_softmax(1).gather(1, label.unsqueeze(1))
+        value, _ = loss.classifier_loss(batch)
+        assert_close(value, -log_prob.mean())
+        grads = gradients(value, loss)
+        assert {part_of(name) for name in grads} == {"classifier"}
+        assert len(grads) == 2
+
+    def test_autocast_keeps_it_in_full_precision(self, batch):
+        loss = make_loss(linear_classifier=True)
+        z = torch.randn(B, LATENT)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = loss.classify(z, torch.zeros(B, ACTION), z)
+        assert logits.dtype == torch.float32
+
+
 # -- all of them -----------------------------------------------------------------------
 
 LOSSES = {
     "qvalue": {"actor_objective": "qvalue"},
     "qvalue alone": {"actor_objective": "qvalue", "classifier_coef": 0.0},
+    "linear classifier": {"linear_classifier": True},
 }
 
 
@@ -193,7 +241,7 @@ def test_stepper_continues(kwargs):
     assert same == []
 
 
-SETTINGS = {"actor_objective": "qvalue"}
+SETTINGS = {"actor_objective": "qvalue", "classifier": "linear"}
 
 
 @pytest.mark.parametrize("name", SETTINGS)

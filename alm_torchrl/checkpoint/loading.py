@@ -90,6 +90,7 @@ def build_loss(settings: Mapping[str, Any], spaces: Mapping[str, Any]) -> ALMLos
         action_low=torch.tensor(spaces["action_low"]),
         action_high=torch.tensor(spaces["action_high"]),
         noise_schedule=schedule,
+        linear_classifier=settings.get("classifier") == "linear",
         **arguments,
     )
 

@@ -36,6 +36,7 @@ def make_alm_loss(
     hidden_dim: int = HIDDEN_DIM,
     model_hidden_dim: int = MODEL_HIDDEN_DIM,
     noise_schedule: NoiseSchedule | None = None,
+    linear_classifier: bool = False,
     **loss_kwargs: Any,
 ) -> ALMLoss:
     """Builds the six networks of the paper and the loss over them.
@@ -56,6 +57,8 @@ def make_alm_loss(
         model_hidden_dim (int): width of the latent model. Default: ``1024``.
         noise_schedule (NoiseSchedule, optional): exploration noise.
             Default: ``None``, 1.0 to 0.1 over 100,000 training steps.
+        linear_classifier (bool): a classifier without hidden layers (Fig. 16).
+            Default: ``False``.
         **loss_kwargs: arguments of :class:`~alm_torchrl.ALMLoss`; a network given
             here replaces the built one.
 
@@ -97,7 +100,9 @@ def make_alm_loss(
         ),
         "qvalue": lambda: make_qvalue(action_dim, **width),
         "reward": lambda: make_reward(action_dim, **width),
-        "classifier": lambda: make_classifier(action_dim, **width),
+        "classifier": lambda: make_classifier(
+            action_dim, linear=linear_classifier, **width
+        ),
     }
     parts = {name: build() for name, build in built.items() if name not in loss_kwargs}
     return ALMLoss(**parts, **loss_kwargs)
