@@ -103,6 +103,8 @@ class TrainConfig:
     """Discount the encoder and model objective, as in the paper's Eq. 7."""
 
     # Exploration
+    entropy: bool = False
+    """Learn the noise, with SAC's entropy bonus (ALM-ENT), instead of all below."""
     noise_initial: float = 1.0
     """Standard deviation of the action noise at the first training step."""
     noise_final: float = 0.1
@@ -114,7 +116,7 @@ class TrainConfig:
 
     # Optimization
     lr: float = 1e-4
-    """Learning rate of the four Adam optimizers."""
+    """Learning rate of all Adam optimizers."""
     clip_norm: float = 100.0
     """Largest gradient norm of each optimizer."""
     tau: float = 0.005

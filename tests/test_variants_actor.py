@@ -198,6 +198,8 @@ LOSSES = {
     "qvalue": {"actor_objective": "qvalue"},
     "qvalue alone": {"actor_objective": "qvalue", "classifier_coef": 0.0},
     "linear classifier": {"linear_classifier": True},
+    "entropy": {"alpha_init": 0.5},
+    "entropy and qvalue": {"alpha_init": 0.5, "actor_objective": "qvalue"},
 }
 
 
@@ -241,7 +243,7 @@ def test_stepper_continues(kwargs):
     assert same == []
 
 
-SETTINGS = {"actor_objective": "qvalue", "classifier": "linear"}
+SETTINGS = {"actor_objective": "qvalue", "classifier": "linear", "entropy": True}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
