@@ -26,7 +26,7 @@ from tensordict import TensorDict
 from torch.testing import assert_close
 
 from alm_torchrl import ALMOptimizationStepper, make_classifier
-from alm_torchrl import testing as t
+from alm_torchrl import testing
 from alm_torchrl.checkpoint import build_loss
 from alm_torchrl.config import TrainConfig, preset_config
 from alm_torchrl.runs import harmful_differences
@@ -47,7 +47,7 @@ def batch():
 
 
 def calls(loss, method, *args):
-    """How often each network runs in a method."""
+    """How often each network runs in a method, or in a function."""
     counts = dict.fromkeys(PARTS, 0)
 
     def count(part, *_):
@@ -58,7 +58,7 @@ def calls(loss, method, *args):
         for part in PARTS
         if getattr(loss, part) is not None
     ]
-    getattr(loss, method)(*args)
+    (getattr(loss, method) if isinstance(method, str) else method)(*args)
     for hook in hooks:
         hook.remove()
     return counts
@@ -192,6 +192,92 @@ class TestLinearClassifier:
         assert logits.dtype == torch.float32
 
 
+# -- coefficients and horizons ---------------------------------------------------------
+
+
+class TestCost:
+    """How often each network runs in one pass of all terms."""
+
+    @staticmethod
+    def full(horizon):
+        return {
+            # First and next observations of the slices; both of the transitions.
+            "encoder": 2 + 2,
+            # Along the slices, in imagination, and once for the classifier.
+            "model": 2 * horizon + 1,
+            # At the end of the slices, in imagination, for the target.
+            "actor": 1 + (horizon + 1) + 1,
+            # At the end of the slices, in imagination, target and loss.
+            "qvalue": 4,
+            "reward": 3,
+            "classifier": 2,
+        }
+
+    @pytest.mark.parametrize("horizon", [1, 2, 5])
+    def test_any_horizon(self, horizon):
+        batch = make_batch(horizon=horizon)
+        loss = make_loss()
+        assert calls(loss, "forward", batch) == self.full(horizon)
+        assert all(value.isfinite() for value in loss(batch).values())
+
+    @pytest.mark.parametrize(
+        ("kwargs", "saved", "gone"),
+        [
+            ({"kl_coef": 0.0}, {"encoder": 1}, {"kl"}),
+            ({"value_coef": 0.0}, {"actor": 1, "qvalue": 1}, {"terminal_value"}),
+            (
+                {"classifier_coef": 0.0},
+                {"model": 1, "classifier": 2},
+                {"loss_classifier", "classifier_accuracy", "imagined_log_ratio"},
+            ),
+            (
+                {"actor_objective": "qvalue"},
+                {"model": K, "actor": K, "reward": 1, "classifier": 1},
+                {"imagined_reward", "imagined_log_ratio", "imagined_value"}
+                | {"lambda_return"},
+            ),
+        ],
+        ids=lambda value: "-".join(value),
+    )
+    def test_what_is_left_out_costs_nothing(self, batch, kwargs, saved, gone):
+        loss = make_loss(**kwargs)
+        full = self.full(K)
+        expected = {part: full[part] - saved.get(part, 0) for part in PARTS}
+        assert calls(loss, "forward", batch) == expected
+        assert {*make_loss().out_keys} - {*loss.out_keys} == gone
+
+    def test_an_update_without_terms(self, batch):
+        """What is saved in the terms is saved in the update, too."""
+        loss = make_loss(
+            updater=False, kl_coef=0.0, value_coef=0.0, classifier_coef=0.0
+        )
+        stepper = ALMOptimizationStepper(loss)
+        counts = calls(loss, lambda: stepper.step(None, batch))
+        expected = {"encoder": 3, "model": 2 * K, "actor": K + 2, "qvalue": 3}
+        assert counts == {**expected, "reward": 3, "classifier": 0}
+
+    def test_an_entropy_bonus_costs_one_run_of_the_actor(self, batch):
+        full = self.full(K)
+        counts = calls(make_loss(alpha_init=1.0), "forward", batch)
+        assert counts == {**full, "actor": full["actor"] + 1}
+
+    @pytest.mark.parametrize("coef", [0.01, 1.0, 10.0])
+    def test_the_return_is_linear_in_the_classifiers_weight(self, coef):
+        loss = make_loss(deterministic=True, gamma=0.9, lmbda=0.5, classifier_coef=1.0)
+        z = torch.randn(B, LATENT)
+        returns = {
+            c: variant(loss, gamma=0.9, lmbda=0.5, classifier_coef=c).imagine(z, K)
+            for c in (0.0, coef)
+        }
+        ratio = returns[coef]["log_ratio"]
+        step, weighted = torch.zeros(B), []
+        for t in reversed(range(K)):
+            step = ratio[:, t] + 0.9 * 0.5 * step
+            weighted.insert(0, coef * step)
+        difference = returns[coef]["lambda_return"] - returns[0.0]["lambda_return"]
+        assert_close(difference, torch.stack(weighted, 1))
+
+
 # -- all of them -----------------------------------------------------------------------
 
 LOSSES = {
@@ -204,10 +290,10 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("kwargs", LOSSES.values(), ids=LOSSES)
-@pytest.mark.parametrize("make", [t.make_two_draw_batch, t.make_slices])
+@pytest.mark.parametrize("make", [testing.make_two_draw_batch, testing.make_slices])
 def test_checks_for_losses(kwargs, make):
-    sizes = t.Sizes(horizon=2)
-    t.check_loss(t.make_loss(sizes, **kwargs), make(sizes))
+    sizes = testing.Sizes(horizon=2)
+    testing.check_loss(testing.make_loss(sizes, **kwargs), make(sizes))
 
 
 def new_stepper(kwargs, seed=0):
