@@ -22,6 +22,7 @@ from alm_torchrl.modules import (
     make_model,
     make_qvalue,
     make_reward,
+    make_stochastic_actor,
 )
 from alm_torchrl.objectives import ALMLoss, make_alm_loss
 from alm_torchrl.replay import UniformWindowSampler, make_replay_buffer
@@ -62,6 +63,7 @@ __all__ = [
     "make_qvalue",
     "make_replay_buffer",
     "make_reward",
+    "make_stochastic_actor",
     "make_trainer",
     "random_policy",
     "zero_policy",

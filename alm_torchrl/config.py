@@ -83,6 +83,8 @@ class TrainConfig:
     """Units per hidden layer of all networks but the latent model."""
     model_hidden_dim: int = 1024
     """Units per hidden layer of the latent model."""
+    classifier: Literal["mlp", "linear"] = "mlp"
+    """Hidden layers in the classifier, or none."""
 
     # Losses
     gamma: float = 0.99
@@ -95,10 +97,14 @@ class TrainConfig:
     """Weight of the KL term in the encoder and model objective."""
     value_coef: float = 1.0
     """Weight of the final value in the encoder and model objective."""
+    actor_objective: Literal["bound", "qvalue"] = "bound"
+    """What the policy maximises; qvalue (TD3's) never reads the classifier."""
     discount_model_loss: bool = False
     """Discount the encoder and model objective, as in the paper's Eq. 7."""
 
     # Exploration
+    entropy: bool = False
+    """Learn the noise, with SAC's entropy bonus (ALM-ENT), instead of all below."""
     noise_initial: float = 1.0
     """Standard deviation of the action noise at the first training step."""
     noise_final: float = 0.1
@@ -110,7 +116,7 @@ class TrainConfig:
 
     # Optimization
     lr: float = 1e-4
-    """Learning rate of the four Adam optimizers."""
+    """Learning rate of all Adam optimizers."""
     clip_norm: float = 100.0
     """Largest gradient norm of each optimizer."""
     tau: float = 0.005

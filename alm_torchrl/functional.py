@@ -24,7 +24,9 @@ __all__ = [
     "lambda_return",
     "log_density_ratio",
     "model_objective",
+    "soft_value",
     "td_target",
+    "temperature_loss",
 ]
 
 
@@ -249,3 +251,48 @@ def td_target(reward: Tensor, discount: Tensor, next_value: Tensor) -> Tensor:
         tensor([10.,  1.])
     """
     return reward + discount * next_value
+
+
+def soft_value(value: Tensor, log_prob: Tensor, alpha: Tensor | float) -> Tensor:
+    """Value with SAC's entropy bonus: ``value - alpha log_prob``.
+
+    ``alpha=0`` gives the value itself.
+
+    Args:
+        value (Tensor): value of an action, or its reward, any shape.
+        log_prob (Tensor): ``log pi(a | z)`` of that action, shape of ``value``.
+        alpha (Tensor or float): temperature, the weight of the bonus.
+
+    Returns:
+        Tensor: soft value, shape of ``value``.
+
+    Examples:
+        >>> soft_value(torch.tensor(3.0), torch.tensor(-2.0), 0.5)
+        tensor(4.)
+    """
+    return value - alpha * log_prob
+
+
+def temperature_loss(
+    log_alpha: Tensor, log_prob: Tensor, target_entropy: float
+) -> Tensor:
+    """Loss of SAC's temperature: ``- alpha (log_prob + target_entropy)``.
+
+    Its gradient lowers the temperature while the entropy ``-log_prob`` is above its
+    target on average, and raises it below. Source: Haarnoja et al., "Soft Actor-Critic
+    Algorithms and Applications", https://arxiv.org/abs/1812.05905, Eq. 18.
+
+    Args:
+        log_alpha (Tensor): logarithm of the temperature, ``[]``.
+        log_prob (Tensor): ``log pi(a | z)`` of drawn actions, any shape; gets no
+            gradient.
+        target_entropy (float): entropy to keep, in nats.
+
+    Returns:
+        Tensor: loss of each action, shape of ``log_prob``.
+
+    Examples:
+        >>> temperature_loss(torch.tensor(0.0), torch.tensor([-2.0, 1.0]), 1.0)
+        tensor([ 1., -2.])
+    """
+    return -log_alpha.exp() * (log_prob.detach() + target_entropy)

@@ -40,9 +40,12 @@ from torchrl.modules import IndependentNormal
 from alm_torchrl.checks import check_integer, check_type
 from alm_torchrl.distributions import ClampedNormal
 from alm_torchrl.layers import (
+    MLP,
     ActorHead,
     GaussianHead,
     NoiseSchedule,
+    OutputLinear,
+    StochasticActorHead,
     TensorModule,
     TwinCritic,
     elu_mlp,
@@ -56,6 +59,7 @@ __all__ = [
     "make_model",
     "make_qvalue",
     "make_reward",
+    "make_stochastic_actor",
 ]
 
 LATENT_DIM = 50
@@ -246,7 +250,53 @@ def make_actor(
     _check_sizes(latent_dim=latent_dim, hidden_dim=hidden_dim)
     schedule = NoiseSchedule() if noise_schedule is None else noise_schedule
     check_type("noise_schedule", schedule, NoiseSchedule)
-    net = elu_mlp(latent_dim, hidden_dim, low.shape[0], ActorHead(low, high, schedule))
+    head = ActorHead(low, high, schedule)
+    return _actor(elu_mlp(latent_dim, hidden_dim, low.shape[0], head))
+
+
+def make_stochastic_actor(
+    action_low: Tensor | Sequence[float],
+    action_high: Tensor | Sequence[float],
+    *,
+    latent_dim: int = LATENT_DIM,
+    hidden_dim: int = HIDDEN_DIM,
+) -> ProbabilisticTensorDictSequential:
+    """Builds an actor ``pi(a | z)`` that learns its own noise (ALM-ENT, Table 5).
+
+    Like that of :func:`make_actor`, but the network gives the standard deviation too,
+    softly bounded to [e^-5, e^2], and there is no schedule. For the entropy bonus of
+    :class:`~alm_torchrl.ALMLoss` (``alpha_init``).
+
+    Args:
+        action_low (Tensor or sequence of float): lower bounds, ``[A]``.
+        action_high (Tensor or sequence of float): upper bounds, ``[A]``.
+        latent_dim (int): size of the latent, L. Default: ``50``.
+        hidden_dim (int): width of both hidden layers. Default: ``512``.
+
+    Returns:
+        ProbabilisticTensorDictSequential: reads ``latent``, writes ``action``
+        ``[*, A]`` and its parameters; the distribution is a
+        :class:`~alm_torchrl.distributions.ClampedNormal`.
+
+    Raises:
+        ValueError: if the bounds are not two finite vectors with ``low < high``, or
+            a size is not positive.
+
+    Examples:
+        >>> actor = make_stochastic_actor([-0.4], [0.4], latent_dim=2, hidden_dim=8)
+        >>> from tensordict import TensorDict
+        >>> dist = actor.get_dist(TensorDict(latent=torch.zeros(5, 2), batch_size=[5]))
+        >>> action, log_prob = dist.rsample_and_log_prob()
+        >>> action.shape, bool((dist.scale > 0.0067).all())
+        (torch.Size([5, 1]), True)
+    """
+    low, high = check_bounds(action_low, action_high)
+    _check_sizes(latent_dim=latent_dim, hidden_dim=hidden_dim)
+    head = StochasticActorHead(low, high)
+    return _actor(elu_mlp(latent_dim, hidden_dim, 2 * low.shape[0], head))
+
+
+def _actor(net: nn.Module) -> ProbabilisticTensorDictSequential:
     names = ("loc", "scale", "low", "high")
     return ProbabilisticTensorDictSequential(
         TensorModule(
@@ -321,7 +371,11 @@ def make_reward(
 
 
 def make_classifier(
-    action_dim: int, *, latent_dim: int = LATENT_DIM, hidden_dim: int = HIDDEN_DIM
+    action_dim: int,
+    *,
+    latent_dim: int = LATENT_DIM,
+    hidden_dim: int = HIDDEN_DIM,
+    linear: bool = False,
 ) -> TensorDictModule:
     """Builds the classifier ``C(z, a, z')`` of real against imagined latents (Eq. 9).
 
@@ -330,6 +384,8 @@ def make_classifier(
         latent_dim (int): size of the latent, L. Default: ``50``.
         hidden_dim (int): width of the hidden layers (LayerNorm and tanh, then ELU).
             Default: ``512``.
+        linear (bool): logits linear in ``(z, a, z')``, without hidden layers (Fig. 16).
+            Default: ``False``.
 
     Returns:
         TensorDictModule: writes ``logits`` ``[*, 2]``; index 1 is "from the encoder".
@@ -342,8 +398,9 @@ def make_classifier(
         ['logits']
     """
     _check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
+    in_dim = 2 * latent_dim + action_dim
     return TensorModule(
-        value_mlp(2 * latent_dim + action_dim, hidden_dim, 2),
+        MLP(OutputLinear(in_dim, 2)) if linear else value_mlp(in_dim, hidden_dim, 2),
         in_keys=["latent", "action", ("next", "latent")],
         out_keys=["logits"],
     )

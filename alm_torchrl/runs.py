@@ -33,6 +33,7 @@ that the run took (pauses left out); and ``task``, whose id ends in its version.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import platform
@@ -312,13 +313,15 @@ def harmful_differences(
 
     Returns:
         dict: the names of those that differ, with both values. :data:`CHANGEABLE`
-        ones are left out.
+        ones are left out, and a setting that an older version did not have yet counts
+        as its default.
     """
     after = config.to_dict()
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
     return {
         name: (before.get(name), value)
         for name, value in after.items()
-        if name not in CHANGEABLE and before.get(name) != value
+        if name not in CHANGEABLE and before.get(name, defaults[name]) != value
     }
 
 

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase, dispatch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.objectives import ValueEstimators
 
 from alm_torchrl import functional
-from alm_torchrl.checks import check_choice, check_number
+from alm_torchrl.checks import LARGEST_FLOAT, check_choice, check_number
 from alm_torchrl.objectives.inputs import masked_mean
 from alm_torchrl.objectives.networks import PARTS
 from alm_torchrl.objectives.one_step import Metadata, OneStepTerms
+
+# Metrics of the policy's rollouts.
+IMAGINED_KEYS = (
+    "imagined_reward",
+    "imagined_log_ratio",
+    "imagined_value",
+    "lambda_return",
+)
+
+# Metrics of the entropy bonus.
+ENTROPY_KEYS = ("alpha", "entropy")
 
 OUT_KEYS = (
     "loss_model",
@@ -22,6 +34,7 @@ OUT_KEYS = (
     "loss_classifier",
     "loss_qvalue",
     "loss_actor",
+    "loss_alpha",
     "kl",
     "model_reward",
     "terminal_value",
@@ -29,10 +42,8 @@ OUT_KEYS = (
     "pred_value",
     "target_value",
     "td_error",
-    "imagined_reward",
-    "imagined_log_ratio",
-    "imagined_value",
-    "lambda_return",
+    *IMAGINED_KEYS,
+    *ENTROPY_KEYS,
 )
 
 
@@ -50,10 +61,11 @@ class ALMLoss(OneStepTerms):
     ``loss_classifier`` cross entropy, real/imagined (Eq. 9)  classifier
     ``loss_qvalue``    one-step TD error (Eq. 10)             critics
     ``loss_actor``     lambda-weighted K-step return (Eq. 8)  actor
+    ``loss_alpha``     entropy against its target, if asked   log_alpha
     ================== ====================================== =====================
 
     Each term reaches its own parameters only, so one optimizer on the sum sees the
-    same gradients as five on the parts. Each is also a method that returns
+    same gradients as one on each part. Each is also a method that returns
     ``(value, metadata)``. Methods and ``forward`` take either the two-draw batch of
     :func:`~alm_torchrl.replay.make_replay_buffer` (``"slice"`` ``[B, K]`` and
     ``"transition"`` ``[B]``) or plain slices ``[B, K]``, whose B*K transitions then
@@ -65,6 +77,16 @@ class ALMLoss(OneStepTerms):
     each sample by its distribution's mean. Masks are found as in every TorchRL loss
     (``loss_mask_key``); a slice with a masked step is dropped whole from
     ``loss_model``.
+
+    With ``alpha_init`` the policy is rewarded for its entropy as in SAC
+    (https://arxiv.org/abs/1812.05905). So does the paper's ALM-ENT (Table 5), the loss
+    of which was not published. Here ``- alpha log pi(a | z)`` is added wherever the
+    reward or value of an action enters the policy's return or the critics' target, so
+    that the critics' values contain all later bonuses; a loss of its own tunes
+    ``alpha``. The actor must learn its noise:
+    :func:`~alm_torchrl.modules.make_stochastic_actor` makes one, and any with a
+    reparameterised distribution that has a density will do, such as
+    :class:`torchrl.modules.TanhNormal`.
 
     Keyword Args:
         encoder (ProbabilisticTensorDictSequential): ``e(z | s)``, a diagonal Gaussian.
@@ -84,7 +106,16 @@ class ALMLoss(OneStepTerms):
         value_coef (float): weight of the terminal value in ``loss_model``. Zero
             removes it and its cost. Default: ``1.0``.
         noise_clip (float, optional): clip of the action noise inside the losses,
-            ``None`` for no clip. Default: ``0.3``.
+            ``None`` for no clip. Not applied with ``alpha_init``, since the densities
+            are those of noise without a clip. Default: ``0.3``.
+        actor_objective (str): what the policy maximises: ``"bound"``, the lower bound
+            (Eq. 8), or ``"qvalue"``, the critics' value of its action, which is TD3's
+            objective on ALM's representation (Fig. 5c). With the latter nothing reads
+            the classifier: ``classifier_coef=0`` spares its cost. Default: ``"bound"``.
+        alpha_init (float, optional): temperature of the entropy bonus at the start,
+            positive. Default: ``None``, no bonus.
+        target_entropy (float, optional): entropy that the temperature keeps, in nats.
+            Default: ``None``, minus the number of actions.
         discount_model_loss (bool): weight step t of ``loss_model`` by gamma^t and the
             value by gamma^K, as Eq. 7 prints it; the authors' code does not.
             Default: ``False``.
@@ -94,9 +125,11 @@ class ALMLoss(OneStepTerms):
 
     Raises:
         TypeError: if a part is no TensorDictModule, or encoder or model are not
-            probabilistic.
-        ValueError: if a coefficient or discount is out of range, or ``classifier`` is
-            ``None`` with a non-zero ``classifier_coef``.
+            probabilistic; or if, with ``alpha_init``, the actor is not, or has a
+            :class:`~alm_torchrl.NoiseSchedule`, whose noise is not learned.
+        ValueError: if a coefficient or discount is out of range, ``classifier`` is
+            ``None`` with a non-zero ``classifier_coef``, or ``target_entropy`` is given
+            without ``alpha_init``.
 
     Examples:
         >>> import torch
@@ -142,6 +175,9 @@ class ALMLoss(OneStepTerms):
         kl_coef: float = 1.0,
         value_coef: float = 1.0,
         noise_clip: float | None = 0.3,
+        actor_objective: Literal["bound", "qvalue"] = "bound",
+        alpha_init: float | None = None,
+        target_entropy: float | None = None,
         discount_model_loss: bool = False,
         reduction: Literal["mean", "sum", "none"] | None = None,
     ) -> None:
@@ -153,16 +189,31 @@ class ALMLoss(OneStepTerms):
         value_coef = check_number("value_coef", value_coef)
         if noise_clip is not None:
             noise_clip = check_number("noise_clip", noise_clip)
+        if alpha_init is not None:
+            alpha_init = check_number("alpha_init", alpha_init, open_low=True)
+        if target_entropy is not None:
+            target_entropy = check_number(
+                "target_entropy", target_entropy, -LARGEST_FLOAT
+            )
+            if alpha_init is None:
+                raise ValueError(
+                    "target_entropy: expected None with alpha_init=None, got "
+                    f"{target_entropy}."
+                )
         if classifier is None and classifier_coef != 0:
             raise ValueError(
                 "classifier may be None only with classifier_coef=0, got "
                 f"classifier_coef={classifier_coef}."
             )
+        check_choice("actor_objective", actor_objective, ("bound", "qvalue"))
         check_choice("reduction", reduction, (None, "mean", "sum", "none"))
         self.classifier_coef = classifier_coef
         self.kl_coef = kl_coef
         self.value_coef = value_coef
         self.noise_clip = noise_clip
+        self.actor_objective = actor_objective
+        self.alpha_init = alpha_init
+        self.target_entropy = target_entropy
         self.discount_model_loss = discount_model_loss
         self.reduction = "mean" if reduction is None else reduction
         self._bind(
@@ -175,11 +226,37 @@ class ALMLoss(OneStepTerms):
         )
         self.register_buffer("gamma", torch.tensor(gamma))
         self.register_buffer("lmbda", torch.tensor(lmbda))
+        log_alpha = None
+        if alpha_init is not None:
+            self._check_stochastic()
+            log_alpha = nn.Parameter(torch.tensor(math.log(alpha_init)))
+        self.register_parameter("log_alpha", log_alpha)
         absent = {"loss_classifier", "classifier_accuracy", "imagined_log_ratio"}
         absent = absent if self.classifier is None else set()
         absent |= {"kl"} if kl_coef == 0 else set()
         absent |= {"terminal_value"} if value_coef == 0 else set()
+        absent |= set(IMAGINED_KEYS) if actor_objective == "qvalue" else set()
+        absent |= {"loss_alpha", *ENTROPY_KEYS} if alpha_init is None else set()
         self.out_keys = [key for key in OUT_KEYS if key not in absent]
+
+    def _check_stochastic(self) -> None:
+        got = None
+        if not hasattr(self.actor, "get_dist"):
+            got = type(self.actor).__name__
+        elif self.noise_schedule is not None:
+            got = "one with a NoiseSchedule"
+        if got is not None:
+            raise TypeError(
+                "actor: expected one that learns its noise (probabilistic, without "
+                "NoiseSchedule, as of make_stochastic_actor) with alpha_init, got "
+                f"{got}."
+            )
+
+    def reset_parameters_recursive(self) -> None:
+        """Draws all parameters anew; targets and temperature are as at the start."""
+        super().reset_parameters_recursive()
+        if self.log_alpha is not None and self.alpha_init is not None:
+            self.log_alpha.data.fill_(math.log(self.alpha_init))
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -259,24 +336,30 @@ class ALMLoss(OneStepTerms):
     ) -> tuple[Tensor, Metadata]:
         """Negative lambda-weighted K-step return of the policy (Eq. 8, A.3).
 
-        ``- mean_t gamma^t G_t`` from ``z_0 ~ e'(s)``; see :meth:`imagine`.
+        ``- mean_t gamma^t G_t`` from ``z_0 ~ e'(s)``; see :meth:`imagine`. With
+        ``actor_objective="qvalue"``: ``- min_i Q_i(z_0, pi(z_0))``; see
+        :meth:`policy_value`. Both contain the entropy bonus, where there is one.
 
         Args:
             tensordict (TensorDictBase): two-draw batch, slices or transitions.
-            horizon (int, optional): number of steps K; needed with transitions alone.
+            horizon (int, optional): number of steps K; needed with transitions alone,
+                and not read with ``actor_objective="qvalue"``.
                 Default: ``None``, the length of the slices.
 
         Returns:
             tuple: the loss, which trains the actor, and detached means over starts and
             steps of ``imagined_reward``, ``imagined_log_ratio``, ``imagined_value`` and
-            ``lambda_return``.
+            ``lambda_return``, which there are not with ``actor_objective="qvalue"``.
 
         Raises:
             ValueError: if the horizon is neither given nor found.
         """
-        steps = self._horizon(tensordict, horizon)
+        bound = self.actor_objective == "bound"
+        steps = self._horizon(tensordict, horizon) if bound else 0
         transitions, mask, shape = self._transitions(tensordict)
         _, latent = self._encoded(transitions)
+        if not bound:
+            return -self._reduce(self.policy_value(latent), mask, shape), {}
         rollout = self.imagine(latent, steps)
         objective = functional.discounted_mean(rollout["lambda_return"], self.gamma)
         names = ["reward", "value"] + ["log_ratio"] * (self.classifier is not None)
@@ -290,15 +373,15 @@ class ALMLoss(OneStepTerms):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """All five terms and their metrics.
+        """All terms and their metrics.
 
         Args:
             tensordict (TensorDictBase): two-draw batch or slices ``[B, K]``.
 
         Returns:
             TensorDict: ``loss_model``, ``loss_reward``, ``loss_classifier``,
-            ``loss_qvalue``, ``loss_actor`` and the detached metrics of
-            ``self.out_keys``.
+            ``loss_qvalue``, ``loss_actor``, with an entropy bonus ``loss_alpha``, and
+            the detached metrics of ``self.out_keys``.
         """
         model, metadata = self.model_loss(tensordict)
         encoded = self.encode_transitions(tensordict)
@@ -315,6 +398,9 @@ class ALMLoss(OneStepTerms):
             **qvalue_metadata,
             **actor_metadata,
         }
+        if self.log_alpha is not None:
+            outputs["loss_alpha"], alpha_metadata = self.alpha_loss(encoded)
+            outputs.update(alpha_metadata)
         self._clear_weakrefs(
             tensordict,
             *(f"{part}_params" for part in PARTS),
@@ -335,6 +421,8 @@ class ALMLoss(OneStepTerms):
             f"gamma={self.gamma.item():g}, lmbda={self.lmbda.item():g}, "
             f"classifier_coef={self.classifier_coef:g}, kl_coef={self.kl_coef:g}, "
             f"value_coef={self.value_coef:g}, noise_clip={self.noise_clip}, "
+            f"actor_objective={self.actor_objective!r}, alpha_init={self.alpha_init}, "
+            f"target_entropy={self.target_entropy}, "
             f"discount_model_loss={self.discount_model_loss}"
         )
         return "\n".join([f"{type(self).__name__}(", *lines, f"    {settings}", ")"])

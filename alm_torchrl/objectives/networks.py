@@ -16,7 +16,7 @@ from tensordict.nn import (
     TensorDictParams,
     TensorDictSequential,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 from torchrl.envs.utils import (
     ExplorationType,
@@ -115,6 +115,7 @@ class ALMNetworks(LossModule):
     target_classifier_params: TensorDictParams
 
     noise_clip: float | None
+    log_alpha: nn.Parameter | None
 
     def _bind(self, **parts: TensorDictModuleBase | None) -> None:
         for name, part in parts.items():
@@ -194,7 +195,9 @@ class ALMNetworks(LossModule):
         deterministic = exploration_type() is ExplorationType.DETERMINISTIC
         if isinstance(dist, ClampedNormal):
             # Without noise the clamp stays: the clamped mean.
-            return dist.rsample(noise_clip=0.0 if deterministic else self.noise_clip)
+            # The density of an entropy bonus is that of noise without a clip.
+            clip = self.noise_clip if self.log_alpha is None else None
+            return dist.rsample(noise_clip=0.0 if deterministic else clip)
         if not dist.has_rsample:
             raise TypeError(
                 "encoder, model, actor: expected distributions whose samples have a "
@@ -287,7 +290,8 @@ class ALMNetworks(LossModule):
         """Action of the actor, with the noise clipped as in the losses.
 
         An actor with a :class:`~alm_torchrl.distributions.ClampedNormal` gets
-        ``noise_clip`` (the clamped mean in deterministic mode), one with another
+        ``noise_clip`` (the clamped mean in deterministic mode; no clip with an entropy
+        bonus), one with another
         distribution a reparameterised sample, one without its plain output.
 
         Args:

@@ -9,6 +9,7 @@ from torch.distributions import Distribution
 from torch.nn.functional import cross_entropy
 from torchrl.modules import IndependentNormal
 
+from alm_torchrl import functional
 from alm_torchrl.checks import check_integer
 from alm_torchrl.objectives.inputs import (
     entry_names,
@@ -29,6 +30,8 @@ class OneStepTerms(ALMRollouts):
     Each public method returns ``(value, metadata)`` and takes the two-draw batch,
     slices ``[B, K]`` or transitions ``[B]``.
     """
+
+    target_entropy: float | None
 
     def _read(
         self, tensordict: TensorDictBase, key: NestedKey
@@ -279,3 +282,36 @@ class OneStepTerms(ALMRollouts):
             k: masked_mean(v.detach().reshape(shape), mask) for k, v in metadata.items()
         }
         return self._reduce(error.square().mean(-1), mask, shape), means
+
+    def alpha_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
+        """Loss of the entropy bonus's temperature, as in SAC.
+
+        ``- alpha (log pi(a | z) + target_entropy)`` with ``a ~ pi(z)``, ``z ~ e'(s)``.
+
+        Args:
+            tensordict (TensorDictBase): two-draw batch, slices or transitions.
+
+        Returns:
+            tuple: the loss, which trains ``log_alpha``, and detached ``alpha`` and mean
+            ``entropy``, ``-log pi`` in nats.
+
+        Raises:
+            RuntimeError: if the loss has no entropy bonus (``alpha_init=None``).
+        """
+        if self.log_alpha is None:
+            raise RuntimeError(
+                "alpha_loss needs an entropy bonus, got alpha_init=None."
+            )
+        transitions, mask, shape = self._transitions(tensordict)
+        _, latent = self._encoded(transitions)
+        with torch.no_grad(), self._bound("actor", "frozen"):
+            action, log_prob = self._scored_action(latent)
+        target = self.target_entropy
+        if target is None:
+            target = -float(action.shape[-1])
+        loss = functional.temperature_loss(self.log_alpha, log_prob, target)
+        metadata = {
+            "alpha": self.log_alpha.detach().exp(),
+            "entropy": masked_mean(-log_prob.reshape(shape), mask),
+        }
+        return self._reduce(loss, mask, shape), metadata
