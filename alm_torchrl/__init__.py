@@ -18,6 +18,7 @@ from alm_torchrl.layers import AlwaysSample, NoiseSchedule, OrthogonalLinear
 from alm_torchrl.modules import (
     make_actor,
     make_classifier,
+    make_decoder,
     make_encoder,
     make_model,
     make_qvalue,
@@ -56,6 +57,7 @@ __all__ = [
     "make_actor",
     "make_alm_loss",
     "make_classifier",
+    "make_decoder",
     "make_encoder",
     "make_env",
     "make_model",

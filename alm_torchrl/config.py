@@ -97,6 +97,8 @@ class TrainConfig:
     """Weight of the final value in the encoder and model objective."""
     discount_model_loss: bool = False
     """Discount the encoder and model objective, as in the paper's Eq. 7."""
+    model_objective: Literal["bound", "likelihood"] = "bound"
+    """Encoder and model: the bound, or KL and reconstruction alone (Fig. 15)."""
 
     # Exploration
     noise_initial: float = 1.0

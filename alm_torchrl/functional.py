@@ -19,11 +19,13 @@ __all__ = [
     "bound_loc",
     "bound_scale",
     "discounted_mean",
+    "discounted_sum",
     "gaussian_kl",
     "k_step_bound",
     "lambda_return",
     "log_density_ratio",
     "model_objective",
+    "reconstruction_error",
     "td_target",
 ]
 
@@ -96,6 +98,25 @@ def gaussian_kl(
     ratio = (scale_p / scale_q).square()
     shift = ((loc_p - loc_q) / scale_q).square()
     return 0.5 * (ratio + shift - 1 - ratio.log()).sum(-1)
+
+
+def reconstruction_error(loc: Tensor, observation: Tensor) -> Tensor:
+    """Minus the log density of a unit Gaussian, without its constant.
+
+    ``1/2 sum_i (s_i - m_i)^2``: half the squared error, zero where they are equal.
+
+    Args:
+        loc (Tensor): mean of the decoder, ``[*, S]``.
+        observation (Tensor): what it should reconstruct, ``[*, S]``.
+
+    Returns:
+        Tensor: error in nats, ``[*]``.
+
+    Examples:
+        >>> reconstruction_error(torch.zeros(2), torch.tensor([1.0, 2.0]))
+        tensor(2.5000)
+    """
+    return 0.5 * (loc - observation).square().sum(-1)
 
 
 def log_density_ratio(logits: Tensor) -> Tensor:
@@ -171,6 +192,23 @@ def k_step_bound(
     for reward_t in reversed(reward.unbind(-1)):
         total = reward_t + gamma * total
     return total
+
+
+def discounted_sum(values: Tensor, gamma: Tensor | float) -> Tensor:
+    """``sum_t gamma^t values_t``; with ``gamma=1`` the plain sum.
+
+    Args:
+        values (Tensor): one value for each step, ``[*, T]``.
+        gamma (Tensor or float): discount per step.
+
+    Returns:
+        Tensor: ``[*]``.
+
+    Examples:
+        >>> discounted_sum(torch.tensor([1.0, 2.0, 4.0]), 0.5)
+        tensor(3.)
+    """
+    return k_step_bound(values[..., :-1], values[..., -1], gamma)
 
 
 def lambda_return(

@@ -15,6 +15,7 @@ critic        ``latent, action``                ``state_action_value`` ``[*, 2]`
 reward        ``latent, action``                ``predicted_reward`` ``[*, 1]``
 classifier    ``latent, action``,               ``logits`` ``[*, 2]``
               ``("next", "latent")``
+decoder       ``latent``                        ``reconstruction`` ``[*, S]``
 ============  ================================  ====================================
 
 Sizes, activations, bounds and initialisation are those of the paper's appendix D
@@ -52,6 +53,7 @@ from alm_torchrl.layers import (
 __all__ = [
     "make_actor",
     "make_classifier",
+    "make_decoder",
     "make_encoder",
     "make_model",
     "make_qvalue",
@@ -346,4 +348,38 @@ def make_classifier(
         value_mlp(2 * latent_dim + action_dim, hidden_dim, 2),
         in_keys=["latent", "action", ("next", "latent")],
         out_keys=["logits"],
+    )
+
+
+def make_decoder(
+    observation_dim: int, *, latent_dim: int = LATENT_DIM, hidden_dim: int = HIDDEN_DIM
+) -> TensorDictModule:
+    """Builds the decoder ``d(s | z)``: the mean of a unit Gaussian over observations.
+
+    Only the variant that learns encoder and model by maximum likelihood (Fig. 15) has
+    one. The paper does not describe it; here it is the encoder's mirror image, two ELU
+    layers and an output without bounds.
+
+    Args:
+        observation_dim (int): size of the flat observation, S.
+        latent_dim (int): size of the latent, L. Default: ``50``.
+        hidden_dim (int): width of both hidden layers. Default: ``512``.
+
+    Returns:
+        TensorDictModule: writes ``reconstruction`` ``[*, S]``.
+
+    Raises:
+        ValueError: if a size is not positive.
+
+    Examples:
+        >>> make_decoder(3, latent_dim=2, hidden_dim=8).out_keys
+        ['reconstruction']
+    """
+    _check_sizes(
+        observation_dim=observation_dim, latent_dim=latent_dim, hidden_dim=hidden_dim
+    )
+    return TensorModule(
+        elu_mlp(latent_dim, hidden_dim, observation_dim),
+        in_keys=["latent"],
+        out_keys=["reconstruction"],
     )

@@ -83,6 +83,9 @@ def build_loss(settings: Mapping[str, Any], spaces: Mapping[str, Any]) -> ALMLos
         settings["noise_initial"], settings["noise_final"], settings["noise_steps"]
     )
     arguments = {name: settings[name] for name in _LOSS_ARGUMENTS}
+    # A run of an earlier version has no such settings.
+    if settings.get("model_objective", "bound") == "likelihood":
+        arguments.update(reward_coef=0.0, value_coef=0.0, reconstruction_coef=1.0)
     return make_alm_loss(
         observation_dim=spaces["observation_dim"],
         action_low=torch.tensor(spaces["action_low"]),

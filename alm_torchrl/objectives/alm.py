@@ -13,8 +13,9 @@ from torchrl.objectives import ValueEstimators
 from alm_torchrl import functional
 from alm_torchrl.checks import check_choice, check_number
 from alm_torchrl.objectives.inputs import masked_mean
+from alm_torchrl.objectives.model_terms import ModelTerms
 from alm_torchrl.objectives.networks import PARTS
-from alm_torchrl.objectives.one_step import Metadata, OneStepTerms
+from alm_torchrl.objectives.one_step import Metadata
 
 OUT_KEYS = (
     "loss_model",
@@ -25,6 +26,7 @@ OUT_KEYS = (
     "kl",
     "model_reward",
     "terminal_value",
+    "reconstruction",
     "classifier_accuracy",
     "pred_value",
     "target_value",
@@ -36,7 +38,7 @@ OUT_KEYS = (
 )
 
 
-class ALMLoss(OneStepTerms):
+class ALMLoss(ModelTerms):
     """Aligned Latent Models: encoder, model and policy under one lower bound.
 
     Presented in "Simplifying Model-based RL: Learning Representations, Latent-space
@@ -74,6 +76,10 @@ class ALMLoss(OneStepTerms):
         reward (TensorDictModule): ``r(z, a)``, ``[*, 1]``.
         classifier (TensorDictModule, optional): ``C(z, a, z')``, ``[*, 2]``. May be
             ``None`` where ``classifier_coef`` is zero.
+        decoder (TensorDictModule, optional): ``d(s | z)``, the mean of a unit Gaussian
+            over the encoder's ``in_keys``, one after the other. Trained with encoder
+            and model by ``loss_model``, where ``reconstruction_coef`` is not zero.
+            Default: ``None``.
         gamma (float): discount per step, in [0, 1). Default: ``0.99``.
         lmbda (float): weight of longer horizons in the policy's return, in [0, 1].
             Default: ``0.95``.
@@ -83,6 +89,12 @@ class ALMLoss(OneStepTerms):
             cost. Default: ``1.0``.
         value_coef (float): weight of the terminal value in ``loss_model``. Zero
             removes it and its cost. Default: ``1.0``.
+        reward_coef (float): weight of the predicted reward in ``loss_model``. Zero
+            removes it there and its cost. Default: ``1.0``.
+        reconstruction_coef (float): weight of the reconstruction in ``loss_model``.
+            Zero removes the decoder and its cost. With ``reward_coef=0`` and
+            ``value_coef=0``, encoder and model are learned by maximum likelihood
+            (Fig. 15). Default: ``0.0``.
         noise_clip (float, optional): clip of the action noise inside the losses,
             ``None`` for no clip. Default: ``0.3``.
         discount_model_loss (bool): weight step t of ``loss_model`` by gamma^t and the
@@ -96,7 +108,8 @@ class ALMLoss(OneStepTerms):
         TypeError: if a part is no TensorDictModule, or encoder or model are not
             probabilistic.
         ValueError: if a coefficient or discount is out of range, or ``classifier`` is
-            ``None`` with a non-zero ``classifier_coef``.
+            ``None`` with a non-zero ``classifier_coef``, likewise the decoder, or no
+            term of ``loss_model`` is left.
 
     Examples:
         >>> import torch
@@ -136,11 +149,14 @@ class ALMLoss(OneStepTerms):
         qvalue: TensorDictModuleBase,
         reward: TensorDictModuleBase,
         classifier: TensorDictModuleBase | None,
+        decoder: TensorDictModuleBase | None = None,
         gamma: float = 0.99,
         lmbda: float = 0.95,
         classifier_coef: float = 0.1,
         kl_coef: float = 1.0,
         value_coef: float = 1.0,
+        reward_coef: float = 1.0,
+        reconstruction_coef: float = 0.0,
         noise_clip: float | None = 0.3,
         discount_model_loss: bool = False,
         reduction: Literal["mean", "sum", "none"] | None = None,
@@ -151,6 +167,8 @@ class ALMLoss(OneStepTerms):
         classifier_coef = check_number("classifier_coef", classifier_coef)
         kl_coef = check_number("kl_coef", kl_coef)
         value_coef = check_number("value_coef", value_coef)
+        reward_coef = check_number("reward_coef", reward_coef)
+        reconstruction_coef = check_number("reconstruction_coef", reconstruction_coef)
         if noise_clip is not None:
             noise_clip = check_number("noise_clip", noise_clip)
         if classifier is None and classifier_coef != 0:
@@ -158,10 +176,22 @@ class ALMLoss(OneStepTerms):
                 "classifier may be None only with classifier_coef=0, got "
                 f"classifier_coef={classifier_coef}."
             )
+        if decoder is None and reconstruction_coef != 0:
+            raise ValueError(
+                "decoder may be None only with reconstruction_coef=0, got "
+                f"reconstruction_coef={reconstruction_coef}."
+            )
+        if not any((kl_coef, reward_coef, value_coef, reconstruction_coef)):
+            raise ValueError(
+                "kl_coef, reward_coef, value_coef, reconstruction_coef: expected one "
+                "that is not 0, or loss_model is empty, got 0 for all."
+            )
         check_choice("reduction", reduction, (None, "mean", "sum", "none"))
         self.classifier_coef = classifier_coef
         self.kl_coef = kl_coef
         self.value_coef = value_coef
+        self.reward_coef = reward_coef
+        self.reconstruction_coef = reconstruction_coef
         self.noise_clip = noise_clip
         self.discount_model_loss = discount_model_loss
         self.reduction = "mean" if reduction is None else reduction
@@ -172,6 +202,7 @@ class ALMLoss(OneStepTerms):
             qvalue=qvalue,
             reward=reward,
             classifier=classifier if classifier_coef != 0 else None,
+            decoder=decoder if reconstruction_coef != 0 else None,
         )
         self.register_buffer("gamma", torch.tensor(gamma))
         self.register_buffer("lmbda", torch.tensor(lmbda))
@@ -179,6 +210,8 @@ class ALMLoss(OneStepTerms):
         absent = absent if self.classifier is None else set()
         absent |= {"kl"} if kl_coef == 0 else set()
         absent |= {"terminal_value"} if value_coef == 0 else set()
+        absent |= {"model_reward"} if reward_coef == 0 else set()
+        absent |= {"reconstruction"} if reconstruction_coef == 0 else set()
         self.out_keys = [key for key in OUT_KEYS if key not in absent]
 
     @property
@@ -222,37 +255,6 @@ class ALMLoss(OneStepTerms):
             )
         for name, value in hyperparams.items():
             setattr(self, name, _check_discount(name, value))
-
-    def model_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
-        """Encoder and model objective (Eq. 7), averaged over slices.
-
-        ``sum_t (kl_coef kl_t - r(z_t, a_t)) - value_coef min Q(z_K, a_K)``
-
-        Args:
-            tensordict (TensorDictBase): two-draw batch or slices ``[B, K]``.
-
-        Returns:
-            tuple: the loss, which trains encoder and model, and detached means of
-            ``kl``, ``model_reward`` (both per step) and ``terminal_value``.
-
-        Raises:
-            ValueError: if there are no slices ``[B, K]``.
-        """
-        slices, mask = self._slices(tensordict)
-        rollout = self.model_rollout(slices)
-        reward = rollout["reward"]
-        kl = rollout.get("kl", default=torch.zeros_like(reward))
-        value = rollout.get("terminal_value", default=torch.zeros_like(reward[:, 0]))
-        gamma = self.gamma if self.discount_model_loss else 1.0
-        loss = functional.model_objective(
-            self.kl_coef * kl, reward, self.value_coef * value, gamma
-        )
-        metadata = {"model_reward": masked_mean(reward, mask)}
-        if self.kl_coef != 0:
-            metadata["kl"] = masked_mean(kl, mask)
-        if self.value_coef != 0:
-            metadata["terminal_value"] = masked_mean(value, mask)
-        return self._reduce(loss, mask), metadata
 
     def actor_loss(
         self, tensordict: TensorDictBase, horizon: int | None = None
@@ -334,7 +336,9 @@ class ALMLoss(OneStepTerms):
         settings = (
             f"gamma={self.gamma.item():g}, lmbda={self.lmbda.item():g}, "
             f"classifier_coef={self.classifier_coef:g}, kl_coef={self.kl_coef:g}, "
-            f"value_coef={self.value_coef:g}, noise_clip={self.noise_clip}, "
+            f"value_coef={self.value_coef:g}, reward_coef={self.reward_coef:g}, "
+            f"reconstruction_coef={self.reconstruction_coef:g}, "
+            f"noise_clip={self.noise_clip}, "
             f"discount_model_loss={self.discount_model_loss}"
         )
         return "\n".join([f"{type(self).__name__}(", *lines, f"    {settings}", ")"])

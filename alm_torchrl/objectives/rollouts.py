@@ -25,6 +25,7 @@ class ALMRollouts(ALMNetworks):
     """
 
     kl_coef: float
+    reward_coef: float
     value_coef: float
     classifier_coef: float
     gamma: Tensor
@@ -38,8 +39,8 @@ class ALMRollouts(ALMNetworks):
             slices (TensorDictBase): ``[B, K]``.
 
         Returns:
-            TensorDict: batch size ``[B]``, with ``latent`` ``[B, K+1, L]``, ``reward``
-            ``[B, K]`` and, where its coefficient is not zero, ``kl`` ``[B, K]`` and
+            TensorDict: batch size ``[B]``, with ``latent`` ``[B, K+1, L]`` and, where
+            its coefficient is not zero, ``reward`` ``[B, K]``, ``kl`` ``[B, K]`` and
             ``terminal_value`` ``[B]``. The gradient reaches encoder and model.
         """
         action = read_entry(slices, self.tensor_keys.action)
@@ -51,11 +52,9 @@ class ALMRollouts(ALMNetworks):
                 dists.append(self._step(latents[-1], action_t))
                 latents.append(self._sample(dists[-1]))
         latent = torch.stack(latents, 1)
-        rollout = TensorDict(
-            latent=latent,
-            reward=self.predict_reward(latent[:, :-1], action),
-            batch_size=[action.shape[0]],
-        )
+        rollout = TensorDict(latent=latent, batch_size=[action.shape[0]])
+        if self.reward_coef != 0:
+            rollout["reward"] = self.predict_reward(latent[:, :-1], action)
         if self.kl_coef != 0:
             with torch.no_grad():
                 target = self.encode(read_entry(slices, "next"))

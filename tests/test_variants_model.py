@@ -1,0 +1,181 @@
+"""Variants of encoder and model against formulas written out by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import (
+    ACTION,
+    HIDDEN,
+    LATENT,
+    METHODS,
+    OBSERVATION,
+    TRAINS,
+    B,
+    Concatenated,
+    K,
+    gradients,
+    make_batch,
+    make_loss,
+    make_rows,
+    network,
+    part_of,
+)
+from model_rows import discounted, live, mean_over_slices
+from reference import elu_net
+from tensordict.nn import TensorDictModule
+from torch.testing import assert_close
+
+from alm_torchrl import ALMOptimizationStepper
+from alm_torchrl.checkpoint.loading import build_loss
+from alm_torchrl.config import preset_config
+from alm_torchrl.testing import ROUTES, check_loss
+
+LIKELIHOOD = {"reconstruction_coef": 1.0, "reward_coef": 0.0, "value_coef": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def calls(loss, method, batch):
+    """How often a method of the loss runs each network."""
+    counts, hooks = {}, []
+    for part in ("encoder", "model", "actor", "qvalue", "reward", "decoder"):
+        if getattr(loss, part) is not None:
+            counts[part] = 0
+
+            def count(*_, part=part):
+                counts[part] += 1
+
+            hooks.append(network(loss, part).register_forward_hook(count))
+    getattr(loss, method)(batch)
+    for hook in hooks:
+        hook.remove()
+    return counts
+
+
+def assert_same_model_loss(loss, slices, objective):
+    """Value and gradients of ``model_loss`` are those of the formula."""
+    expected = mean_over_slices(loss, slices, objective)
+    value, _ = loss.model_loss(slices)
+    assert_close(value, expected)
+    ours, theirs = gradients(value, loss), gradients(expected, loss)
+    assert set(ours) >= set(theirs)
+    assert all(not grad.any() for name, grad in ours.items() if name not in theirs)
+    assert_close({name: ours[name] for name in theirs}, theirs)
+
+
+def from_settings(**changes):
+    """The loss that ``train`` builds with some flags, small."""
+    sizes = {"hidden_dim": HIDDEN, "model_hidden_dim": HIDDEN, "latent_dim": LATENT}
+    config = preset_config("quick", **sizes, **changes)
+    spaces = {
+        "observation_dim": OBSERVATION,
+        "action_low": [-1.0] * ACTION,
+        "action_high": [1.0] * ACTION,
+    }
+    return build_loss(config.to_dict(), spaces)
+
+
+def assert_resumes(**changes):
+    """A loss and stepper built anew continue from the state of others."""
+    loss = from_settings(**changes)
+    stepper = ALMOptimizationStepper(loss)
+    stepper.step(None, make_batch())
+    again = from_settings(**changes)
+    restored = ALMOptimizationStepper(again)
+    again.load_state_dict(loss.state_dict())
+    restored.load_state_dict(copy.deepcopy(stepper.state_dict()))
+    batch = make_batch()
+    results = []
+    for one in (stepper, restored):
+        torch.manual_seed(1)
+        results.append(one.step(None, batch))
+    assert results[0].keys() == results[1].keys()
+    assert (results[0] == results[1]).all()
+    return results[0]
+
+
+class TestLikelihood:
+    @pytest.mark.parametrize("discount", [False, True])
+    def test_is_kl_and_reconstruction(self, discount):
+        loss = make_loss(deterministic=True, discount_model_loss=discount, **LIKELIHOOD)
+        gamma = loss.gamma.item() if discount else 1.0
+
+        def objective(terms):
+            errors = [
+                0.5 * ((elu_net(z, live(loss, "decoder")) - s) ** 2).sum()
+                for z, s in zip(terms["latent"], terms["observed"], strict=True)
+            ]
+            return discounted(terms["kl"], gamma) + discounted(errors, gamma)
+
+        assert_same_model_loss(loss, make_rows(B, K), objective)
+
+    def test_joins_the_bound_with_its_coefficient(self):
+        loss = make_loss(deterministic=True, reconstruction_coef=0.5, reward_coef=2.0)
+
+        def objective(terms):
+            decoded = [elu_net(z, live(loss, "decoder")) for z in terms["latent"]]
+            errors = [
+                0.5 * ((loc - s) ** 2).sum()
+                for loc, s in zip(decoded, terms["observed"], strict=True)
+            ]
+            bound = sum(terms["kl"]) - 2 * sum(terms["reward"]) - terms["end"][0]
+            return bound + 0.5 * sum(errors)
+
+        assert_same_model_loss(loss, make_rows(B, K), objective)
+
+    def test_trains_encoder_model_and_decoder_and_runs_nothing_else(self):
+        loss, batch = make_loss(**LIKELIHOOD), make_batch()
+        used = calls(loss, "model_loss", batch)
+        assert used == {
+            "encoder": 2,
+            "model": K,
+            "actor": 0,
+            "qvalue": 0,
+            "reward": 0,
+            "decoder": 1,
+        }
+        for term, method in METHODS.items():
+            grads = gradients(getattr(loss, method)(batch)[0].sum(), loss)
+            reached = {part_of(name) for name, grad in grads.items() if grad.any()}
+            own = {"decoder"} if term == "loss_model" else set()
+            assert reached == TRAINS[term] | own
+
+    def test_keeps_the_contract_of_the_loss(self):
+        routes = {**ROUTES, "loss_model": ("encoder", "model", "decoder")}
+        loss = make_loss(**LIKELIHOOD)
+        check_loss(loss, make_rows(B, K), routes)
+        assert not {"model_reward", "terminal_value"} & set(loss.out_keys)
+        assert "reconstruction" in loss.out_keys
+
+    def test_without_a_coefficient_there_is_no_decoder(self):
+        loss = make_loss(decoder=make_loss(**LIKELIHOOD).decoder)
+        assert loss.decoder is None
+        assert "reconstruction" not in loss.out_keys
+        assert "decoder" not in repr(loss)
+
+    def test_is_trained_and_resumed(self):
+        metrics = assert_resumes(model_objective="likelihood")
+        assert {"reconstruction", "kl"} <= set(metrics.keys())
+        loss = from_settings(model_objective="likelihood")
+        before = [p.clone() for p in loss.decoder_params.parameters()]
+        ALMOptimizationStepper(loss).step(None, make_batch())
+        after = loss.decoder_params.parameters()
+        assert all((p != q).any() for p, q in zip(before, after, strict=True))
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="decoder may be None only with"):
+            make_loss(decoder=None, reconstruction_coef=1.0)
+        with pytest.raises(ValueError, match="expected one that is not 0"):
+            make_loss(kl_coef=0.0, reward_coef=0.0, value_coef=0.0)
+        wrong = TensorDictModule(
+            Concatenated(LATENT, OBSERVATION + 1), ["latent"], ["reconstruction"]
+        )
+        loss = make_loss(decoder=wrong, reconstruction_coef=1.0)
+        with pytest.raises(ValueError, match=r"decoder: expected the shape .* got"):
+            loss.model_loss(make_batch())
