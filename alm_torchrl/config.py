@@ -84,6 +84,9 @@ class TrainConfig:
     model_hidden_dim: int = 1024
     """Units per hidden layer of the latent model."""
 
+    encoder: Literal["gaussian", "identity"] = "gaussian"
+    """Learned encoder, or the observation as latent (Fig. 13; no latent_dim then)."""
+
     # Losses
     gamma: float = 0.99
     """Discount factor."""

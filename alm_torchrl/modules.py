@@ -38,10 +38,11 @@ from tensordict.nn import (
 from torch import Tensor, nn
 from torchrl.modules import IndependentNormal
 
-from alm_torchrl.checks import check_integer, check_type
+from alm_torchrl.checks import check_integer, check_number, check_type
 from alm_torchrl.distributions import ClampedNormal
 from alm_torchrl.layers import (
     ActorHead,
+    FixedScale,
     GaussianHead,
     NoiseSchedule,
     TensorModule,
@@ -55,6 +56,7 @@ __all__ = [
     "make_classifier",
     "make_decoder",
     "make_encoder",
+    "make_identity_encoder",
     "make_model",
     "make_qvalue",
     "make_reward",
@@ -173,6 +175,48 @@ def make_encoder(
         observation_dim=observation_dim, latent_dim=latent_dim, hidden_dim=hidden_dim
     )
     net = elu_mlp(observation_dim, hidden_dim, 2 * latent_dim, GaussianHead())
+    return _gaussian(net, [observation_key], "latent", "latent")
+
+
+def make_identity_encoder(
+    observation_dim: int,
+    *,
+    scale: float = 0.1,
+    observation_key: NestedKey = "observation",
+) -> ProbabilisticTensorDictSequential:
+    """Builds an encoder that learns nothing: the latent is the observation (Fig. 13).
+
+    A narrow Gaussian around the observation, so that the KL of Eq. 7 exists: the
+    squared error of the model's mean, over ``2 scale^2``, and what its standard
+    deviation adds. The other parts need ``latent_dim=observation_dim``.
+
+    Args:
+        observation_dim (int): size of the flat observation, and so of the latent.
+
+    Keyword Args:
+        scale (float): standard deviation, in units of the observation; the latent is
+            sampled with it, when acting too. Default: ``0.1``, the smallest that the
+            encoder and the model of the paper can have: with less, no model could
+            match the encoder.
+        observation_key (NestedKey): key to read. Default: ``"observation"``.
+
+    Returns:
+        ProbabilisticTensorDictSequential: writes ``latent_loc``, ``latent_scale``
+        and ``latent``, each ``[*, observation_dim]``; it has no parameters.
+
+    Raises:
+        ValueError: if the size or the scale is not positive.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> encoder = make_identity_encoder(2)
+        >>> td = encoder(TensorDict(observation=torch.ones(2)))
+        >>> td["latent_loc"], td["latent_scale"]
+        (tensor([1., 1.]), tensor([0.1000, 0.1000]))
+    """
+    _check_sizes(observation_dim=observation_dim)
+    scale = check_number("scale", scale, open_low=True)
+    net = FixedScale(torch.full((observation_dim,), scale))
     return _gaussian(net, [observation_key], "latent", "latent")
 
 

@@ -22,13 +22,17 @@ from helpers import (
     make_rows,
     network,
     part_of,
+    probabilistic,
 )
 from model_rows import discounted, live, mean_over_slices
 from reference import elu_net
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
+from torch import nn
 from torch.testing import assert_close
+from torchrl.modules import IndependentNormal
 
-from alm_torchrl import ALMOptimizationStepper
+from alm_torchrl import ALMOptimizationStepper, make_identity_encoder
 from alm_torchrl.checkpoint.loading import build_loss
 from alm_torchrl.config import preset_config
 from alm_torchrl.testing import ROUTES, check_loss
@@ -66,7 +70,8 @@ def assert_same_model_loss(loss, slices, objective):
     ours, theirs = gradients(value, loss), gradients(expected, loss)
     assert set(ours) >= set(theirs)
     assert all(not grad.any() for name, grad in ours.items() if name not in theirs)
-    assert_close({name: ours[name] for name in theirs}, theirs)
+    same = {name: ours[name] for name in theirs}
+    assert_close(same, theirs, rtol=1e-5, atol=1e-5)
 
 
 def from_settings(**changes):
@@ -178,4 +183,84 @@ class TestLikelihood:
         )
         loss = make_loss(decoder=wrong, reconstruction_coef=1.0)
         with pytest.raises(ValueError, match=r"decoder: expected the shape .* got"):
+            loss.model_loss(make_batch())
+
+
+def identity_loss(encoder=None, **kwargs):
+    """A loss whose encoder is the identity."""
+    encoder = make_identity_encoder(OBSERVATION) if encoder is None else encoder
+    loss = make_loss(latent_dim=OBSERVATION, encoder=encoder, **kwargs)
+    # The target of the scale was moved with all other targets.
+    for scale in loss.target_encoder_params.values(True, True):
+        scale.data.fill_(0.1)
+    return loss
+
+
+class Plain(nn.Module):
+    """The identity again, without so much as a buffer."""
+
+    def forward(self, observation):
+        return observation, torch.full_like(observation, 0.1)
+
+
+class TestIdentityEncoder:
+    def test_objective(self):
+        loss = identity_loss(deterministic=True)
+
+        def objective(terms):
+            return sum(terms["kl"]) - sum(terms["reward"]) - terms["end"][0]
+
+        assert_same_model_loss(loss, make_rows(B, K), objective)
+
+    def test_kl_is_the_squared_error(self):
+        encoder = make_identity_encoder(2, scale=0.5)
+        loc, std = torch.tensor([1.0, -2.0]), torch.full((2,), 0.5)
+        q = encoder.get_dist(TensorDict(observation=torch.zeros(2)))
+        p = IndependentNormal(loc, std)
+        kl = torch.distributions.kl_divergence(p.base_dist, q.base_dist).sum()
+        assert_close(kl, loc.square().sum() / (2 * 0.5**2))
+
+    def test_acts_on_the_observation(self):
+        loss = identity_loss()
+        rows = TensorDict(observation=torch.randn(5000, OBSERVATION), batch_size=[5000])
+        latent = loss.encoder(rows.copy())["latent"]
+        error = latent - rows["observation"]
+        assert_close(error.std(), torch.tensor(0.1), rtol=0.03, atol=0)
+        assert error.mean().abs() < 0.01
+        assert loss.acting_policy()(rows)["action"].shape == (5000, ACTION)
+
+    @pytest.mark.parametrize("buffer", [True, False])
+    def test_has_no_parameters_and_the_loss_copes(self, buffer):
+        plain = probabilistic(Plain(), ["observation"], "latent")
+        loss = identity_loss(None if buffer else plain)
+        assert list(loss.encoder_params.parameters()) == []
+        routes = {**ROUTES, "loss_model": ("model",)}
+        for copied in (loss, copy.deepcopy(loss)):
+            check_loss(copied, make_rows(B, K), routes)
+        stepper = ALMOptimizationStepper(loss)
+        observed = make_rows(4)
+        for _ in range(2):
+            stepper.step(None, make_batch())
+            dist = loss.encode(observed, "target")
+            assert_close(dist.mean, observed["observation"], rtol=0, atol=0)
+            assert_close(dist.stddev, torch.full_like(dist.mean, 0.1), rtol=0, atol=0)
+        double = loss.double()
+        rows = make_rows(B, K).apply(
+            lambda x: x.double() if x.is_floating_point() else x
+        )
+        assert double(rows)["loss_model"].dtype == torch.float64
+
+    def test_is_trained_and_resumed(self):
+        assert "kl" in assert_resumes(encoder="identity")
+        loss = from_settings(encoder="identity")
+        latent = loss.acting_policy()[0](make_rows(4))["latent"]
+        assert latent.shape == (4, OBSERVATION)
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="scale: expected a number > 0, got 0"):
+            make_identity_encoder(3, scale=0.0)
+        with pytest.raises(ValueError, match="observation_dim: expected an integer"):
+            make_identity_encoder(0)
+        loss = make_loss(encoder=make_identity_encoder(OBSERVATION + 1))
+        with pytest.raises(ValueError, match="encoder: expected a network for"):
             loss.model_loss(make_batch())

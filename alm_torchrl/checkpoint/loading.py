@@ -19,6 +19,7 @@ from torchrl.envs import EnvBase
 
 from alm_torchrl.checkpoint.verified import VerifiedCheckpoint, read_manifest
 from alm_torchrl.layers import NoiseSchedule
+from alm_torchrl.modules import make_identity_encoder
 from alm_torchrl.objectives import ALMLoss, make_alm_loss
 
 __all__ = [
@@ -84,6 +85,9 @@ def build_loss(settings: Mapping[str, Any], spaces: Mapping[str, Any]) -> ALMLos
     )
     arguments = {name: settings[name] for name in _LOSS_ARGUMENTS}
     # A run of an earlier version has no such settings.
+    if settings.get("encoder", "gaussian") == "identity":
+        arguments["latent_dim"] = spaces["observation_dim"]
+        arguments["encoder"] = make_identity_encoder(spaces["observation_dim"])
     if settings.get("model_objective", "bound") == "likelihood":
         arguments.update(reward_coef=0.0, value_coef=0.0, reconstruction_coef=1.0)
     return make_alm_loss(
