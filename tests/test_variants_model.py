@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from helpers import (
     B,
     Concatenated,
     K,
+    assert_equal,
     gradients,
     make_batch,
     make_loss,
@@ -23,6 +25,7 @@ from helpers import (
     network,
     part_of,
     probabilistic,
+    variant,
 )
 from model_rows import discounted, live, mean_over_slices
 from reference import elu_net
@@ -32,7 +35,7 @@ from torch import nn
 from torch.testing import assert_close
 from torchrl.modules import IndependentNormal
 
-from alm_torchrl import ALMOptimizationStepper, make_identity_encoder
+from alm_torchrl import ALMOptimizationStepper, functional, make_identity_encoder
 from alm_torchrl.checkpoint.loading import build_loss
 from alm_torchrl.config import preset_config
 from alm_torchrl.testing import ROUTES, check_loss
@@ -72,6 +75,11 @@ def assert_same_model_loss(loss, slices, objective):
     assert all(not grad.any() for name, grad in ours.items() if name not in theirs)
     same = {name: ours[name] for name in theirs}
     assert_close(same, theirs, rtol=1e-5, atol=1e-5)
+
+
+def differing(values, expected):
+    """The keys of entries that are not the same."""
+    return {key for key, value in values.items() if value != expected[key]}
 
 
 def from_settings(**changes):
@@ -264,3 +272,78 @@ class TestIdentityEncoder:
         loss = make_loss(encoder=make_identity_encoder(OBSERVATION + 1))
         with pytest.raises(ValueError, match="encoder: expected a network for"):
             loss.model_loss(make_batch())
+
+
+class TestLogarithms:
+    def test_floored_log(self):
+        values = torch.tensor([-5.0, 0.0, 0.01, 0.5, 20.0], requires_grad=True)
+        logs = functional.floored_log(values)
+        low = math.log(0.01)
+        expected = [low, low, low, math.log(0.5), math.log(20)]
+        assert_close(logs, torch.tensor(expected))
+        (slope,) = torch.autograd.grad(logs.sum(), values)
+        assert_close(slope, torch.tensor([0.0, 0.0, 100.0, 2.0, 0.05]))
+
+    @pytest.mark.parametrize("offset", [20.0, 10_000.0])
+    def test_shifted_log(self, offset):
+        reward = torch.linspace(-16, 16, 33)
+        exact = reward.double()
+        exact = offset * ((exact + offset).log() - math.log(offset))
+        shifted = functional.shifted_log(reward, offset)
+        assert_close(shifted, exact.float(), rtol=1e-5, atol=1e-5)
+        if offset > 1000:
+            assert_close(shifted, reward, rtol=1e-3, atol=0)
+        assert (shifted <= reward).all()
+
+    def test_reaches_reward_model_and_critics_only(self):
+        loss = make_loss(deterministic=True)
+        other = variant(loss, reward_transform=functional.floored_log)
+        batch = make_batch()
+        changed = batch.clone()
+        for part in ("slice", "transition"):
+            reward = changed[part, "next", "reward"]
+            reward.copy_(reward.clamp(min=0.01).log())
+        assert_equal(other(batch), loss(changed))
+        expected = {"loss_reward", "loss_qvalue", "target_value", "td_error"}
+        assert differing(other(batch), loss(batch)) == expected
+
+    def test_model_objective_takes_the_log_of_the_predicted_reward(self):
+        loss = make_loss(deterministic=True, log_terms="model")
+        with torch.no_grad():
+            # Some rewards are below the floor, some above.
+            live(loss, "reward")[-1].add_(0.3)
+        seen = []
+
+        def objective(terms):
+            seen.extend(terms["reward"])
+            gains = [r.log() if r > 0.01 else r.new_tensor(0.01).log() for r in seen]
+            return sum(terms["kl"]) - sum(gains[-K:]) - terms["end"][0]
+
+        slices = make_rows(B, K)
+        assert_same_model_loss(loss, slices, objective)
+        assert {bool(reward > 0.01) for reward in seen} == {True, False}
+        batch = make_batch()
+        plain = variant(loss, log_terms="none")
+        assert differing(loss(batch), plain(batch)) == {"loss_model"}
+
+    @pytest.mark.parametrize("log_reward", ["model", "plain", "shifted"])
+    def test_is_trained_and_resumed(self, log_reward):
+        metrics = assert_resumes(log_reward=log_reward)
+        assert all(value.isfinite() for value in metrics.values())
+
+    def test_settings(self):
+        assert from_settings(log_reward="none").reward_transform is None
+        for name, function in (
+            ("plain", functional.floored_log),
+            ("shifted", functional.shifted_log),
+        ):
+            loss = from_settings(log_reward=name)
+            assert (loss.reward_transform, loss.log_terms) == (function, "none")
+        loss = from_settings(log_reward="model")
+        assert (loss.reward_transform, loss.log_terms) == (None, "model")
+
+    def test_errors(self):
+        with pytest.raises(TypeError, match="reward_transform: expected a function"):
+            make_loss(reward_transform=2.0)
+        with pytest.raises(ValueError, match="log_terms: expected 'none' or 'model'"):
+            make_loss(log_terms="all")

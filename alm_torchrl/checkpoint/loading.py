@@ -18,6 +18,7 @@ from torchrl.checkpoint import CheckpointError
 from torchrl.envs import EnvBase
 
 from alm_torchrl.checkpoint.verified import VerifiedCheckpoint, read_manifest
+from alm_torchrl.functional import floored_log, shifted_log
 from alm_torchrl.layers import NoiseSchedule
 from alm_torchrl.modules import make_identity_encoder
 from alm_torchrl.objectives import ALMLoss, make_alm_loss
@@ -44,6 +45,8 @@ _LOSS_ARGUMENTS = (
     "noise_clip",
     "discount_model_loss",
 )
+
+_REWARD_TRANSFORMS = {"plain": floored_log, "shifted": shifted_log}
 
 
 def describe_spaces(env: EnvBase) -> dict[str, Any]:
@@ -90,6 +93,11 @@ def build_loss(settings: Mapping[str, Any], spaces: Mapping[str, Any]) -> ALMLos
         arguments["encoder"] = make_identity_encoder(spaces["observation_dim"])
     if settings.get("model_objective", "bound") == "likelihood":
         arguments.update(reward_coef=0.0, value_coef=0.0, reconstruction_coef=1.0)
+    log_reward = settings.get("log_reward", "none")
+    if log_reward == "model":
+        arguments["log_terms"] = "model"
+    elif log_reward in _REWARD_TRANSFORMS:
+        arguments["reward_transform"] = _REWARD_TRANSFORMS[log_reward]
     return make_alm_loss(
         observation_dim=spaces["observation_dim"],
         action_low=torch.tensor(spaces["action_low"]),

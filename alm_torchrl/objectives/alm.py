@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -95,6 +96,12 @@ class ALMLoss(ModelTerms):
             Zero removes the decoder and its cost. With ``reward_coef=0`` and
             ``value_coef=0``, encoder and model are learned by maximum likelihood
             (Fig. 15). Default: ``0.0``.
+        reward_transform (callable, optional): applied to the rewards of a batch before
+            reward model and critics learn them, for example
+            :func:`~alm_torchrl.functional.shifted_log` (A.8). Default: ``None``.
+        log_terms (str): ``"model"`` puts the logarithm of the predicted reward into
+            ``loss_model`` (Fig. 12), floored as in
+            :func:`~alm_torchrl.functional.floored_log`. Default: ``"none"``.
         noise_clip (float, optional): clip of the action noise inside the losses,
             ``None`` for no clip. Default: ``0.3``.
         discount_model_loss (bool): weight step t of ``loss_model`` by gamma^t and the
@@ -105,8 +112,8 @@ class ALMLoss(ModelTerms):
             Default: ``None``, which is ``"mean"``.
 
     Raises:
-        TypeError: if a part is no TensorDictModule, or encoder or model are not
-            probabilistic.
+        TypeError: if a part is no TensorDictModule, encoder or model are not
+            probabilistic, or ``reward_transform`` is not callable.
         ValueError: if a coefficient or discount is out of range, or ``classifier`` is
             ``None`` with a non-zero ``classifier_coef``, likewise the decoder, or no
             term of ``loss_model`` is left.
@@ -157,6 +164,8 @@ class ALMLoss(ModelTerms):
         value_coef: float = 1.0,
         reward_coef: float = 1.0,
         reconstruction_coef: float = 0.0,
+        reward_transform: Callable[[Tensor], Tensor] | None = None,
+        log_terms: Literal["none", "model"] = "none",
         noise_clip: float | None = 0.3,
         discount_model_loss: bool = False,
         reduction: Literal["mean", "sum", "none"] | None = None,
@@ -186,12 +195,20 @@ class ALMLoss(ModelTerms):
                 "kl_coef, reward_coef, value_coef, reconstruction_coef: expected one "
                 "that is not 0, or loss_model is empty, got 0 for all."
             )
+        if reward_transform is not None and not callable(reward_transform):
+            raise TypeError(
+                "reward_transform: expected a function of a tensor or None, got "
+                f"{type(reward_transform).__name__}."
+            )
+        check_choice("log_terms", log_terms, ("none", "model"))
         check_choice("reduction", reduction, (None, "mean", "sum", "none"))
         self.classifier_coef = classifier_coef
         self.kl_coef = kl_coef
         self.value_coef = value_coef
         self.reward_coef = reward_coef
         self.reconstruction_coef = reconstruction_coef
+        self.reward_transform = reward_transform
+        self.log_terms = log_terms
         self.noise_clip = noise_clip
         self.discount_model_loss = discount_model_loss
         self.reduction = "mean" if reduction is None else reduction
@@ -338,7 +355,8 @@ class ALMLoss(ModelTerms):
             f"classifier_coef={self.classifier_coef:g}, kl_coef={self.kl_coef:g}, "
             f"value_coef={self.value_coef:g}, reward_coef={self.reward_coef:g}, "
             f"reconstruction_coef={self.reconstruction_coef:g}, "
-            f"noise_clip={self.noise_clip}, "
+            f"reward_transform={self.reward_transform}, "
+            f"log_terms={self.log_terms!r}, noise_clip={self.noise_clip}, "
             f"discount_model_loss={self.discount_model_loss}"
         )
         return "\n".join([f"{type(self).__name__}(", *lines, f"    {settings}", ")"])

@@ -45,8 +45,9 @@ class ModelTerms(OneStepTerms):
         reward = rollout.get("reward", default=zero)
         value = rollout.get("terminal_value", default=zero[:, 0])
         gamma = self.gamma if self.discount_model_loss else 1.0
+        gain = functional.floored_log(reward) if self.log_terms == "model" else reward
         loss = functional.model_objective(
-            self.kl_coef * kl, self.reward_coef * reward, self.value_coef * value, gamma
+            self.kl_coef * kl, self.reward_coef * gain, self.value_coef * value, gamma
         )
         metadata = {}
         if self.reward_coef != 0:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
@@ -28,6 +31,8 @@ class ALMRollouts(ALMNetworks):
     reward_coef: float
     value_coef: float
     classifier_coef: float
+    reward_transform: Callable[[Tensor], Tensor] | None
+    log_terms: Literal["none", "model"]
     gamma: Tensor
     lmbda: Tensor
 
@@ -179,22 +184,30 @@ class ALMRollouts(ALMNetworks):
     def td_target(self, transitions: TensorDictBase) -> Tensor:
         """Target of the critics (Eq. 10), with the target networks' minimum.
 
-        ``R + gamma (1 - terminated) min_i Q'_i(z', pi(z'))`` with ``z' ~ e'(s')``.
+        ``R + gamma (1 - terminated) min_i Q'_i(z', pi(z'))`` with ``z' ~ e'(s')`` and
+        R after ``reward_transform``.
 
         Args:
-            transitions (TensorDictBase): ``[B]``.
+            transitions (TensorDictBase): ``[*]``.
 
         Returns:
-            Tensor: ``[B]``, without gradient.
+            Tensor: ``[*]``, without gradient.
         """
-        keys = self.tensor_keys
-        following = read_entry(transitions, "next")
         latent = self._sample(self._target_encoding(transitions, "next"))
         value = self.state_action_value(latent, self.act(latent), "target").amin(-1)
-        reward = read_column(following, keys.reward, value)
-        terminated = read_column(following, keys.terminated, value)
+        reward = self._recorded_reward(transitions, value)
+        following = read_entry(transitions, "next")
+        terminated = read_column(following, self.tensor_keys.terminated, value)
         discount = self.gamma * (1 - terminated.to(value.dtype))
         return functional.td_target(reward, discount, value)
+
+    def _recorded_reward(self, transitions: TensorDictBase, like: Tensor) -> Tensor:
+        """The reward of transitions [*] as reward model and critics learn it, [*]."""
+        following = read_entry(transitions, "next")
+        reward = read_column(following, self.tensor_keys.reward, like)
+        return (
+            reward if self.reward_transform is None else self.reward_transform(reward)
+        )
 
 
 def normal_parameters(dist: Distribution, name: str) -> tuple[Tensor, Tensor]:
