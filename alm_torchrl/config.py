@@ -102,6 +102,8 @@ class TrainConfig:
     """Discount the encoder and model objective, as in the paper's Eq. 7."""
     model_objective: Literal["bound", "likelihood"] = "bound"
     """Encoder and model: the bound, or KL and reconstruction alone (Fig. 15)."""
+    value_prediction: Literal["none", "encoder", "model"] = "none"
+    """Encoder, or encoder and model, also predict the value (Fig. 18, 19)."""
     log_reward: Literal["none", "model", "plain", "shifted"] = "none"
     """Logarithm of the reward: predicted one in the encoder and model objective, each
     recorded one, or each as 10000 (log(R + 10000) - log 10000) (Fig. 12)."""

@@ -274,6 +274,85 @@ class TestIdentityEncoder:
             loss.model_loss(make_batch())
 
 
+class TestValuePrediction:
+    @pytest.mark.parametrize("steps", ["encoder", "model"])
+    @pytest.mark.parametrize("discount", [False, True])
+    def test_objective(self, steps, discount):
+        loss = make_loss(
+            deterministic=True,
+            value_prediction=steps,
+            value_prediction_coef=0.3,
+            discount_model_loss=discount,
+        )
+        weight = loss.gamma.item() if discount else 1.0
+
+        def objective(terms):
+            pairs = zip(terms["qvalue"], terms["td_target"], strict=True)
+            errors = [(value - target[0]) ** 2 for value, target in pairs]
+            errors = errors[:1] if steps == "encoder" else errors
+            bound = discounted(terms["kl"], weight)
+            bound = bound - discounted(terms["reward"], weight)
+            bound = bound - weight**K * terms["end"][0]
+            return bound + 0.3 * discounted(errors, weight)
+
+        slices = make_rows(B, K)
+        terminated = slices["next", "terminated"]
+        assert terminated.any()
+        assert not terminated.all()
+        assert_same_model_loss(loss, slices, objective)
+
+    @pytest.mark.parametrize("steps", ["encoder", "model"])
+    def test_alone_trains_what_it_is_named_after(self, steps):
+        batch = make_batch()
+        loss = make_loss(
+            value_prediction=steps, kl_coef=0.0, reward_coef=0.0, value_coef=0.0
+        )
+        value, metadata = loss.model_loss(batch)
+        grads = gradients(value, loss)
+        trained = {part_of(name) for name, grad in grads.items() if grad.any()}
+        assert trained == {"encoder", steps}
+        count = K if steps == "model" else 1
+        assert_close(value.detach(), count * metadata["value_prediction"])
+
+    @pytest.mark.parametrize("steps", ["encoder", "model"])
+    def test_keeps_the_contract_of_the_loss(self, steps):
+        loss = make_loss(value_prediction=steps)
+        assert "value_prediction" in loss.out_keys
+        for batch in (make_rows(B, K), make_batch()):
+            check_loss(loss, batch)
+
+    def test_target_is_the_critics(self):
+        """Of the slice's recorded reward, transformed as the critics learn it."""
+        batch = make_batch()
+        loss = make_loss(deterministic=True, value_prediction="model")
+        other = variant(
+            loss, value_prediction="model", reward_transform=functional.floored_log
+        )
+        changed = batch.clone()
+        reward = changed["slice", "next", "reward"]
+        reward.copy_(reward.clamp(min=0.01).log())
+        assert_close(other.model_loss(batch), loss.model_loss(changed), rtol=0, atol=0)
+        assert loss.model_loss(batch)[0] != loss.model_loss(changed)[0]
+
+    def test_without_weight_it_costs_nothing(self):
+        batch = make_batch()
+        plain = calls(make_loss(), "model_loss", batch)
+        loss = make_loss(value_prediction="model", value_prediction_coef=0.0)
+        assert calls(loss, "model_loss", batch) == plain
+        assert "value_prediction" not in loss.out_keys
+        assert calls(make_loss(value_prediction="model"), "model_loss", batch) != plain
+
+    @pytest.mark.parametrize("steps", ["encoder", "model"])
+    def test_is_trained_and_resumed(self, steps):
+        assert "value_prediction" in assert_resumes(value_prediction=steps)
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="value_prediction: expected 'none' or"):
+            make_loss(value_prediction="critic")
+        with pytest.raises(ValueError, match="value_prediction_coef: expected a numb"):
+            make_loss(value_prediction_coef=-1.0)
+
+
 class TestLogarithms:
     def test_floored_log(self):
         values = torch.tensor([-5.0, 0.0, 0.01, 0.5, 20.0], requires_grad=True)

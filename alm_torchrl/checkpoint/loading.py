@@ -93,6 +93,7 @@ def build_loss(settings: Mapping[str, Any], spaces: Mapping[str, Any]) -> ALMLos
         arguments["encoder"] = make_identity_encoder(spaces["observation_dim"])
     if settings.get("model_objective", "bound") == "likelihood":
         arguments.update(reward_coef=0.0, value_coef=0.0, reconstruction_coef=1.0)
+    arguments["value_prediction"] = settings.get("value_prediction", "none")
     log_reward = settings.get("log_reward", "none")
     if log_reward == "model":
         arguments["log_terms"] = "model"

@@ -18,16 +18,22 @@ from alm_torchrl.objectives.model_terms import ModelTerms
 from alm_torchrl.objectives.networks import PARTS
 from alm_torchrl.objectives.one_step import Metadata
 
+# Metrics of the terms of ``loss_model``, one each.
+MODEL_KEYS = (
+    "kl",
+    "model_reward",
+    "terminal_value",
+    "reconstruction",
+    "value_prediction",
+)
+
 OUT_KEYS = (
     "loss_model",
     "loss_reward",
     "loss_classifier",
     "loss_qvalue",
     "loss_actor",
-    "kl",
-    "model_reward",
-    "terminal_value",
-    "reconstruction",
+    *MODEL_KEYS,
     "classifier_accuracy",
     "pred_value",
     "target_value",
@@ -102,6 +108,12 @@ class ALMLoss(ModelTerms):
         log_terms (str): ``"model"`` puts the logarithm of the predicted reward into
             ``loss_model`` (Fig. 12), floored as in
             :func:`~alm_torchrl.functional.floored_log`. Default: ``"none"``.
+        value_prediction (str): whose latents shall predict the value in ``loss_model``
+            too: ``"encoder"`` adds the squared TD error of ``min Q`` at z_0 (Fig. 18),
+            ``"model"`` at z_0 to z_{K-1} (Fig. 19). The critics are frozen in it.
+            Default: ``"none"``.
+        value_prediction_coef (float): weight of that term. Default: ``1.0``; the paper
+            names none.
         noise_clip (float, optional): clip of the action noise inside the losses,
             ``None`` for no clip. Default: ``0.3``.
         discount_model_loss (bool): weight step t of ``loss_model`` by gamma^t and the
@@ -166,6 +178,8 @@ class ALMLoss(ModelTerms):
         reconstruction_coef: float = 0.0,
         reward_transform: Callable[[Tensor], Tensor] | None = None,
         log_terms: Literal["none", "model"] = "none",
+        value_prediction: Literal["none", "encoder", "model"] = "none",
+        value_prediction_coef: float = 1.0,
         noise_clip: float | None = 0.3,
         discount_model_loss: bool = False,
         reduction: Literal["mean", "sum", "none"] | None = None,
@@ -178,6 +192,9 @@ class ALMLoss(ModelTerms):
         value_coef = check_number("value_coef", value_coef)
         reward_coef = check_number("reward_coef", reward_coef)
         reconstruction_coef = check_number("reconstruction_coef", reconstruction_coef)
+        value_prediction_coef = check_number(
+            "value_prediction_coef", value_prediction_coef
+        )
         if noise_clip is not None:
             noise_clip = check_number("noise_clip", noise_clip)
         if classifier is None and classifier_coef != 0:
@@ -190,16 +207,12 @@ class ALMLoss(ModelTerms):
                 "decoder may be None only with reconstruction_coef=0, got "
                 f"reconstruction_coef={reconstruction_coef}."
             )
-        if not any((kl_coef, reward_coef, value_coef, reconstruction_coef)):
-            raise ValueError(
-                "kl_coef, reward_coef, value_coef, reconstruction_coef: expected one "
-                "that is not 0, or loss_model is empty, got 0 for all."
-            )
         if reward_transform is not None and not callable(reward_transform):
             raise TypeError(
                 "reward_transform: expected a function of a tensor or None, got "
                 f"{type(reward_transform).__name__}."
             )
+        check_choice("value_prediction", value_prediction, ("none", "encoder", "model"))
         check_choice("log_terms", log_terms, ("none", "model"))
         check_choice("reduction", reduction, (None, "mean", "sum", "none"))
         self.classifier_coef = classifier_coef
@@ -209,6 +222,8 @@ class ALMLoss(ModelTerms):
         self.reconstruction_coef = reconstruction_coef
         self.reward_transform = reward_transform
         self.log_terms = log_terms
+        self.value_prediction = value_prediction
+        self.value_prediction_coef = value_prediction_coef
         self.noise_clip = noise_clip
         self.discount_model_loss = discount_model_loss
         self.reduction = "mean" if reduction is None else reduction
@@ -229,6 +244,13 @@ class ALMLoss(ModelTerms):
         absent |= {"terminal_value"} if value_coef == 0 else set()
         absent |= {"model_reward"} if reward_coef == 0 else set()
         absent |= {"reconstruction"} if reconstruction_coef == 0 else set()
+        if value_prediction == "none" or value_prediction_coef == 0:
+            absent |= {"value_prediction"}
+        if absent >= set(MODEL_KEYS):
+            raise ValueError(
+                "kl_coef, reward_coef, value_coef, reconstruction_coef: expected one "
+                "that is not 0, or a value_prediction, or loss_model is empty, got 0."
+            )
         self.out_keys = [key for key in OUT_KEYS if key not in absent]
 
     @property
@@ -356,7 +378,10 @@ class ALMLoss(ModelTerms):
             f"value_coef={self.value_coef:g}, reward_coef={self.reward_coef:g}, "
             f"reconstruction_coef={self.reconstruction_coef:g}, "
             f"reward_transform={self.reward_transform}, "
-            f"log_terms={self.log_terms!r}, noise_clip={self.noise_clip}, "
+            f"log_terms={self.log_terms!r}, "
+            f"value_prediction={self.value_prediction!r}, "
+            f"value_prediction_coef={self.value_prediction_coef:g}, "
+            f"noise_clip={self.noise_clip}, "
             f"discount_model_loss={self.discount_model_loss}"
         )
         return "\n".join([f"{type(self).__name__}(", *lines, f"    {settings}", ")"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -18,6 +20,8 @@ class ModelTerms(OneStepTerms):
     """
 
     reconstruction_coef: float
+    value_prediction: Literal["none", "encoder", "model"]
+    value_prediction_coef: float
     discount_model_loss: bool
 
     def model_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
@@ -25,14 +29,17 @@ class ModelTerms(OneStepTerms):
 
         ``sum_t (kl_coef kl_t - reward_coef r(z_t, a_t)) - value_coef min Q(z_K, a_K)``
         ``+ reconstruction_coef sum_{t<=K} |d(z_t) - s_t|^2 / 2``
+        ``+ value_prediction_coef sum_t (min Q(z_t, a_t) - y_t)^2`` with the critics'
+        target y, see :meth:`td_target`.
 
         Args:
             tensordict (TensorDictBase): two-draw batch or slices ``[B, K]``.
 
         Returns:
             tuple: the loss, which trains encoder, model and decoder, and detached
-            means of ``kl``, ``model_reward``, ``reconstruction`` (each per step) and
-            ``terminal_value``, of those whose coefficient is not zero.
+            means of ``kl``, ``model_reward``, ``reconstruction``, ``value_prediction``
+            (each per step) and ``terminal_value``, of those whose coefficient is not
+            zero.
 
         Raises:
             ValueError: if there are no slices ``[B, K]``.
@@ -61,6 +68,11 @@ class ModelTerms(OneStepTerms):
             total = functional.discounted_sum(error, gamma)
             loss = loss + self.reconstruction_coef * total
             metadata["reconstruction"] = masked_mean(error, mask)
+        if self.value_prediction != "none" and self.value_prediction_coef != 0:
+            error = self._value_prediction(slices, latent)
+            total = functional.discounted_sum(error, gamma)
+            loss = loss + self.value_prediction_coef * total
+            metadata["value_prediction"] = masked_mean(error, mask)
         return self._reduce(loss, mask), metadata
 
     def _reconstruction(self, slices: TensorDictBase, latent: Tensor) -> Tensor:
@@ -82,3 +94,11 @@ class ModelTerms(OneStepTerms):
                 f"{list(observed.shape)}, got {list(decoded.shape)}."
             )
         return functional.reconstruction_error(decoded, observed)
+
+    def _value_prediction(self, slices: TensorDictBase, latent: Tensor) -> Tensor:
+        """Squared TD error at the encoder's latent, [B, 1], or the model's, [B, K]."""
+        steps = 1 if self.value_prediction == "encoder" else latent.shape[1] - 1
+        rows = slices[:, :steps]
+        action = read_entry(rows, self.tensor_keys.action)
+        value = self.state_action_value(latent[:, :steps], action).amin(-1)
+        return (value - self.td_target(rows)).square()

@@ -205,9 +205,9 @@ class ALMRollouts(ALMNetworks):
         """The reward of transitions [*] as reward model and critics learn it, [*]."""
         following = read_entry(transitions, "next")
         reward = read_column(following, self.tensor_keys.reward, like)
-        return (
-            reward if self.reward_transform is None else self.reward_transform(reward)
-        )
+        if self.reward_transform is None:
+            return reward
+        return self.reward_transform(reward)
 
 
 def normal_parameters(dist: Distribution, name: str) -> tuple[Tensor, Tensor]:
