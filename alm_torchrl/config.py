@@ -86,6 +86,9 @@ class TrainConfig:
     classifier: Literal["mlp", "linear"] = "mlp"
     """Hidden layers in the classifier, or none."""
 
+    encoder: Literal["gaussian", "identity"] = "gaussian"
+    """Learned encoder, or the observation as latent (Fig. 13; no latent_dim then)."""
+
     # Losses
     gamma: float = 0.99
     """Discount factor."""
@@ -101,6 +104,13 @@ class TrainConfig:
     """What the policy maximises; qvalue (TD3's) never reads the classifier."""
     discount_model_loss: bool = False
     """Discount the encoder and model objective, as in the paper's Eq. 7."""
+    model_objective: Literal["bound", "likelihood"] = "bound"
+    """Encoder and model: the bound, or KL and reconstruction alone (Fig. 15)."""
+    value_prediction: Literal["none", "encoder", "model"] = "none"
+    """Encoder, or encoder and model, also predict the value (Fig. 18, 19)."""
+    log_reward: Literal["none", "model", "plain", "shifted"] = "none"
+    """Logarithm of the reward: predicted one in the encoder and model objective, each
+    recorded one, or each as 10000 (log(R + 10000) - log 10000) (Fig. 12)."""
 
     # Exploration
     entropy: bool = False

@@ -151,6 +151,19 @@ class GaussianHead(nn.Module):
         return bound_loc(loc), bound_scale(raw)
 
 
+class FixedScale(nn.Module):
+    """Its input as the mean, and a standard deviation that does not change."""
+
+    scale: Tensor
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+
+    def forward(self, loc: Tensor) -> tuple[Tensor, Tensor]:
+        return loc, self.scale.expand_as(loc)
+
+
 class ActorHead(nn.Module):
     """Squashes the mean and adds the schedule's std and the action bounds."""
 

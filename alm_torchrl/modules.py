@@ -15,6 +15,7 @@ critic        ``latent, action``                ``state_action_value`` ``[*, 2]`
 reward        ``latent, action``                ``predicted_reward`` ``[*, 1]``
 classifier    ``latent, action``,               ``logits`` ``[*, 2]``
               ``("next", "latent")``
+decoder       ``latent``                        ``reconstruction`` ``[*, S]``
 ============  ================================  ====================================
 
 Sizes, activations, bounds and initialisation are those of the paper's appendix D
@@ -37,11 +38,12 @@ from tensordict.nn import (
 from torch import Tensor, nn
 from torchrl.modules import IndependentNormal
 
-from alm_torchrl.checks import check_integer, check_type
+from alm_torchrl.checks import check_integer, check_number, check_type
 from alm_torchrl.distributions import ClampedNormal
 from alm_torchrl.layers import (
     MLP,
     ActorHead,
+    FixedScale,
     GaussianHead,
     NoiseSchedule,
     OutputLinear,
@@ -55,7 +57,9 @@ from alm_torchrl.layers import (
 __all__ = [
     "make_actor",
     "make_classifier",
+    "make_decoder",
     "make_encoder",
+    "make_identity_encoder",
     "make_model",
     "make_qvalue",
     "make_reward",
@@ -175,6 +179,48 @@ def make_encoder(
         observation_dim=observation_dim, latent_dim=latent_dim, hidden_dim=hidden_dim
     )
     net = elu_mlp(observation_dim, hidden_dim, 2 * latent_dim, GaussianHead())
+    return _gaussian(net, [observation_key], "latent", "latent")
+
+
+def make_identity_encoder(
+    observation_dim: int,
+    *,
+    scale: float = 0.1,
+    observation_key: NestedKey = "observation",
+) -> ProbabilisticTensorDictSequential:
+    """Builds an encoder that learns nothing: the latent is the observation (Fig. 13).
+
+    A narrow Gaussian around the observation, so that the KL of Eq. 7 exists: the
+    squared error of the model's mean, over ``2 scale^2``, and what its standard
+    deviation adds. The other parts need ``latent_dim=observation_dim``.
+
+    Args:
+        observation_dim (int): size of the flat observation, and so of the latent.
+
+    Keyword Args:
+        scale (float): standard deviation, in units of the observation; the latent is
+            sampled with it, when acting too. Default: ``0.1``, the smallest that the
+            encoder and the model of the paper can have: with less, no model could
+            match the encoder.
+        observation_key (NestedKey): key to read. Default: ``"observation"``.
+
+    Returns:
+        ProbabilisticTensorDictSequential: writes ``latent_loc``, ``latent_scale``
+        and ``latent``, each ``[*, observation_dim]``; it has no parameters.
+
+    Raises:
+        ValueError: if the size or the scale is not positive.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> encoder = make_identity_encoder(2)
+        >>> td = encoder(TensorDict(observation=torch.ones(2)))
+        >>> td["latent_loc"], td["latent_scale"]
+        (tensor([1., 1.]), tensor([0.1000, 0.1000]))
+    """
+    _check_sizes(observation_dim=observation_dim)
+    scale = check_number("scale", scale, open_low=True)
+    net = FixedScale(torch.full((observation_dim,), scale))
     return _gaussian(net, [observation_key], "latent", "latent")
 
 
@@ -403,4 +449,38 @@ def make_classifier(
         MLP(OutputLinear(in_dim, 2)) if linear else value_mlp(in_dim, hidden_dim, 2),
         in_keys=["latent", "action", ("next", "latent")],
         out_keys=["logits"],
+    )
+
+
+def make_decoder(
+    observation_dim: int, *, latent_dim: int = LATENT_DIM, hidden_dim: int = HIDDEN_DIM
+) -> TensorDictModule:
+    """Builds the decoder ``d(s | z)``: the mean of a unit Gaussian over observations.
+
+    Only the variant that learns encoder and model by maximum likelihood (Fig. 15) has
+    one. The paper does not describe it; here it is the encoder's mirror image, two ELU
+    layers and an output without bounds.
+
+    Args:
+        observation_dim (int): size of the flat observation, S.
+        latent_dim (int): size of the latent, L. Default: ``50``.
+        hidden_dim (int): width of both hidden layers. Default: ``512``.
+
+    Returns:
+        TensorDictModule: writes ``reconstruction`` ``[*, S]``.
+
+    Raises:
+        ValueError: if a size is not positive.
+
+    Examples:
+        >>> make_decoder(3, latent_dim=2, hidden_dim=8).out_keys
+        ['reconstruction']
+    """
+    _check_sizes(
+        observation_dim=observation_dim, latent_dim=latent_dim, hidden_dim=hidden_dim
+    )
+    return TensorModule(
+        elu_mlp(latent_dim, hidden_dim, observation_dim),
+        in_keys=["latent"],
+        out_keys=["reconstruction"],
     )

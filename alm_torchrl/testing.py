@@ -46,7 +46,7 @@ except ImportError as error:
 Reduction = Literal["mean", "sum", "none"]
 Routes = Mapping[str, Sequence[str]]
 
-# The parts that each term of ALMLoss trains.
+# The parts that each term of ALMLoss trains, without a decoder.
 ROUTES: Routes = {
     "loss_model": ("encoder", "model"),
     "loss_reward": ("reward",),

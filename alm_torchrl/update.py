@@ -23,7 +23,7 @@ ComputeLoss = Callable[[TensorDictBase, str], tuple[Tensor, dict[str, Tensor]]]
 # Each step of an update: the loss method, and the parts it trains. With an entropy
 # bonus, that of its temperature follows.
 STEPS = (
-    ("model_loss", ("encoder", "model")),
+    ("model_loss", ("encoder", "model", "decoder")),
     ("reward_classifier_loss", ("reward", "classifier")),
     ("qvalue_loss", ("qvalue",)),
     ("actor_loss", ("actor",)),

@@ -47,11 +47,10 @@ def make_loss(
         observation_dim=OBSERVATION,
         action_low=[-bound] * ACTION,
         action_high=[bound] * ACTION,
-        latent_dim=LATENT,
         hidden_dim=HIDDEN,
         model_hidden_dim=HIDDEN,
         noise_schedule=None if learned else NoiseSchedule(noise, 0.0, steps=10),
-        **kwargs,
+        **{"latent_dim": LATENT, **kwargs},
     )
     if updater:
         SoftUpdate(loss, tau=0.005)

@@ -25,8 +25,7 @@ from helpers import (
 from tensordict import TensorDict
 from torch.testing import assert_close
 
-from alm_torchrl import ALMOptimizationStepper, make_classifier
-from alm_torchrl import testing
+from alm_torchrl import ALMOptimizationStepper, make_classifier, testing
 from alm_torchrl.checkpoint import build_loss
 from alm_torchrl.config import TrainConfig, preset_config
 from alm_torchrl.runs import harmful_differences

@@ -18,7 +18,9 @@ from torchrl.checkpoint import CheckpointError
 from torchrl.envs import EnvBase
 
 from alm_torchrl.checkpoint.verified import VerifiedCheckpoint, read_manifest
+from alm_torchrl.functional import floored_log, shifted_log
 from alm_torchrl.layers import NoiseSchedule
+from alm_torchrl.modules import make_identity_encoder
 from alm_torchrl.objectives import ALMLoss, make_alm_loss
 
 __all__ = [
@@ -48,6 +50,8 @@ _LOSS_ARGUMENTS = (
 # Temperature of ``entropy`` at the start. Not published; an Adam of lr 1e-4 needs over
 # 20,000 updates from SAC's 1.0 to here.
 ALPHA_INIT = 0.1
+
+_REWARD_TRANSFORMS = {"plain": floored_log, "shifted": shifted_log}
 
 
 def describe_spaces(env: EnvBase) -> dict[str, Any]:
@@ -85,6 +89,7 @@ def build_loss(settings: Mapping[str, Any], spaces: Mapping[str, Any]) -> ALMLos
     Returns:
         ALMLoss: freshly initialised.
     """
+    # A run of an earlier version lacks the settings that are looked up with get().
     arguments = {n: settings[n] for n in _LOSS_ARGUMENTS if n in settings}
     if settings.get("entropy"):
         arguments["alpha_init"] = ALPHA_INIT
@@ -92,6 +97,17 @@ def build_loss(settings: Mapping[str, Any], spaces: Mapping[str, Any]) -> ALMLos
         arguments["noise_schedule"] = NoiseSchedule(
             settings["noise_initial"], settings["noise_final"], settings["noise_steps"]
         )
+    if settings.get("encoder", "gaussian") == "identity":
+        arguments["latent_dim"] = spaces["observation_dim"]
+        arguments["encoder"] = make_identity_encoder(spaces["observation_dim"])
+    if settings.get("model_objective", "bound") == "likelihood":
+        arguments.update(reward_coef=0.0, value_coef=0.0, reconstruction_coef=1.0)
+    arguments["value_prediction"] = settings.get("value_prediction", "none")
+    log_reward = settings.get("log_reward", "none")
+    if log_reward == "model":
+        arguments["log_terms"] = "model"
+    elif log_reward in _REWARD_TRANSFORMS:
+        arguments["reward_transform"] = _REWARD_TRANSFORMS[log_reward]
     return make_alm_loss(
         observation_dim=spaces["observation_dim"],
         action_low=torch.tensor(spaces["action_low"]),

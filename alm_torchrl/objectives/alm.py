@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -14,8 +15,18 @@ from torchrl.objectives import ValueEstimators
 from alm_torchrl import functional
 from alm_torchrl.checks import LARGEST_FLOAT, check_choice, check_number
 from alm_torchrl.objectives.inputs import masked_mean
+from alm_torchrl.objectives.model_terms import ModelTerms
 from alm_torchrl.objectives.networks import PARTS
-from alm_torchrl.objectives.one_step import Metadata, OneStepTerms
+from alm_torchrl.objectives.one_step import Metadata
+
+# Metrics of the terms of ``loss_model``, one each.
+MODEL_KEYS = (
+    "kl",
+    "model_reward",
+    "terminal_value",
+    "reconstruction",
+    "value_prediction",
+)
 
 # Metrics of the policy's rollouts.
 IMAGINED_KEYS = (
@@ -35,9 +46,7 @@ OUT_KEYS = (
     "loss_qvalue",
     "loss_actor",
     "loss_alpha",
-    "kl",
-    "model_reward",
-    "terminal_value",
+    *MODEL_KEYS,
     "classifier_accuracy",
     "pred_value",
     "target_value",
@@ -47,7 +56,7 @@ OUT_KEYS = (
 )
 
 
-class ALMLoss(OneStepTerms):
+class ALMLoss(ModelTerms):
     """Aligned Latent Models: encoder, model and policy under one lower bound.
 
     Presented in "Simplifying Model-based RL: Learning Representations, Latent-space
@@ -96,6 +105,10 @@ class ALMLoss(OneStepTerms):
         reward (TensorDictModule): ``r(z, a)``, ``[*, 1]``.
         classifier (TensorDictModule, optional): ``C(z, a, z')``, ``[*, 2]``. May be
             ``None`` where ``classifier_coef`` is zero.
+        decoder (TensorDictModule, optional): ``d(s | z)``, the mean of a unit Gaussian
+            over the encoder's ``in_keys``, one after the other. Trained with encoder
+            and model by ``loss_model``, where ``reconstruction_coef`` is not zero.
+            Default: ``None``.
         gamma (float): discount per step, in [0, 1). Default: ``0.99``.
         lmbda (float): weight of longer horizons in the policy's return, in [0, 1].
             Default: ``0.95``.
@@ -105,6 +118,24 @@ class ALMLoss(OneStepTerms):
             cost. Default: ``1.0``.
         value_coef (float): weight of the terminal value in ``loss_model``. Zero
             removes it and its cost. Default: ``1.0``.
+        reward_coef (float): weight of the predicted reward in ``loss_model``. Zero
+            removes it there and its cost. Default: ``1.0``.
+        reconstruction_coef (float): weight of the reconstruction in ``loss_model``.
+            Zero removes the decoder and its cost. With ``reward_coef=0`` and
+            ``value_coef=0``, encoder and model are learned by maximum likelihood
+            (Fig. 15). Default: ``0.0``.
+        reward_transform (callable, optional): applied to the rewards of a batch before
+            reward model and critics learn them, for example
+            :func:`~alm_torchrl.functional.shifted_log` (A.8). Default: ``None``.
+        log_terms (str): ``"model"`` puts the logarithm of the predicted reward into
+            ``loss_model`` (Fig. 12), floored as in
+            :func:`~alm_torchrl.functional.floored_log`. Default: ``"none"``.
+        value_prediction (str): whose latents shall predict the value in ``loss_model``
+            too: ``"encoder"`` adds the squared TD error of ``min Q`` at z_0 (Fig. 18),
+            ``"model"`` at z_0 to z_{K-1} (Fig. 19). The critics are frozen in it.
+            Default: ``"none"``.
+        value_prediction_coef (float): weight of that term. Default: ``1.0``; the paper
+            names none.
         noise_clip (float, optional): clip of the action noise inside the losses,
             ``None`` for no clip. Not applied with ``alpha_init``, since the densities
             are those of noise without a clip. Default: ``0.3``.
@@ -124,12 +155,14 @@ class ALMLoss(OneStepTerms):
             Default: ``None``, which is ``"mean"``.
 
     Raises:
-        TypeError: if a part is no TensorDictModule, or encoder or model are not
-            probabilistic; or if, with ``alpha_init``, the actor is not, or has a
+        TypeError: if a part is no TensorDictModule, encoder or model are not
+            probabilistic, or ``reward_transform`` is not callable; or if, with
+            ``alpha_init``, the actor is not probabilistic, or has a
             :class:`~alm_torchrl.NoiseSchedule`, whose noise is not learned.
         ValueError: if a coefficient or discount is out of range, ``classifier`` is
-            ``None`` with a non-zero ``classifier_coef``, or ``target_entropy`` is given
-            without ``alpha_init``.
+            ``None`` with a non-zero ``classifier_coef``, likewise the decoder, no term
+            of ``loss_model`` is left, or ``target_entropy`` is given without
+            ``alpha_init``.
 
     Examples:
         >>> import torch
@@ -169,11 +202,18 @@ class ALMLoss(OneStepTerms):
         qvalue: TensorDictModuleBase,
         reward: TensorDictModuleBase,
         classifier: TensorDictModuleBase | None,
+        decoder: TensorDictModuleBase | None = None,
         gamma: float = 0.99,
         lmbda: float = 0.95,
         classifier_coef: float = 0.1,
         kl_coef: float = 1.0,
         value_coef: float = 1.0,
+        reward_coef: float = 1.0,
+        reconstruction_coef: float = 0.0,
+        reward_transform: Callable[[Tensor], Tensor] | None = None,
+        log_terms: Literal["none", "model"] = "none",
+        value_prediction: Literal["none", "encoder", "model"] = "none",
+        value_prediction_coef: float = 1.0,
         noise_clip: float | None = 0.3,
         actor_objective: Literal["bound", "qvalue"] = "bound",
         alpha_init: float | None = None,
@@ -187,6 +227,11 @@ class ALMLoss(OneStepTerms):
         classifier_coef = check_number("classifier_coef", classifier_coef)
         kl_coef = check_number("kl_coef", kl_coef)
         value_coef = check_number("value_coef", value_coef)
+        reward_coef = check_number("reward_coef", reward_coef)
+        reconstruction_coef = check_number("reconstruction_coef", reconstruction_coef)
+        value_prediction_coef = check_number(
+            "value_prediction_coef", value_prediction_coef
+        )
         if noise_clip is not None:
             noise_clip = check_number("noise_clip", noise_clip)
         if alpha_init is not None:
@@ -206,10 +251,28 @@ class ALMLoss(OneStepTerms):
                 f"classifier_coef={classifier_coef}."
             )
         check_choice("actor_objective", actor_objective, ("bound", "qvalue"))
+        if decoder is None and reconstruction_coef != 0:
+            raise ValueError(
+                "decoder may be None only with reconstruction_coef=0, got "
+                f"reconstruction_coef={reconstruction_coef}."
+            )
+        if reward_transform is not None and not callable(reward_transform):
+            raise TypeError(
+                "reward_transform: expected a function of a tensor or None, got "
+                f"{type(reward_transform).__name__}."
+            )
+        check_choice("value_prediction", value_prediction, ("none", "encoder", "model"))
+        check_choice("log_terms", log_terms, ("none", "model"))
         check_choice("reduction", reduction, (None, "mean", "sum", "none"))
         self.classifier_coef = classifier_coef
         self.kl_coef = kl_coef
         self.value_coef = value_coef
+        self.reward_coef = reward_coef
+        self.reconstruction_coef = reconstruction_coef
+        self.reward_transform = reward_transform
+        self.log_terms = log_terms
+        self.value_prediction = value_prediction
+        self.value_prediction_coef = value_prediction_coef
         self.noise_clip = noise_clip
         self.actor_objective = actor_objective
         self.alpha_init = alpha_init
@@ -223,6 +286,7 @@ class ALMLoss(OneStepTerms):
             qvalue=qvalue,
             reward=reward,
             classifier=classifier if classifier_coef != 0 else None,
+            decoder=decoder if reconstruction_coef != 0 else None,
         )
         self.register_buffer("gamma", torch.tensor(gamma))
         self.register_buffer("lmbda", torch.tensor(lmbda))
@@ -237,6 +301,15 @@ class ALMLoss(OneStepTerms):
         absent |= {"terminal_value"} if value_coef == 0 else set()
         absent |= set(IMAGINED_KEYS) if actor_objective == "qvalue" else set()
         absent |= {"loss_alpha", *ENTROPY_KEYS} if alpha_init is None else set()
+        absent |= {"model_reward"} if reward_coef == 0 else set()
+        absent |= {"reconstruction"} if reconstruction_coef == 0 else set()
+        if value_prediction == "none" or value_prediction_coef == 0:
+            absent |= {"value_prediction"}
+        if absent >= set(MODEL_KEYS):
+            raise ValueError(
+                "kl_coef, reward_coef, value_coef, reconstruction_coef: expected one "
+                "that is not 0, or a value_prediction, or loss_model is empty, got 0."
+            )
         self.out_keys = [key for key in OUT_KEYS if key not in absent]
 
     def _check_stochastic(self) -> None:
@@ -299,37 +372,6 @@ class ALMLoss(OneStepTerms):
             )
         for name, value in hyperparams.items():
             setattr(self, name, _check_discount(name, value))
-
-    def model_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
-        """Encoder and model objective (Eq. 7), averaged over slices.
-
-        ``sum_t (kl_coef kl_t - r(z_t, a_t)) - value_coef min Q(z_K, a_K)``
-
-        Args:
-            tensordict (TensorDictBase): two-draw batch or slices ``[B, K]``.
-
-        Returns:
-            tuple: the loss, which trains encoder and model, and detached means of
-            ``kl``, ``model_reward`` (both per step) and ``terminal_value``.
-
-        Raises:
-            ValueError: if there are no slices ``[B, K]``.
-        """
-        slices, mask = self._slices(tensordict)
-        rollout = self.model_rollout(slices)
-        reward = rollout["reward"]
-        kl = rollout.get("kl", default=torch.zeros_like(reward))
-        value = rollout.get("terminal_value", default=torch.zeros_like(reward[:, 0]))
-        gamma = self.gamma if self.discount_model_loss else 1.0
-        loss = functional.model_objective(
-            self.kl_coef * kl, reward, self.value_coef * value, gamma
-        )
-        metadata = {"model_reward": masked_mean(reward, mask)}
-        if self.kl_coef != 0:
-            metadata["kl"] = masked_mean(kl, mask)
-        if self.value_coef != 0:
-            metadata["terminal_value"] = masked_mean(value, mask)
-        return self._reduce(loss, mask), metadata
 
     def actor_loss(
         self, tensordict: TensorDictBase, horizon: int | None = None
@@ -420,7 +462,13 @@ class ALMLoss(OneStepTerms):
         settings = (
             f"gamma={self.gamma.item():g}, lmbda={self.lmbda.item():g}, "
             f"classifier_coef={self.classifier_coef:g}, kl_coef={self.kl_coef:g}, "
-            f"value_coef={self.value_coef:g}, noise_clip={self.noise_clip}, "
+            f"value_coef={self.value_coef:g}, reward_coef={self.reward_coef:g}, "
+            f"reconstruction_coef={self.reconstruction_coef:g}, "
+            f"reward_transform={self.reward_transform}, "
+            f"log_terms={self.log_terms!r}, "
+            f"value_prediction={self.value_prediction!r}, "
+            f"value_prediction_coef={self.value_prediction_coef:g}, "
+            f"noise_clip={self.noise_clip}, "
             f"actor_objective={self.actor_objective!r}, alpha_init={self.alpha_init}, "
             f"target_entropy={self.target_entropy}, "
             f"discount_model_loss={self.discount_model_loss}"

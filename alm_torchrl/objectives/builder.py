@@ -18,6 +18,7 @@ from alm_torchrl.modules import (
     check_bounds,
     make_actor,
     make_classifier,
+    make_decoder,
     make_encoder,
     make_model,
     make_qvalue,
@@ -41,6 +42,8 @@ def make_alm_loss(
     **loss_kwargs: Any,
 ) -> ALMLoss:
     """Builds the six networks of the paper and the loss over them.
+
+    A decoder is built too where ``reconstruction_coef`` is not zero.
 
     Sizes come from an environment's specs or from the arguments.
 
@@ -117,6 +120,8 @@ def make_alm_loss(
             action_dim, linear=linear_classifier, **width
         ),
     }
+    if loss_kwargs.get("reconstruction_coef", 0) != 0:
+        built["decoder"] = lambda: make_decoder(observation_dim, **width)
     parts = {name: build() for name, build in built.items() if name not in loss_kwargs}
     return ALMLoss(**parts, **loss_kwargs)
 

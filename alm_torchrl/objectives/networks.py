@@ -34,7 +34,7 @@ from alm_torchrl.objectives.inputs import entry_names, misfit
 Parameters = Literal["live", "frozen", "target"]
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-PARTS = ("encoder", "model", "actor", "qvalue", "reward", "classifier")
+PARTS = ("encoder", "model", "actor", "qvalue", "reward", "classifier", "decoder")
 
 
 def sampling(method: Method) -> Method:
@@ -73,6 +73,7 @@ class ALMNetworks(LossModule):
             state_action_value: output of the critics, one entry each.
                 Default: ``"state_action_value"``.
             logits: output of the classifier. Default: ``"logits"``.
+            reconstruction: output of the decoder. Default: ``"reconstruction"``.
             imagined: optional boolean entry of the transitions: the rows whose next
                 latent comes from the model in the classifier's loss.
                 Default: ``"imagined"``.
@@ -87,6 +88,7 @@ class ALMNetworks(LossModule):
         predicted_reward: NestedKey = "predicted_reward"
         state_action_value: NestedKey = "state_action_value"
         logits: NestedKey = "logits"
+        reconstruction: NestedKey = "reconstruction"
         imagined: NestedKey = "imagined"
         slice: NestedKey = "slice"
         transition: NestedKey = "transition"
@@ -113,6 +115,9 @@ class ALMNetworks(LossModule):
     classifier: TensorDictModule | None
     classifier_params: TensorDictParams
     target_classifier_params: TensorDictParams
+    decoder: TensorDictModule | None
+    decoder_params: TensorDictParams
+    target_decoder_params: TensorDictParams
 
     noise_clip: float | None
     log_alpha: nn.Parameter | None
@@ -134,6 +139,10 @@ class ALMNetworks(LossModule):
             self.convert_to_functional(
                 part, name, create_target_params=name in ("encoder", "qvalue")
             )
+            params = getattr(self, f"{name}_params")
+            if not isinstance(params, TensorDictParams):
+                # What TorchRL keeps of a network without parameters is no module.
+                setattr(self, f"{name}_params", TensorDictParams(params))
 
     def _tie(self) -> None:
         """Makes the modules hold the parameters and buffers of the loss itself."""
@@ -368,6 +377,20 @@ class ALMNetworks(LossModule):
         inputs = self._inputs(latent=latent, action=action, next_latent=next_latent)
         with self._bound("classifier", parameters):
             return self._output("classifier", inputs, self.tensor_keys.logits, 2)
+
+    def decode(self, latent: Tensor, parameters: Parameters = "frozen") -> Tensor:
+        """Mean of the decoder, ``d(s | z)``.
+
+        Args:
+            latent (Tensor): ``[*, L]``.
+            parameters (str): ``"live"`` or ``"frozen"``. Default: ``"frozen"``.
+
+        Returns:
+            Tensor: reconstructed observation, ``[*, S]``.
+        """
+        with self._bound("decoder", parameters):
+            key = self.tensor_keys.reconstruction
+            return self._output("decoder", self._inputs(latent=latent), key)
 
     def acting_policy(self) -> TensorDictSequential:
         """The policy that acts: online encoder, then actor.

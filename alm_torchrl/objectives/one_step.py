@@ -15,7 +15,6 @@ from alm_torchrl.objectives.inputs import (
     entry_names,
     masked_mean,
     read_column,
-    read_entry,
     read_masked,
     reduce_masked,
 )
@@ -102,9 +101,9 @@ class OneStepTerms(ALMRollouts):
         return reduce_masked(loss, mask, self.reduction)
 
     def _reward_term(self, transitions: TensorDictBase, latent: Tensor) -> Tensor:
-        keys = self.tensor_keys
-        predicted = self.predict_reward(latent, transitions[keys.action], "live")
-        target = read_column(read_entry(transitions, "next"), keys.reward, predicted)
+        action = transitions[self.tensor_keys.action]
+        predicted = self.predict_reward(latent, action, "live")
+        target = self._recorded_reward(transitions, predicted)
         return (predicted - target).square()
 
     def _classifier_term(
@@ -187,6 +186,8 @@ class OneStepTerms(ALMRollouts):
 
     def reward_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
         """Squared error of the reward model on ``z ~ e'(s)`` (Eq. 11).
+
+        The reward is that of the batch after ``reward_transform``.
 
         Args:
             tensordict (TensorDictBase): two-draw batch, slices or transitions.

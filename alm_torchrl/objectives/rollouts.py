@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
@@ -30,8 +33,11 @@ class ALMRollouts(ALMNetworks):
     """
 
     kl_coef: float
+    reward_coef: float
     value_coef: float
     classifier_coef: float
+    reward_transform: Callable[[Tensor], Tensor] | None
+    log_terms: Literal["none", "model"]
     gamma: Tensor
     lmbda: Tensor
 
@@ -43,8 +49,8 @@ class ALMRollouts(ALMNetworks):
             slices (TensorDictBase): ``[B, K]``.
 
         Returns:
-            TensorDict: batch size ``[B]``, with ``latent`` ``[B, K+1, L]``, ``reward``
-            ``[B, K]`` and, where its coefficient is not zero, ``kl`` ``[B, K]`` and
+            TensorDict: batch size ``[B]``, with ``latent`` ``[B, K+1, L]`` and, where
+            its coefficient is not zero, ``reward`` ``[B, K]``, ``kl`` ``[B, K]`` and
             ``terminal_value`` ``[B]``. The gradient reaches encoder and model.
         """
         action = read_entry(slices, self.tensor_keys.action)
@@ -56,11 +62,9 @@ class ALMRollouts(ALMNetworks):
                 dists.append(self._step(latents[-1], action_t))
                 latents.append(self._sample(dists[-1]))
         latent = torch.stack(latents, 1)
-        rollout = TensorDict(
-            latent=latent,
-            reward=self.predict_reward(latent[:, :-1], action),
-            batch_size=[action.shape[0]],
-        )
+        rollout = TensorDict(latent=latent, batch_size=[action.shape[0]])
+        if self.reward_coef != 0:
+            rollout["reward"] = self.predict_reward(latent[:, :-1], action)
         if self.kl_coef != 0:
             with torch.no_grad():
                 target = self.encode(read_entry(slices, "next"))
@@ -248,26 +252,34 @@ class ALMRollouts(ALMNetworks):
     def td_target(self, transitions: TensorDictBase) -> Tensor:
         """Target of the critics (Eq. 10), with the target networks' minimum.
 
-        ``R + gamma (1 - terminated) min_i Q'_i(z', pi(z'))`` with ``z' ~ e'(s')``; with
-        an entropy bonus, of ``min_i Q'_i(z', a') - alpha log pi(a' | z')``.
+        ``R + gamma (1 - terminated) min_i Q'_i(z', pi(z'))`` with ``z' ~ e'(s')`` and
+        R after ``reward_transform``; with an entropy bonus, of
+        ``min_i Q'_i(z', a') - alpha log pi(a' | z')``.
 
         Args:
-            transitions (TensorDictBase): ``[B]``.
+            transitions (TensorDictBase): ``[*]``.
 
         Returns:
-            Tensor: ``[B]``, without gradient.
+            Tensor: ``[*]``, without gradient.
         """
-        keys = self.tensor_keys
-        following = read_entry(transitions, "next")
         latent = self._sample(self._target_encoding(transitions, "next"))
         with self._bound("actor", "frozen"):
             action, log_prob = self._act_softly(latent)
         value = self.state_action_value(latent, action, "target").amin(-1)
         value = self._soft(value, log_prob)
-        reward = read_column(following, keys.reward, value)
-        terminated = read_column(following, keys.terminated, value)
+        reward = self._recorded_reward(transitions, value)
+        following = read_entry(transitions, "next")
+        terminated = read_column(following, self.tensor_keys.terminated, value)
         discount = self.gamma * (1 - terminated.to(value.dtype))
         return functional.td_target(reward, discount, value)
+
+    def _recorded_reward(self, transitions: TensorDictBase, like: Tensor) -> Tensor:
+        """The reward of transitions [*] as reward model and critics learn it, [*]."""
+        following = read_entry(transitions, "next")
+        reward = read_column(following, self.tensor_keys.reward, like)
+        if self.reward_transform is None:
+            return reward
+        return self.reward_transform(reward)
 
 
 def normal_parameters(dist: Distribution, name: str) -> tuple[Tensor, Tensor]:
