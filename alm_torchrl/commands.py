@@ -119,5 +119,6 @@ def _env(settings: Mapping[str, Any], render_mode: str | None = None) -> Transfo
     return make_env(
         settings["task"],
         action_bounds=settings["action_bounds"],
+        dynamics_noise=settings.get("dynamics_noise", 0.0),
         render_mode=render_mode,
     )

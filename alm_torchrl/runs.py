@@ -33,6 +33,7 @@ that the run took (pauses left out); and ``task``, whose id ends in its version.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import platform
@@ -312,13 +313,14 @@ def harmful_differences(
 
     Returns:
         dict: the names of those that differ, with both values. :data:`CHANGEABLE`
-        ones are left out.
+        ones are left out. A setting that the run does not know had its default.
     """
-    after = config.to_dict()
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    before = {**defaults, **before}
     return {
-        name: (before.get(name), value)
-        for name, value in after.items()
-        if name not in CHANGEABLE and before.get(name) != value
+        name: (before[name], value)
+        for name, value in config.to_dict().items()
+        if name not in CHANGEABLE and before[name] != value
     }
 
 
