@@ -25,8 +25,8 @@ class DynamicsNoise(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs
     is of ``HalfCheetah-v2``, whose joint velocities in a trained gait are of the order
     of 1 to 10.)
 
-    The numbers come from the task's own generator (``np_random``), which ``reset(seed)``
-    seeds and :func:`~alm_torchrl.environment_state` keeps.
+    The numbers come from the task's own generator (``np_random``), which
+    ``reset(seed)`` seeds and :func:`~alm_torchrl.environment_state` keeps.
 
     Args:
         env: a Gymnasium environment with a MuJoCo simulation as ``data``.

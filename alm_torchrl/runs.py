@@ -313,14 +313,20 @@ def harmful_differences(
 
     Returns:
         dict: the names of those that differ, with both values. :data:`CHANGEABLE`
-        ones are left out. A setting that the run does not know had its default.
+        ones are left out.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    after = config.to_dict()
+    # A setting that is younger than the run had its default.
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(config)
+        if field.default is not dataclasses.MISSING
+    }
     before = {**defaults, **before}
     return {
-        name: (before[name], value)
-        for name, value in config.to_dict().items()
-        if name not in CHANGEABLE and before[name] != value
+        name: (before.get(name), value)
+        for name, value in after.items()
+        if name not in CHANGEABLE and before.get(name) != value
     }
 
 
