@@ -9,10 +9,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from tensordict import TensorDict
 from torch.utils.tensorboard import SummaryWriter
 
 from alm_torchrl.checkpoint import loading
 from alm_torchrl.cli import main
+from alm_torchrl.diagnose.figures import plot_bias
 from alm_torchrl.diagnose.logged import TERMS, read_logged
 from alm_torchrl.diagnostics import (
     bias_summary,
@@ -184,6 +186,13 @@ def test_what_is_logged_again_replaces(tmp_path):
     (logged,) = read_logged(tmp_path).values()
     assert logged.steps.tolist() == [*range(8)]
     np.testing.assert_array_equal(logged.values, [0, 1, 2, 3, 4, 10, 12, 14])
+
+
+def test_returns_of_zero_can_be_drawn(tmp_path):
+    zero = torch.zeros(3, dtype=torch.float64)
+    pairs = TensorDict(monte_carlo=zero, bound=zero + 1, qvalue=zero, batch_size=[3])
+    image = matplotlib.image.imread(plot_bias(pairs, "zero", tmp_path / "bias.png"))
+    assert (image[..., :3] < 0.9).any(-1).mean() > 0.01
 
 
 @pytest.mark.parametrize(

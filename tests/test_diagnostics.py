@@ -310,6 +310,18 @@ def test_networks_are_in_evaluation_mode_and_back_in_training():
     assert loss.qvalue.training
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", DIAGNOSTICS)
+def test_networks_on_a_gpu(name):
+    env, loss = pendulum()
+    expected = DIAGNOSTICS[name](env, loss)
+    found = DIAGNOSTICS[name](env, loss.to("cuda"))
+    devices = {value.device.type for value in found.values(True, True)}
+    assert devices == {"cuda" if name in ("record", "statistics") else "cpu"}
+    assert found.shape == expected.shape
+    assert all(value.isfinite().all() for value in found.values(True, True))
+
+
 def test_recorded_transitions_are_the_agents():
     env, loss = make_line(lengths=(4,)), make_line_loss()
     batch = record_transitions(env, loss, transitions=6)

@@ -47,17 +47,23 @@ def plot_bias(pairs: TensorDictBase, title: str, output: Path) -> Path:
     returns = pairs["monte_carlo"]
     biases = normalised_bias(pairs)
     spread = torch.cat([biases[name]["overall"] for name in ESTIMATES])
-    edges = np.linspace(spread.min().item(), spread.max().item(), 41)
+    # Not finite where all returns are zero: then there is nothing to normalise by.
+    spread = spread[spread.isfinite()]
+    ends = (spread.min().item(), spread.max().item()) if len(spread) else (-1.0, 1.0)
+    edges = np.linspace(*ends, 41)
     for name, color in zip(ESTIMATES, ("C0", "C1"), strict=True):
         left.plot(returns, pairs[name], ".", markersize=3, alpha=0.5, color=color)
         bias = biases[name]["overall"]
         mean, std = bias.mean().item(), bias.std(correction=0).item()
         label = f"{LABELS[name]}: {mean:.2f} $\\pm$ {std:.2f}"
-        right.hist(bias, edges, alpha=0.5, color=color, label=label)
-        right.axvline(mean, color=color, linewidth=1.5)
+        right.hist(
+            bias[bias.isfinite()].numpy(), edges, alpha=0.5, color=color, label=label
+        )
+        if len(spread):
+            right.axvline(mean, color=color, linewidth=1.5)
         left.plot([], [], "o", color=color, label=LABELS[name])
-    ends = [returns.min().item(), returns.max().item()]
-    left.plot(ends, ends, "k--", linewidth=1, label="exact")
+    exact = [returns.min().item(), returns.max().item()]
+    left.plot(exact, exact, "k--", linewidth=1, label="exact")
     left.set_xlabel("discounted Monte-Carlo return")
     left.set_ylabel("estimate")
     right.set_xlabel(NORMALISED)
@@ -176,7 +182,8 @@ def plot_reliability(statistics: TensorDictBase, title: str, output: Path) -> Pa
     left.legend(frameon=False, fontsize=9)
     width = 1 / len(table)
     middles = (np.arange(len(table)) + 0.5) * width
-    right.bar(middles, table["count"] / table["count"].sum(), width * 0.9)
+    share = (table["count"] / table["count"].sum()).numpy()
+    right.bar(middles, share, width * 0.9)
     right.set_ylabel("share of latents, half of them real")
     accuracy = statistics["classifier_accuracy"].item()
     right.set_title(f"accuracy {accuracy:.2f}", fontsize=10)
