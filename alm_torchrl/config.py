@@ -65,6 +65,8 @@ class TrainConfig:
     # Environment and replay
     action_bounds: Literal["clamp", "rescale"] = "clamp"
     """Bounds other than +-1: clamp actions to them, or rescale [-1, 1] to them."""
+    dynamics_noise: float = 0.0
+    """Noise on the joint velocities before each step of a MuJoCo task (Fig. 17)."""
     total_steps: int = 300_000
     """Training steps (updates), one per environment step after the warm-up."""
     warmup_steps: int = 5000
@@ -292,6 +294,7 @@ def preset_config(preset: Preset, **changes: Any) -> TrainConfig:
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "seed": (0, 2**31 - 1, False),
     "threads": (1, math.inf, False),
+    "dynamics_noise": (0, math.inf, False),
     "total_steps": (1, math.inf, False),
     "warmup_steps": (1, math.inf, False),
     "capacity": (1, math.inf, False),

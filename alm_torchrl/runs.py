@@ -317,11 +317,17 @@ def harmful_differences(
         as its default.
     """
     after = config.to_dict()
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    # A setting that is younger than the run had its default.
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(config)
+        if field.default is not dataclasses.MISSING
+    }
+    before = {**defaults, **before}
     return {
         name: (before.get(name), value)
         for name, value in after.items()
-        if name not in CHANGEABLE and before.get(name, defaults[name]) != value
+        if name not in CHANGEABLE and before.get(name) != value
     }
 
 

@@ -16,6 +16,7 @@ from tensordict.nn import (
 )
 from torchrl.checkpoint import CheckpointError
 from torchrl.envs import EnvBase
+from torchrl.objectives import SoftUpdate
 
 from alm_torchrl.checkpoint.verified import VerifiedCheckpoint, read_manifest
 from alm_torchrl.functional import floored_log, shifted_log
@@ -29,6 +30,7 @@ __all__ = [
     "checkpoint_metadata",
     "describe_spaces",
     "find_checkpoint",
+    "load_loss",
     "load_policy",
     "usable_checkpoints",
 ]
@@ -287,3 +289,35 @@ def load_policy(
     loss = build_loss(metadata["settings"], metadata["spaces"]).to(device)
     VerifiedCheckpoint(loss_module=loss).load(checkpoint, map_location=device)
     return ActingPolicy(loss.acting_policy(), deterministic=deterministic)
+
+
+def load_loss(path: str | Path, *, device: torch.device | str = "cpu") -> ALMLoss:
+    """The networks and losses of a trained ALM agent, to look into.
+
+    Args:
+        path: a run folder, which stands for its newest checkpoint, or a checkpoint.
+
+    Keyword Args:
+        device: where the networks go. Default: ``"cpu"``.
+
+    Returns:
+        ALMLoss: with the targets of the checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if it holds another agent than ALM.
+        torchrl.checkpoint.CheckpointError: if it is damaged or foreign.
+    """
+    checkpoint = find_checkpoint(path)
+    metadata = checkpoint_metadata(checkpoint)
+    agent = metadata["settings"].get("agent", "alm")
+    if agent != "alm":
+        raise ValueError(
+            f"{checkpoint}: expected an agent of ALM, which has a latent model and a "
+            f"lower bound, got {agent!r}"
+        )
+    loss = build_loss(metadata["settings"], metadata["spaces"]).to(device)
+    # TorchRL warns when the targets of a loss are used that nothing updates.
+    SoftUpdate(loss, tau=metadata["settings"]["tau"])
+    VerifiedCheckpoint(loss_module=loss).load(checkpoint, map_location=device)
+    return loss

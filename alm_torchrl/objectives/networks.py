@@ -214,6 +214,19 @@ class ALMNetworks(LossModule):
             )
         return dist.deterministic_sample if deterministic else dist.rsample()  # type: ignore[attr-defined]
 
+    @sampling
+    def sample(self, dist: Distribution) -> Tensor:
+        """Draws from a distribution as the terms do.
+
+        Args:
+            dist (Distribution): what :meth:`encode` or :meth:`step` returned.
+
+        Returns:
+            Tensor: a reparameterised sample, or the mean where
+            ``deterministic_sampling_mode`` says so.
+        """
+        return self._sample(dist)
+
     def _observations(self, tensordict: TensorDictBase) -> TensorDictBase:
         """What the encoder reads."""
         keys = self.encoder.in_keys
