@@ -110,9 +110,9 @@ class TrainConfig:
     """Encoder and model: the bound, or KL and reconstruction alone (Fig. 15)."""
     value_prediction: Literal["none", "encoder", "model"] = "none"
     """Encoder, or encoder and model, also predict the value (Fig. 18, 19)."""
-    log_reward: Literal["none", "model", "plain", "shifted"] = "none"
-    """Logarithm of the reward: predicted one in the encoder and model objective, each
-    recorded one, or each as 10000 (log(R + 10000) - log 10000) (Fig. 12)."""
+    log_reward: Literal["none", "model", "plain", "shifted", "bound"] = "none"
+    """Log of the predicted reward for encoder and model, of all rewards, of those plus
+    10000 (Fig. 12), or of reward and value in both objectives (Theorem 3.1)."""
 
     # Exploration
     entropy: bool = False

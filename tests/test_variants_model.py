@@ -405,7 +405,7 @@ class TestLogarithms:
         plain = variant(loss, log_terms="none")
         assert differing(loss(batch), plain(batch)) == {"loss_model"}
 
-    @pytest.mark.parametrize("log_reward", ["model", "plain", "shifted"])
+    @pytest.mark.parametrize("log_reward", ["model", "plain", "shifted", "bound"])
     def test_is_trained_and_resumed(self, log_reward):
         metrics = assert_resumes(log_reward=log_reward)
         assert all(value.isfinite() for value in metrics.values())
@@ -418,8 +418,9 @@ class TestLogarithms:
         ):
             loss = from_settings(log_reward=name)
             assert (loss.reward_transform, loss.log_terms) == (function, "none")
-        loss = from_settings(log_reward="model")
-        assert (loss.reward_transform, loss.log_terms) == (None, "model")
+        for name in ("model", "bound"):
+            loss = from_settings(log_reward=name)
+            assert (loss.reward_transform, loss.log_terms) == (None, name)
 
     def test_errors(self):
         with pytest.raises(TypeError, match="reward_transform: expected a function"):

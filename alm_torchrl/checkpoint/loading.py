@@ -106,8 +106,8 @@ def build_loss(settings: Mapping[str, Any], spaces: Mapping[str, Any]) -> ALMLos
         arguments.update(reward_coef=0.0, value_coef=0.0, reconstruction_coef=1.0)
     arguments["value_prediction"] = settings.get("value_prediction", "none")
     log_reward = settings.get("log_reward", "none")
-    if log_reward == "model":
-        arguments["log_terms"] = "model"
+    if log_reward in ("model", "bound"):
+        arguments["log_terms"] = log_reward
     elif log_reward in _REWARD_TRANSFORMS:
         arguments["reward_transform"] = _REWARD_TRANSFORMS[log_reward]
     return make_alm_loss(

@@ -127,9 +127,12 @@ class ALMLoss(ModelTerms):
         reward_transform (callable, optional): applied to the rewards of a batch before
             reward model and critics learn them, for example
             :func:`~alm_torchrl.functional.shifted_log` (A.8). Default: ``None``.
-        log_terms (str): ``"model"`` puts the logarithm of the predicted reward into
-            ``loss_model`` (Fig. 12), floored as in
-            :func:`~alm_torchrl.functional.floored_log`. Default: ``"none"``.
+        log_terms (str): where logarithms are taken, floored as in
+            :func:`~alm_torchrl.functional.floored_log`. ``"model"``: of the predicted
+            reward in ``loss_model`` (Fig. 12). ``"bound"``: as in Theorem 3.1,
+            ``(1 - gamma) log r`` and ``log (1 - gamma) Q`` for reward and value in
+            ``loss_model``, in the policy's return and in :meth:`lower_bound`; metrics
+            stay without. Default: ``"none"``.
         value_prediction (str): whose latents shall predict the value in ``loss_model``
             too: ``"encoder"`` adds the squared TD error of ``min Q`` at z_0 (Fig. 18),
             ``"model"`` at z_0 to z_{K-1} (Fig. 19). The critics are frozen in it.
@@ -188,6 +191,22 @@ class ALMLoss(ModelTerms):
         >>> value, metadata = loss.qvalue_loss(slices[:, 0])
         >>> sorted(metadata)
         ['pred_value', 'target_value', 'td_error']
+
+        The objective of the theory, L^K, in place of that of the experiments (for
+        positive rewards):
+
+        >>> theory = make_alm_loss(
+        ...     observation_dim=3,
+        ...     action_low=[-1.0],
+        ...     action_high=[1.0],
+        ...     hidden_dim=8,
+        ...     log_terms="bound",
+        ...     discount_model_loss=True,
+        ...     classifier_coef=1.0,
+        ... )
+        >>> updater = SoftUpdate(theory, tau=0.005)
+        >>> theory.lower_bound(slices[:, 0], horizon=2).shape
+        torch.Size([4])
     """
 
     default_value_estimator = ValueEstimators.TDLambda
@@ -211,7 +230,7 @@ class ALMLoss(ModelTerms):
         reward_coef: float = 1.0,
         reconstruction_coef: float = 0.0,
         reward_transform: Callable[[Tensor], Tensor] | None = None,
-        log_terms: Literal["none", "model"] = "none",
+        log_terms: Literal["none", "model", "bound"] = "none",
         value_prediction: Literal["none", "encoder", "model"] = "none",
         value_prediction_coef: float = 1.0,
         noise_clip: float | None = 0.3,
@@ -262,7 +281,7 @@ class ALMLoss(ModelTerms):
                 f"{type(reward_transform).__name__}."
             )
         check_choice("value_prediction", value_prediction, ("none", "encoder", "model"))
-        check_choice("log_terms", log_terms, ("none", "model"))
+        check_choice("log_terms", log_terms, ("none", "model", "bound"))
         check_choice("reduction", reduction, (None, "mean", "sum", "none"))
         self.classifier_coef = classifier_coef
         self.kl_coef = kl_coef

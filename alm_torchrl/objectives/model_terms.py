@@ -30,7 +30,7 @@ class ModelTerms(OneStepTerms):
         ``sum_t (kl_coef kl_t - reward_coef r(z_t, a_t)) - value_coef min Q(z_K, a_K)``
         ``+ reconstruction_coef sum_{t<=K} |d(z_t) - s_t|^2 / 2``
         ``+ value_prediction_coef sum_t (min Q(z_t, a_t) - y_t)^2`` with the critics'
-        target y, see :meth:`td_target`.
+        target y, see :meth:`td_target`. ``log_terms`` changes r and Q.
 
         Args:
             tensordict (TensorDictBase): two-draw batch or slices ``[B, K]``.
@@ -52,9 +52,11 @@ class ModelTerms(OneStepTerms):
         reward = rollout.get("reward", default=zero)
         value = rollout.get("terminal_value", default=zero[:, 0])
         gamma = self.gamma if self.discount_model_loss else 1.0
-        gain = functional.floored_log(reward) if self.log_terms == "model" else reward
+        gain, end = self._log_bound(reward, value)
+        if self.log_terms == "model":
+            gain = functional.floored_log(reward)
         loss = functional.model_objective(
-            self.kl_coef * kl, self.reward_coef * gain, self.value_coef * value, gamma
+            self.kl_coef * kl, self.reward_coef * gain, self.value_coef * end, gamma
         )
         metadata = {}
         if self.reward_coef != 0:

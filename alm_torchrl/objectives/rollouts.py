@@ -37,7 +37,7 @@ class ALMRollouts(ALMNetworks):
     value_coef: float
     classifier_coef: float
     reward_transform: Callable[[Tensor], Tensor] | None
-    log_terms: Literal["none", "model"]
+    log_terms: Literal["none", "model", "bound"]
     gamma: Tensor
     lmbda: Tensor
 
@@ -82,6 +82,14 @@ class ALMRollouts(ALMNetworks):
             value = self.state_action_value(latents[-1], last_action)
             rollout["terminal_value"] = value.amin(-1)
         return rollout
+
+    def _log_bound(self, reward: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Reward and terminal value as they enter a sum over the horizon."""
+        if self.log_terms != "bound":
+            return reward, value
+        share = 1 - self.gamma
+        logs = functional.floored_log(reward), functional.floored_log(share * value)
+        return share * logs[0], logs[1]
 
     def _rewards_along(self, latent: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted reward and log ratio, [B, K] each, along latents [B, K+1, L]."""
@@ -158,13 +166,15 @@ class ALMRollouts(ALMNetworks):
         z, a = torch.stack(latents, 1), torch.stack(actions, 1)
         reward, log_ratio = self._rewards_along(z, a[:, :-1])
         value = self.state_action_value(z[:, 1:], a[:, 1:].detach()).amin(-1)
-        total = reward + self.classifier_coef * log_ratio
+        gain, end = self._log_bound(reward, value)
+        total = gain + self.classifier_coef * log_ratio
         scores = [score for score in log_probs if score is not None]
         log_prob = torch.stack(scores, 1) if scores else None
         if log_prob is not None:
             total = self._soft(total, log_prob[:, :-1])
             value = self._soft(value, log_prob[:, 1:].detach())
-        returns = functional.lambda_return(total, value, self.gamma, self.lmbda)
+            end = self._soft(end, log_prob[:, 1:].detach())
+        returns = functional.lambda_return(total, end, self.gamma, self.lmbda)
         rollout = TensorDict(
             latent=z,
             action=a,
@@ -204,7 +214,10 @@ class ALMRollouts(ALMNetworks):
 
         ``sum_{t<K} gamma^t (r(z_t, a_t) + c log ratio_t) + gamma^K min Q(z_K, a_K)``
         from ``z_0 ~ e'(s)``, with the given first action and the actor's mean, not
-        clamped, afterwards.
+        clamped, afterwards. With ``log_terms="bound"``, reward and value are those of
+        Theorem 3.1, ``(1 - gamma) log r`` and ``log (1 - gamma) Q``; with
+        ``classifier_coef=1`` it is then L^K, and ``exp(L^K) / (1 - gamma)`` bounds the
+        return.
 
         Args:
             transitions (TensorDictBase): observations and first actions, ``[B]``.
@@ -222,8 +235,9 @@ class ALMRollouts(ALMNetworks):
         z, a = torch.stack(latents, 1), torch.stack(actions, 1)
         reward, log_ratio = self._rewards_along(z, a[:, :-1])
         value = self.state_action_value(z[:, -1], a[:, -1]).amin(-1)
+        gain, end = self._log_bound(reward, value)
         return functional.k_step_bound(
-            reward + self.classifier_coef * log_ratio, value, self.gamma
+            gain + self.classifier_coef * log_ratio, end, self.gamma
         )
 
     def _target_encoding(
