@@ -33,6 +33,7 @@ that the run took (pauses left out); and ``task``, whose id ends in its version.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import platform
@@ -47,7 +48,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from alm_torchrl.config import AGENT, TrainConfig
+from alm_torchrl.config import TrainConfig
 
 __all__ = [
     "CHANGEABLE",
@@ -262,7 +263,7 @@ def create_run(config: TrainConfig, device: str) -> None:
     """
     record = {
         "settings": config.to_dict(),
-        "agent": AGENT,
+        "agent": config.agent,
         **circumstances(device),
         "started": _now(),
         "continued": [],
@@ -315,6 +316,13 @@ def harmful_differences(
         ones are left out.
     """
     after = config.to_dict()
+    # A setting that is younger than the run had its default.
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(config)
+        if field.default is not dataclasses.MISSING
+    }
+    before = {**defaults, **before}
     return {
         name: (before.get(name), value)
         for name, value in after.items()

@@ -17,6 +17,12 @@ from tensordict.nn import (
 from torchrl.checkpoint import CheckpointError
 from torchrl.envs import EnvBase
 
+from alm_torchrl.baselines import (
+    BaselineLoss,
+    make_redq_loss,
+    make_sac_loss,
+    make_td3_loss,
+)
 from alm_torchrl.checkpoint.verified import VerifiedCheckpoint, read_manifest
 from alm_torchrl.layers import NoiseSchedule
 from alm_torchrl.objectives import ALMLoss, make_alm_loss
@@ -67,29 +73,42 @@ def describe_spaces(env: EnvBase) -> dict[str, Any]:
     }
 
 
-def build_loss(settings: Mapping[str, Any], spaces: Mapping[str, Any]) -> ALMLoss:
+def build_loss(
+    settings: Mapping[str, Any], spaces: Mapping[str, Any]
+) -> ALMLoss | BaselineLoss:
     """Networks and losses from the settings of a run.
 
     Args:
         settings: a mapping with the names of
-            :class:`alm_torchrl.config.TrainConfig`; those about networks, losses
-            and noise are read.
+            :class:`alm_torchrl.config.TrainConfig`; those about the agent, networks,
+            losses and noise are read.
         spaces: see :func:`describe_spaces`.
 
     Returns:
-        ALMLoss: freshly initialised.
+        ALMLoss or BaselineLoss: that of the agent, freshly initialised.
     """
+    sizes = {
+        "observation_dim": spaces["observation_dim"],
+        "action_low": torch.tensor(spaces["action_low"]),
+        "action_high": torch.tensor(spaces["action_high"]),
+    }
+    common = {name: settings[name] for name in ("hidden_dim", "gamma")}
+    # Runs that are older than the setting are ALM's.
+    agent = settings.get("agent", "alm")
+    if agent == "sac":
+        return make_sac_loss(**sizes, **common)
+    if agent == "redq":
+        return make_redq_loss(**sizes, **common)
     schedule = NoiseSchedule(
         settings["noise_initial"], settings["noise_final"], settings["noise_steps"]
     )
+    if agent == "td3":
+        noise_clip = settings["noise_clip"]
+        return make_td3_loss(
+            **sizes, **common, noise_clip=noise_clip, noise_schedule=schedule
+        )
     arguments = {name: settings[name] for name in _LOSS_ARGUMENTS}
-    return make_alm_loss(
-        observation_dim=spaces["observation_dim"],
-        action_low=torch.tensor(spaces["action_low"]),
-        action_high=torch.tensor(spaces["action_high"]),
-        noise_schedule=schedule,
-        **arguments,
-    )
+    return make_alm_loss(**sizes, noise_schedule=schedule, **arguments)
 
 
 def usable_checkpoints(
@@ -235,7 +254,8 @@ def load_policy(
 
     Keyword Args:
         deterministic: take the actor's mean, or else add the exploration noise of
-            the checkpoint. The latent state is sampled in both. Default: ``True``.
+            the checkpoint (SAC and REDQ: or draw from it). ALM samples the latent
+            state in both. Default: ``True``.
         device: where the networks go. Default: ``"cpu"``.
 
     Returns:
