@@ -24,10 +24,7 @@ from alm_torchrl.checks import (
     check_steps,
 )
 
-__all__ = ["AGENT", "PRESETS", "Preset", "TrainConfig", "UserError", "preset_config"]
-
-AGENT = "alm"
-"""Name of the algorithm in the names of run folders."""
+__all__ = ["PRESETS", "Preset", "TrainConfig", "UserError", "preset_config"]
 
 Preset = Literal["quick", "paper"]
 
@@ -38,7 +35,10 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train an ALM agent on a Gymnasium task.
+    """Train an agent on a Gymnasium task.
+
+    The baselines take what they know: they have no latent state, model, slices or
+    classifier, and SAC and REDQ no noise schedule, so that such settings do nothing.
 
     Example:
         >>> config = preset_config("quick", seed=3)
@@ -53,6 +53,8 @@ class TrainConfig:
     """Gymnasium task with flat observations and continuous actions."""
     preset: Preset = "paper"
     """Defaults of all other settings: a run of minutes, or the paper's Table 3."""
+    agent: Literal["alm", "td3", "sac", "redq"] = "alm"
+    """Algorithm: ALM, or a baseline with ALM's settings as far as it has them."""
     seed: int = 0
     """Seed of networks, exploration, replay and environment."""
 
@@ -74,7 +76,7 @@ class TrainConfig:
     capacity: int | None = None
     """Transitions kept for replay; None: 1e6 for Humanoid-v*, else 1e5."""
     batch_size: int = 512
-    """Slices, and as many single transitions, in an update."""
+    """Slices, and as many single transitions, in an update (REDQ makes 20)."""
     horizon: int = 3
     """Steps K of a slice and of the imagined rollouts."""
 
@@ -132,7 +134,7 @@ class TrainConfig:
     clip_norm: float = 100.0
     """Largest gradient norm of each optimizer."""
     tau: float = 0.005
-    """Step of the target encoder and critic towards the online ones."""
+    """Step of the target networks towards the online ones."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Precision of the hidden layers in updates; all else keeps fp32."""
     compile: bool = False
@@ -211,7 +213,7 @@ class TrainConfig:
     def run_name(self) -> str:
         """``<task>-<agent>-<preset>-s<seed>``, plus a hash of :attr:`changes`."""
         task = re.sub(r"[^A-Za-z0-9._-]+", "-", self.task)
-        name = f"{task}-{AGENT}-{self.preset}-s{self.seed}"
+        name = f"{task}-{self.agent}-{self.preset}-s{self.seed}"
         if not self.changes:
             return name
         text = json.dumps(self.changes, sort_keys=True)
@@ -322,4 +324,8 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "keep_checkpoints": (1, math.inf, False),
 }
 
-_NOT_HASHED = {"task", "preset", "seed", "device", "threads", "logger", "run_dir"}
+# The first four are in the name of the run.
+_NOT_HASHED = {
+    *("task", "agent", "preset", "seed"),
+    *("device", "threads", "logger", "run_dir"),
+}

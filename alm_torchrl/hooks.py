@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
+from torchrl.objectives import LossModule
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import TrainerHookBase
 
+from alm_torchrl.baselines import BaselineOptimizationStepper
 from alm_torchrl.checkpoint import VerifiedCheckpoint
 from alm_torchrl.evaluation import Policy, evaluate_policy
-from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.stepper import ALMOptimizationStepper
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ class BestCheckpoint:
     """
 
     def __init__(
-        self, loss: ALMLoss, path: Path, *, metadata: Callable[[], dict[str, Any]]
+        self, loss: LossModule, path: Path, *, metadata: Callable[[], dict[str, Any]]
     ) -> None:
         self.path = path
         self.metadata = metadata
@@ -213,13 +214,18 @@ class NonFiniteCheck(_Hook):
     For devices where reading it in each update would wait for the device.
 
     Args:
-        stepper (ALMOptimizationStepper): stepper to ask.
+        stepper (ALMOptimizationStepper or BaselineOptimizationStepper): stepper to
+            ask.
         interval (int): updates between two readings.
     """
 
     stage = "post_steps"
 
-    def __init__(self, stepper: ALMOptimizationStepper, interval: int) -> None:
+    def __init__(
+        self,
+        stepper: ALMOptimizationStepper | BaselineOptimizationStepper,
+        interval: int,
+    ) -> None:
         self.stepper = stepper
         self.interval = interval
 

@@ -29,7 +29,7 @@ class Curve:
 
 
 def curves_of(runs: Sequence[Run]) -> list[Curve]:
-    """One curve for each task, preset and set of changed settings.
+    """One curve for each task, agent, preset and set of changed settings.
 
     Runs that differ in nothing but the seed (and in where they ran) share a curve,
     which covers the training steps that all of them were evaluated at.
@@ -44,12 +44,13 @@ def curves_of(runs: Sequence[Run]) -> list[Curve]:
         ValueError: if a run has no evaluation, if a seed appears twice in a
             group, or if the runs of a group share no training step.
     """
-    groups: dict[tuple[str, str, str], list[Run]] = {}
+    groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         if not run.metrics:
             raise ValueError(f"{run.path} has no evaluation yet")
         config = run.config
-        key = (config.task, config.preset, repr(sorted(config.changes.items())))
+        changes = repr(sorted(config.changes.items()))
+        key = (config.task, config.agent, config.preset, changes)
         groups.setdefault(key, []).append(run)
     curves = []
     for members in groups.values():
@@ -127,9 +128,16 @@ def _distinction(run: Run, runs: Sequence[Run]) -> list[str]:
         for name in {*other.config.changes, *run.config.changes}
         if getattr(other.config, name) != getattr(run.config, name)
     }
-    several_tasks = len({other.config.task for other in runs}) > 1
+    named = [
+        value
+        for value, all_values in (
+            (run.config.task, {other.config.task for other in runs}),
+            (run.config.agent, {other.config.agent for other in runs} | {"alm"}),
+        )
+        if len(all_values) > 1
+    ]
     changed = [f"{name}={getattr(run.config, name)}" for name in sorted(differing)]
-    return ([run.config.task] if several_tasks else []) + [run.config.preset, *changed]
+    return [*named, run.config.preset, *changed]
 
 
 def _curve(label: str, runs: Sequence[Run]) -> Curve:

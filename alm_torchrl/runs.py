@@ -48,7 +48,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from alm_torchrl.config import AGENT, TrainConfig
+from alm_torchrl.config import TrainConfig
 
 __all__ = [
     "CHANGEABLE",
@@ -263,7 +263,7 @@ def create_run(config: TrainConfig, device: str) -> None:
     """
     record = {
         "settings": config.to_dict(),
-        "agent": AGENT,
+        "agent": config.agent,
         **circumstances(device),
         "started": _now(),
         "continued": [],

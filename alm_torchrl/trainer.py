@@ -1,4 +1,4 @@
-"""A standard TorchRL Trainer, wired for ALM."""
+"""A standard TorchRL Trainer, wired for ALM and for its baselines."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 import torch
 from tensordict import TensorDictBase
+from torch import Tensor
 from torchrl.checkpoint import CheckpointRotation, GlobalRNGState
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
@@ -16,6 +17,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.record.loggers import Logger
 from torchrl.trainers import Trainer
 
+from alm_torchrl.baselines import BaselineLoss, BaselineOptimizationStepper
 from alm_torchrl.checkpoint import (
     CollectorState,
     VerifiedCheckpoint,
@@ -69,7 +71,7 @@ class ALMTrainer(Trainer):
 
 def make_trainer(
     env: EnvBase,
-    loss: ALMLoss,
+    loss: ALMLoss | BaselineLoss,
     *,
     total_steps: int,
     warmup_steps: int = 5000,
@@ -113,14 +115,18 @@ def make_trainer(
 
     Args:
         env (EnvBase): environment to train in, without batch dimensions; seeded here.
-        loss (ALMLoss): the loss, on the device to train on.
+        loss (ALMLoss or BaselineLoss): the loss, on the device to train on. It
+            decides the algorithm: see :mod:`alm_torchrl.baselines` for TD3, SAC and
+            REDQ.
 
     Keyword Args:
         total_steps (int): training steps (updates), warm-up excluded.
         warmup_steps (int): random steps before them, at least ``horizon`` and
             ``batch_size`` and at most ``capacity``. Default: ``5000``.
-        batch_size (int): slices, and transitions, per update. Default: ``512``.
-        horizon (int): length K of the slices. Default: ``3``.
+        batch_size (int): slices, and transitions, per update. REDQ draws a batch for
+            each of its updates. Default: ``512``.
+        horizon (int): length K of the slices. The baselines use transitions only.
+            Default: ``3``.
         capacity (int): transitions that the replay holds. Default: ``100_000``.
         memmap_dir (str or Path, optional): keep the replay in files there.
             Default: ``None``, in memory.
@@ -162,8 +168,9 @@ def make_trainer(
     Raises:
         ValueError: if a number is out of range, ``warmup_steps`` does not lie between
             ``batch_size`` and ``capacity``, ``eval_env`` is ``env``, or one of them
-            has batch dimensions or does not fit the networks; or if ``cudagraph`` or
-            ``"tf32"`` is asked for without CUDA.
+            has batch dimensions or does not fit the networks; if ``cudagraph`` or
+            ``"tf32"`` is asked for without CUDA; or if ``precision``, ``compile`` or
+            ``cudagraph`` is asked for with a baseline.
         TypeError: if an environment or the loss is of another type.
         KeyError: if the encoder reads what an environment does not give.
         NonFiniteError: while training, if an observation, reward, loss or gradient
@@ -192,13 +199,20 @@ def make_trainer(
     for name, number in positive.items():
         check_integer(name, number)
     check_integer("seed", seed, 0, 2**31 - 1)
-    check_type("loss", loss, ALMLoss)
+    if isinstance(loss, BaselineLoss):
+        horizon = 1
+    else:
+        check_type("loss", loss, ALMLoss)
     check_steps(
         warmup_steps=warmup_steps,
         capacity=capacity,
         batch_size=batch_size,
         horizon=horizon,
     )
+    if isinstance(loss, BaselineLoss):
+        _check_modes(
+            loss.agent, precision=precision, compile=compile, cudagraph=cudagraph
+        )
     if eval_env is env:
         raise ValueError("eval_env must be another environment than env, got the same.")
     for name, environment in (("env", env), ("eval_env", eval_env)):
@@ -224,17 +238,21 @@ def make_trainer(
         policy_device=None if device.type == "cpu" else device,
         auto_register_policy_transforms=False,
     )
+    optimization: dict[str, float] = {"lr": lr, "clip_norm": clip_norm, "tau": tau}
+    stepper: ALMOptimizationStepper | BaselineOptimizationStepper
+    if isinstance(loss, BaselineLoss):
+        batch_size *= loss.updates_per_step
+        stepper = BaselineOptimizationStepper(loss, **optimization)
+    else:
+        stepper = ALMOptimizationStepper(
+            loss,
+            **optimization,
+            precision=precision,
+            compile=compile,
+            cudagraph=cudagraph,
+        )
     buffer = make_replay_buffer(
         capacity, batch_size=batch_size, horizon=horizon, memmap_dir=memmap_dir
-    )
-    stepper = ALMOptimizationStepper(
-        loss,
-        lr=lr,
-        clip_norm=clip_norm,
-        tau=tau,
-        precision=precision,
-        compile=compile,
-        cudagraph=cudagraph,
     )
 
     def metadata(*_: Any) -> dict[str, Any]:
@@ -328,15 +346,37 @@ def make_trainer(
     return trainer
 
 
-def _check_fit(name: str, env: EnvBase, loss: ALMLoss) -> None:
+def _check_modes(
+    agent: str, *, precision: str, compile: bool, cudagraph: bool | None
+) -> None:
+    """Refuses the modes of an update that only ALM has."""
+    for name, value, allowed in (
+        ("precision", precision, ("fp32",)),
+        ("compile", compile, (False,)),
+        ("cudagraph", cudagraph, (None, False)),
+    ):
+        if value not in allowed:
+            raise ValueError(
+                f"{name}: expected {allowed[-1]!r} with {agent}, whose updates run "
+                f"eagerly in full precision, got {value!r}."
+            )
+
+
+def _check_fit(name: str, env: EnvBase, loss: ALMLoss | BaselineLoss) -> None:
     """Lets the networks act once, as they will only after the warm-up."""
     device = next(loss.parameters()).device
     observation = env.observation_spec.zero().to(device)
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
-        loss.encode(observation, "live")  # has the better errors
-        action = loss.acting_policy()(observation)[loss.tensor_keys.action]
+        action = _act(loss, observation)
     if action.shape != env.action_spec.shape:
         raise ValueError(
             f"loss: expected actions of shape {list(env.action_spec.shape)}, those of "
             f"{name}, got {list(action.shape)}."
         )
+
+
+def _act(loss: ALMLoss | BaselineLoss, observation: TensorDictBase) -> Tensor:
+    if isinstance(loss, BaselineLoss):
+        return loss.act(observation)
+    loss.encode(observation, "live")  # has the better errors
+    return loss.acting_policy()(observation)[loss.tensor_keys.action]

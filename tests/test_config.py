@@ -189,6 +189,7 @@ def test_only_settings_that_leave_the_training_alone_may_change(tmp_path):
         "horizon": (3, 2),
     }
     older = {k: v for k, v in config.to_dict().items() if k != "lr"}
+    # As if it had been left at its default, which is not that of the preset.
     assert harmful_differences(older, config) == {"lr": (1e-4, config.lr)}
 
 

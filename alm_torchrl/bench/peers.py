@@ -11,22 +11,10 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.data.replay_buffers.samplers import RandomSampler
-from torchrl.modules import (
-    MLP,
-    NormalParamExtractor,
-    ProbabilisticActor,
-    TanhNormal,
-    ValueOperator,
-)
-from torchrl.objectives import (
-    LossModule,
-    REDQLoss,
-    SACLoss,
-    SoftUpdate,
-    TD3Loss,
-    ValueEstimators,
-)
+from torchrl.modules import MLP, ValueOperator
+from torchrl.objectives import LossModule, SoftUpdate, TD3Loss, ValueEstimators
 
+from alm_torchrl.baselines import make_redq_loss, make_sac_loss
 from alm_torchrl.bench.measures import measured
 from alm_torchrl.bench.sizes import Sizes
 from alm_torchrl.bench.timing import Contender
@@ -36,8 +24,6 @@ __all__ = ["OWN_BATCH_SIZES", "peer_updates"]
 OWN_BATCH_SIZES = {"SAC": 256, "TD3": 100, "REDQ": 256}
 """Batch sizes in the papers: arXiv 1801.01290, 1802.09477 and 2101.05982."""
 
-REDQ_UPDATES = 20
-REDQ_CRITICS = 10
 TD3_DELAY = 2
 
 Draw = Callable[[], TensorDictBase]
@@ -91,45 +77,22 @@ def _critic(sizes: Sizes) -> ValueOperator:
     return ValueOperator(net, in_keys=["observation", "action"])
 
 
-def _bounds(sizes: Sizes) -> tuple[Tensor, Tensor]:
-    return torch.tensor(sizes.action_low), torch.tensor(sizes.action_high)
-
-
-def _tanh_actor(sizes: Sizes) -> ProbabilisticActor:
-    net = nn.Sequential(
-        _mlp(sizes, sizes.observation_dim, 2 * sizes.action_dim), NormalParamExtractor()
-    )
-    low, high = _bounds(sizes)
-    return ProbabilisticActor(
-        TensorDictModule(net, in_keys=["observation"], out_keys=["loc", "scale"]),
-        in_keys=["loc", "scale"],
-        distribution_class=TanhNormal,
-        distribution_kwargs={"low": low, "high": high},
-        return_log_prob=True,
-    )
+def _networks(sizes: Sizes) -> dict[str, Any]:
+    return {
+        "observation_dim": sizes.observation_dim,
+        "action_low": sizes.action_low,
+        "action_high": sizes.action_high,
+        "hidden_dim": sizes.hidden_dim,
+    }
 
 
 def _sac(sizes: Sizes, draw: Draw, device: str) -> Callable[[], None]:
-    loss = SACLoss(
-        _tanh_actor(sizes), _critic(sizes), target_entropy=-float(sizes.action_dim)
-    )
-    return _summed(loss, draw, device, updates=1)
+    return _summed(make_sac_loss(**_networks(sizes)), draw, device, updates=1)
 
 
 def _redq(sizes: Sizes, draw: Draw, device: str) -> Callable[[], None]:
-    loss = REDQLoss(
-        _tanh_actor(sizes),
-        _critic(sizes),
-        num_qvalue_nets=REDQ_CRITICS,
-        target_entropy=-float(sizes.action_dim),
-    )
-    return _summed(loss, draw, device, updates=REDQ_UPDATES)
-
-
-def _prepared(loss: LossModule, device: str) -> SoftUpdate:
-    loss.make_value_estimator(ValueEstimators.TD0, gamma=0.99)
-    loss.to(device)
-    return SoftUpdate(loss, tau=0.005)
+    loss = make_redq_loss(**_networks(sizes))
+    return _summed(loss, draw, device, updates=loss.updates_per_step)
 
 
 def _adam(parameters: Any) -> torch.optim.Adam:  # noqa: ANN401
@@ -140,7 +103,7 @@ def _summed(
     loss: LossModule, draw: Draw, device: str, *, updates: int
 ) -> Callable[[], None]:
     """Updates of a loss whose terms train parameters of their own: one backward."""
-    targets = _prepared(loss, device)
+    targets = SoftUpdate(loss.to(device), tau=0.005)
     optimizer = _adam(loss.parameters())
 
     def call() -> None:
@@ -158,9 +121,10 @@ def _summed(
 def _td3(sizes: Sizes, draw: Draw, device: str) -> Callable[[], None]:
     net = nn.Sequential(_mlp(sizes, sizes.observation_dim, sizes.action_dim), nn.Tanh())
     actor = TensorDictModule(net, in_keys=["observation"], out_keys=["action"])
-    low, high = (bound.to(device) for bound in _bounds(sizes))
-    loss = TD3Loss(actor, _critic(sizes), bounds=(low, high), num_qvalue_nets=2)
-    targets = _prepared(loss, device)
+    bounds = (torch.tensor(sizes.action_low), torch.tensor(sizes.action_high))
+    loss = TD3Loss(actor, _critic(sizes), bounds=bounds, num_qvalue_nets=2)
+    loss.make_value_estimator(ValueEstimators.TD0, gamma=0.99)
+    targets = SoftUpdate(loss.to(device), tau=0.005)
     critic_optimizer = _adam(loss.qvalue_network_params.parameters())
     actor_optimizer = _adam(loss.actor_network_params.parameters())
 

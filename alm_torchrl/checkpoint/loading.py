@@ -18,6 +18,12 @@ from torchrl.checkpoint import CheckpointError
 from torchrl.envs import EnvBase
 from torchrl.objectives import SoftUpdate
 
+from alm_torchrl.baselines import (
+    BaselineLoss,
+    make_redq_loss,
+    make_sac_loss,
+    make_td3_loss,
+)
 from alm_torchrl.checkpoint.verified import VerifiedCheckpoint, read_manifest
 from alm_torchrl.functional import floored_log, shifted_log
 from alm_torchrl.layers import NoiseSchedule
@@ -78,45 +84,69 @@ def describe_spaces(env: EnvBase) -> dict[str, Any]:
     }
 
 
-def build_loss(settings: Mapping[str, Any], spaces: Mapping[str, Any]) -> ALMLoss:
+def build_loss(
+    settings: Mapping[str, Any], spaces: Mapping[str, Any]
+) -> ALMLoss | BaselineLoss:
     """Networks and losses from the settings of a run.
 
     Args:
         settings: a mapping with the names of
-            :class:`alm_torchrl.config.TrainConfig`; those about networks, losses
-            and noise are read. One that the version of the run did not have yet takes
-            its default.
+            :class:`alm_torchrl.config.TrainConfig`; those about the agent, networks,
+            losses and noise are read. One that the version of the run did not have yet
+            takes its default.
         spaces: see :func:`describe_spaces`.
 
     Returns:
-        ALMLoss: freshly initialised.
+        ALMLoss or BaselineLoss: that of the agent, freshly initialised.
     """
+    sizes = {
+        "observation_dim": spaces["observation_dim"],
+        "action_low": torch.tensor(spaces["action_low"]),
+        "action_high": torch.tensor(spaces["action_high"]),
+    }
+    common = {name: settings[name] for name in ("hidden_dim", "gamma")}
+    schedule = NoiseSchedule(
+        settings["noise_initial"], settings["noise_final"], settings["noise_steps"]
+    )
     # A run of an earlier version lacks the settings that are looked up with get().
+    agent = settings.get("agent", "alm")
+    if agent == "sac":
+        return make_sac_loss(**sizes, **common)
+    if agent == "redq":
+        return make_redq_loss(**sizes, **common)
+    if agent == "td3":
+        return make_td3_loss(
+            **sizes,
+            **common,
+            noise_clip=settings["noise_clip"],
+            noise_schedule=schedule,
+        )
+    return make_alm_loss(
+        **sizes, **_alm_arguments(settings, spaces["observation_dim"], schedule)
+    )
+
+
+def _alm_arguments(
+    settings: Mapping[str, Any], observation_dim: int, schedule: NoiseSchedule
+) -> dict[str, Any]:
     arguments = {n: settings[n] for n in _LOSS_ARGUMENTS if n in settings}
     if settings.get("entropy"):
         arguments["alpha_init"] = ALPHA_INIT
     else:
-        arguments["noise_schedule"] = NoiseSchedule(
-            settings["noise_initial"], settings["noise_final"], settings["noise_steps"]
-        )
-    if settings.get("encoder", "gaussian") == "identity":
-        arguments["latent_dim"] = spaces["observation_dim"]
-        arguments["encoder"] = make_identity_encoder(spaces["observation_dim"])
-    if settings.get("model_objective", "bound") == "likelihood":
+        arguments["noise_schedule"] = schedule
+    if settings.get("encoder") == "identity":
+        arguments["latent_dim"] = observation_dim
+        arguments["encoder"] = make_identity_encoder(observation_dim)
+    if settings.get("model_objective") == "likelihood":
         arguments.update(reward_coef=0.0, value_coef=0.0, reconstruction_coef=1.0)
     arguments["value_prediction"] = settings.get("value_prediction", "none")
-    log_reward = settings.get("log_reward", "none")
+    log_reward = settings.get("log_reward")
     if log_reward in ("model", "bound"):
         arguments["log_terms"] = log_reward
     elif log_reward in _REWARD_TRANSFORMS:
         arguments["reward_transform"] = _REWARD_TRANSFORMS[log_reward]
-    return make_alm_loss(
-        observation_dim=spaces["observation_dim"],
-        action_low=torch.tensor(spaces["action_low"]),
-        action_high=torch.tensor(spaces["action_high"]),
-        linear_classifier=settings.get("classifier") == "linear",
-        **arguments,
-    )
+    arguments["linear_classifier"] = settings.get("classifier") == "linear"
+    return arguments
 
 
 def usable_checkpoints(
@@ -262,7 +292,8 @@ def load_policy(
 
     Keyword Args:
         deterministic: take the actor's mean, or else add the exploration noise of
-            the checkpoint. The latent state is sampled in both. Default: ``True``.
+            the checkpoint (SAC and REDQ: or draw from it). ALM samples the latent
+            state in both. Default: ``True``.
         device: where the networks go. Default: ``"cpu"``.
 
     Returns:

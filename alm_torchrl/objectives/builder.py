@@ -9,7 +9,7 @@ from torch import Tensor
 from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 
-from alm_torchrl.checks import check_type
+from alm_torchrl.checks import check_integer, check_type
 from alm_torchrl.layers import NoiseSchedule
 from alm_torchrl.modules import (
     HIDDEN_DIM,
@@ -82,19 +82,10 @@ def make_alm_loss(
         >>> loss.encoder.out_keys
         ['latent_loc', 'latent_scale', 'latent']
     """
-    given = [size is not None for size in (observation_dim, action_low, action_high)]
-    if any(given) if env is not None else not all(given):
-        raise ValueError(
-            "make_alm_loss needs either env or all of observation_dim, action_low and "
-            f"action_high, got env={env is not None}, observation_dim="
-            f"{observation_dim}, action_low={action_low}, action_high={action_high}."
-        )
-    if env is not None:
-        check_type("env", env, EnvBase, "make_env makes one from a Gymnasium task")
-        observation_dim, action_low, action_high = _sizes(env)
-    if observation_dim is None or action_low is None or action_high is None:
-        raise ValueError("observation_dim, action_low and action_high are required.")
-    action_dim = check_bounds(action_low, action_high)[0].shape[0]
+    observation_dim, action_low, action_high = network_sizes(
+        "make_alm_loss", env, observation_dim, action_low, action_high
+    )
+    action_dim = action_low.shape[0]
     stochastic = loss_kwargs.get("alpha_init") is not None
     if stochastic and noise_schedule is not None:
         raise ValueError(
@@ -124,6 +115,50 @@ def make_alm_loss(
         built["decoder"] = lambda: make_decoder(observation_dim, **width)
     parts = {name: build() for name, build in built.items() if name not in loss_kwargs}
     return ALMLoss(**parts, **loss_kwargs)
+
+
+def network_sizes(
+    caller: str,
+    env: EnvBase | None,
+    observation_dim: int | None,
+    action_low: Tensor | Sequence[float] | None,
+    action_high: Tensor | Sequence[float] | None,
+) -> tuple[int, Tensor, Tensor]:
+    """Sizes for networks, from an environment's specs or from arguments.
+
+    Args:
+        caller (str): the function whose arguments these are, for messages.
+        env (EnvBase, optional): environment with a flat ``"observation"`` and a
+            bounded action, or ``None`` where all others are given.
+        observation_dim (int, optional): size of the observation.
+        action_low (Tensor or sequence of float, optional): lower bounds, ``[A]``.
+        action_high (Tensor or sequence of float, optional): upper bounds, ``[A]``.
+
+    Returns:
+        tuple: size of the observation, and copies of the bounds.
+
+    Raises:
+        ValueError: if sizes are missing, given twice, or the specs do not fit.
+        TypeError: if ``env`` is no TorchRL environment.
+
+    Examples:
+        >>> network_sizes("make_alm_loss", None, 3, [-1.0], [1.0])
+        (3, tensor([-1.]), tensor([1.]))
+    """
+    given = [size is not None for size in (observation_dim, action_low, action_high)]
+    if any(given) if env is not None else not all(given):
+        raise ValueError(
+            f"{caller} needs either env or all of observation_dim, action_low and "
+            f"action_high, got env={env is not None}, observation_dim="
+            f"{observation_dim}, action_low={action_low}, action_high={action_high}."
+        )
+    if env is not None:
+        check_type("env", env, EnvBase, "make_env makes one from a Gymnasium task")
+        observation_dim, action_low, action_high = _sizes(env)
+    if observation_dim is None or action_low is None or action_high is None:
+        raise ValueError("observation_dim, action_low and action_high are required.")
+    observation_dim = check_integer("observation_dim", observation_dim)
+    return observation_dim, *check_bounds(action_low, action_high)
 
 
 def _sizes(env: EnvBase) -> tuple[int, Tensor, Tensor]:

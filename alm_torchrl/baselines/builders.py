@@ -1,0 +1,295 @@
+"""Builds the losses of the baselines with their networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+from tensordict.nn import (
+    InteractionType,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+)
+from torch import Tensor, nn
+from torchrl.envs import EnvBase
+from torchrl.modules import (
+    MLP,
+    NormalParamExtractor,
+    ProbabilisticActor,
+    TanhNormal,
+    ValueOperator,
+)
+from torchrl.objectives import ValueEstimators
+
+from alm_torchrl.baselines.losses import (
+    BaselineLoss,
+    ClampedMeanNormal,
+    REDQBaseline,
+    SACBaseline,
+    TD3Baseline,
+)
+from alm_torchrl.checks import check_integer, check_number, check_type
+from alm_torchrl.layers import (
+    ActorHead,
+    NoiseSchedule,
+    TensorModule,
+    elu_mlp,
+    value_mlp,
+)
+from alm_torchrl.modules import HIDDEN_DIM
+from alm_torchrl.objectives.builder import network_sizes
+
+__all__ = ["make_redq_loss", "make_sac_loss", "make_td3_loss"]
+
+STANDARD_HIDDEN_DIM = 256
+
+Loss = TypeVar("Loss", bound=BaselineLoss)
+
+
+def make_td3_loss(
+    env: EnvBase | None = None,
+    *,
+    observation_dim: int | None = None,
+    action_low: Tensor | Sequence[float] | None = None,
+    action_high: Tensor | Sequence[float] | None = None,
+    hidden_dim: int = HIDDEN_DIM,
+    gamma: float = 0.99,
+    noise_clip: float = 0.3,
+    noise_schedule: NoiseSchedule | None = None,
+    policy_delay: int = 2,
+) -> TD3Baseline:
+    """Builds TD3 with ALM's networks and exploration ("TD3 (ours)" of Fig. 5c).
+
+    Actor and critics are those of :func:`~alm_torchrl.make_actor` and
+    :func:`~alm_torchrl.make_qvalue`, but read the observation. Action noise and the
+    noise of the target follow one schedule; the latter is clipped. The rest is TD3's:
+    the actor maximises the first critic at its mean, without noise, and has a target
+    of its own.
+
+    Args:
+        env (EnvBase, optional): environment with a flat ``"observation"`` and a
+            bounded action. Default: ``None``.
+
+    Keyword Args:
+        observation_dim (int, optional): size of the observation, without ``env``.
+        action_low (Tensor or sequence of float, optional): lower bounds of the
+            action, ``[A]``, without ``env``.
+        action_high (Tensor or sequence of float, optional): upper bounds, likewise.
+        hidden_dim (int): width of both hidden layers. Default: ``512``.
+        gamma (float): discount per step, in [0, 1). Default: ``0.99``.
+        noise_clip (float): largest noise of the target's action. Default: ``0.3``.
+        noise_schedule (NoiseSchedule, optional): standard deviation of the noise.
+            Default: ``None``, 1.0 to 0.1 over 100,000 training steps.
+        policy_delay (int): environment steps for one update of actor and targets.
+            Default: ``2``.
+
+    Returns:
+        TD3Baseline: the loss, with targets equal to the online networks.
+
+    Raises:
+        ValueError: if sizes are missing, given twice, or the specs do not fit, or a
+            number is out of range.
+        TypeError: if ``env`` or ``noise_schedule`` is of another type.
+
+    Examples:
+        >>> loss = make_td3_loss(
+        ...     observation_dim=3, action_low=[-1.0], action_high=[1.0], hidden_dim=8
+        ... )
+        >>> loss.acting_policy().in_keys
+        ['observation']
+    """
+    observation_dim, low, high = network_sizes(
+        "make_td3_loss", env, observation_dim, action_low, action_high
+    )
+    hidden_dim = check_integer("hidden_dim", hidden_dim)
+    noise_clip = check_number("noise_clip", noise_clip)
+    schedule = NoiseSchedule() if noise_schedule is None else noise_schedule
+    check_type("noise_schedule", schedule, NoiseSchedule)
+    net = elu_mlp(
+        observation_dim, hidden_dim, low.shape[0], ActorHead(low, high, schedule)
+    )
+    parameters = {name: f"action_{name}" for name in ("loc", "scale", "low", "high")}
+    actor = ProbabilisticTensorDictSequential(
+        TensorModule(net, in_keys=["observation"], out_keys=list(parameters.values())),
+        ProbabilisticTensorDictModule(
+            in_keys=parameters,
+            out_keys=["action"],
+            distribution_class=ClampedMeanNormal,
+            default_interaction_type=InteractionType.RANDOM,
+        ),
+    )
+    critics = [
+        TensorModule(
+            value_mlp(observation_dim + low.shape[0], hidden_dim, 1),
+            in_keys=["observation", "action"],
+            out_keys=["state_action_value"],
+        )
+        for _ in range(2)
+    ]
+    loss = TD3Baseline(
+        actor,
+        critics,
+        bounds=(low, high),
+        num_qvalue_nets=len(critics),
+        noise_clip=noise_clip,
+        loss_function="l2",
+        policy_delay=policy_delay,
+    )
+    return _discounted(loss, gamma)
+
+
+def make_sac_loss(
+    env: EnvBase | None = None,
+    *,
+    observation_dim: int | None = None,
+    action_low: Tensor | Sequence[float] | None = None,
+    action_high: Tensor | Sequence[float] | None = None,
+    hidden_dim: int = STANDARD_HIDDEN_DIM,
+    gamma: float = 0.99,
+) -> SACBaseline:
+    """Builds SAC: a tanh-Gaussian actor, two critics, a tuned temperature.
+
+    Networks have two hidden ReLU layers. The target entropy is minus the number of
+    action dimensions, for actions rescaled to [-1, 1] whatever the bounds are.
+
+    Args:
+        env (EnvBase, optional): environment with a flat ``"observation"`` and a
+            bounded action. Default: ``None``.
+
+    Keyword Args:
+        observation_dim (int, optional): size of the observation, without ``env``.
+        action_low (Tensor or sequence of float, optional): lower bounds of the
+            action, ``[A]``, without ``env``.
+        action_high (Tensor or sequence of float, optional): upper bounds, likewise.
+        hidden_dim (int): width of both hidden layers. Default: ``256``.
+        gamma (float): discount per step, in [0, 1). Default: ``0.99``.
+
+    Returns:
+        SACBaseline: the loss, with targets equal to the online networks.
+
+    Raises:
+        ValueError: if sizes are missing, given twice, or the specs do not fit, or a
+            number is out of range.
+        TypeError: if ``env`` is no TorchRL environment.
+
+    Examples:
+        >>> loss = make_sac_loss(
+        ...     observation_dim=3, action_low=[-1.0], action_high=[1.0], hidden_dim=8
+        ... )
+        >>> loss.target_entropy
+        tensor(-1.)
+    """
+    observation_dim, low, high = network_sizes(
+        "make_sac_loss", env, observation_dim, action_low, action_high
+    )
+    loss = SACBaseline(
+        *_standard_networks(observation_dim, low, high, hidden_dim, critics=2),
+        num_qvalue_nets=2,
+        loss_function="l2",
+        target_entropy=_target_entropy(low, high),
+    )
+    return _discounted(loss, gamma)
+
+
+def make_redq_loss(
+    env: EnvBase | None = None,
+    *,
+    observation_dim: int | None = None,
+    action_low: Tensor | Sequence[float] | None = None,
+    action_high: Tensor | Sequence[float] | None = None,
+    hidden_dim: int = STANDARD_HIDDEN_DIM,
+    gamma: float = 0.99,
+    num_qvalue_nets: int = 10,
+    sub_sample_len: int = 2,
+    updates_per_step: int = 20,
+) -> REDQBaseline:
+    """Builds REDQ: SAC's networks with an ensemble of critics.
+
+    Args:
+        env (EnvBase, optional): environment with a flat ``"observation"`` and a
+            bounded action. Default: ``None``.
+
+    Keyword Args:
+        observation_dim (int, optional): size of the observation, without ``env``.
+        action_low (Tensor or sequence of float, optional): lower bounds of the
+            action, ``[A]``, without ``env``.
+        action_high (Tensor or sequence of float, optional): upper bounds, likewise.
+        hidden_dim (int): width of both hidden layers. Default: ``256``.
+        gamma (float): discount per step, in [0, 1). Default: ``0.99``.
+        num_qvalue_nets (int): critics, at least 2. Default: ``10``.
+        sub_sample_len (int): critics, drawn anew for each update, whose smallest
+            value is the target; less than all. Default: ``2``.
+        updates_per_step (int): updates of the critics for one environment step.
+            Default: ``20``.
+
+    Returns:
+        REDQBaseline: the loss, with targets equal to the online networks.
+
+    Raises:
+        ValueError: if sizes are missing, given twice, or the specs do not fit, or a
+            number is out of range.
+        TypeError: if ``env`` is no TorchRL environment.
+
+    Examples:
+        >>> loss = make_redq_loss(
+        ...     observation_dim=3, action_low=[-1.0], action_high=[1.0], hidden_dim=8
+        ... )
+        >>> loss.num_qvalue_nets, loss.sub_sample_len, loss.updates_per_step
+        (10, 2, 20)
+    """
+    observation_dim, low, high = network_sizes(
+        "make_redq_loss", env, observation_dim, action_low, action_high
+    )
+    critics = check_integer("num_qvalue_nets", num_qvalue_nets, 2)
+    loss = REDQBaseline(
+        *_standard_networks(observation_dim, low, high, hidden_dim, critics=critics),
+        num_qvalue_nets=critics,
+        sub_sample_len=check_integer("sub_sample_len", sub_sample_len, 1, critics - 1),
+        loss_function="l2",
+        # TorchRL would keep the temperature within [0.1, 10].
+        min_alpha=0.0,
+        max_alpha=math.inf,
+        target_entropy=_target_entropy(low, high),
+        updates_per_step=updates_per_step,
+    )
+    return _discounted(loss, gamma)
+
+
+def _standard_networks(
+    observation_dim: int, low: Tensor, high: Tensor, hidden_dim: int, *, critics: int
+) -> tuple[ProbabilisticActor, list[ValueOperator]]:
+    check_integer("hidden_dim", hidden_dim)
+    action_dim = low.shape[0]
+
+    def mlp(in_dim: int, out_dim: int) -> MLP:
+        cells = [hidden_dim, hidden_dim]
+        return MLP(in_dim, out_dim, num_cells=cells, activation_class=nn.ReLU)
+
+    net = nn.Sequential(mlp(observation_dim, 2 * action_dim), NormalParamExtractor())
+    actor = ProbabilisticActor(
+        TensorDictModule(net, in_keys=["observation"], out_keys=["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        distribution_class=TanhNormal,
+        distribution_kwargs={"low": low, "high": high},
+        default_interaction_type=InteractionType.RANDOM,
+    )
+    # One module for all would be drawn anew, with another initialisation.
+    return actor, [
+        ValueOperator(
+            mlp(observation_dim + action_dim, 1), in_keys=["observation", "action"]
+        )
+        for _ in range(critics)
+    ]
+
+
+def _target_entropy(low: Tensor, high: Tensor) -> float:
+    """Entropy of -A in units of the bounds."""
+    return -low.shape[0] + ((high - low) / 2).log().sum().item()
+
+
+def _discounted(loss: Loss, gamma: float) -> Loss:
+    gamma = check_number("gamma", gamma, 0, 1, open_high=True)
+    loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
+    return loss

@@ -1,0 +1,242 @@
+"""TorchRL's TD3, SAC and REDQ losses with what a trainer asks of a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from torch import Tensor
+from torchrl.objectives import LossModule, REDQLoss, SACLoss, TD3Loss
+from torchrl.objectives.utils import distance_loss
+
+from alm_torchrl.checks import check_integer
+from alm_torchrl.distributions import ClampedNormal
+from alm_torchrl.layers import NoiseSchedule
+from alm_torchrl.objectives.inputs import misfit
+
+__all__ = ["BaselineLoss", "REDQBaseline", "SACBaseline", "TD3Baseline"]
+
+Metadata = dict[str, Tensor]
+
+
+class BaselineLoss(LossModule):
+    """What the losses of the baselines have in common, besides a TorchRL loss.
+
+    Each has ``qvalue_loss`` and ``actor_loss``, which take transitions ``[B]`` and
+    return ``(value, metadata)``; those with a temperature have ``alpha_loss``, which
+    takes the actor's log probabilities ``[B]``. Each trains its own parameters:
+    ``qvalue_network_params``, ``actor_network_params``, ``log_alpha``.
+    """
+
+    agent: str
+    """Name of the algorithm."""
+    updates_per_step: int = 1
+    """Updates of the critics for one environment step, each on its own batch."""
+    policy_delay: int = 1
+    """Environment steps for one update of the actor and of the targets."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """All terms at once, as TorchRL's loss has them."""
+        # TorchRL's metaclass gives this class the abstract one, in front of the loss's.
+        return super().forward(*args, **kwargs)
+
+    def acting_policy(self) -> TensorDictSequential:
+        """The policy that acts; it shares the loss's actor, so it follows updates.
+
+        Returns:
+            TensorDictSequential: reads the observation, writes the action: the
+            distribution's mode under a deterministic exploration type.
+        """
+        key = self.tensor_keys.action
+        return TensorDictSequential(self.actor_network, selected_out_keys=[key])
+
+    def act(self, observations: TensorDictBase) -> Tensor:
+        """Acts as :meth:`acting_policy` does.
+
+        Args:
+            observations (TensorDictBase): ``[*]``.
+
+        Returns:
+            Tensor: actions ``[*, A]``.
+
+        Raises:
+            KeyError: if an observation that the actor reads is missing.
+            ValueError: if its size, type or device does not fit the actor.
+        """
+        policy = self.acting_policy()
+        try:
+            return policy(observations).get(self.tensor_keys.action)
+        except (KeyError, RuntimeError) as error:
+            raise misfit("actor", policy, observations, error) from error
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule | None:
+        """The schedule inside the actor, or ``None`` where the actor has none."""
+        for module in self.actor_network.modules():
+            if isinstance(module, NoiseSchedule):
+                return module
+        return None
+
+    def _set_in_keys(self) -> None:
+        """Lists what a transition must hold, always in the same order."""
+        keys = self.tensor_keys
+        observations = self.actor_network.in_keys
+        ends = (keys.reward, keys.done, keys.terminated)
+        following = [("next", key) for key in (*observations, *ends)]
+        self._in_keys = [*observations, keys.action, *following]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor]) -> BaselineLoss:
+        # Parameters are cast in place, but buffers (the noise schedule) replaced.
+        super()._apply(fn)
+        self.actor_network_params.to_module(self.actor_network)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Copying and unpickling separate the actor from the parameters.
+        super().__setstate__(state)
+        self.actor_network_params.to_module(self.actor_network)
+
+    def __repr__(self) -> str:
+        lines = []
+        for part in ("actor", "qvalue"):
+            params = getattr(self, f"{part}_network_params").parameters()
+            count = sum(parameter.numel() for parameter in params)
+            lines.append(f"    {part:<10} {count:>11,} parameters")
+        settings = (
+            f"    gamma={self.value_estimator.gamma.item():g}, "
+            f"num_qvalue_nets={self.num_qvalue_nets}, "
+            f"updates_per_step={self.updates_per_step}, "
+            f"policy_delay={self.policy_delay}"
+        )
+        return "\n".join([f"{type(self).__name__}(", *lines, settings, ")"])
+
+
+class ClampedMeanNormal(ClampedNormal):
+    """A :class:`~alm_torchrl.ClampedNormal` whose deterministic sample is clamped too.
+
+    Examples:
+        >>> ClampedMeanNormal(torch.tensor([5.0]), torch.ones(1)).deterministic_sample
+        tensor([1.0000])
+    """
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        """The mean within the bounds, with the gradient of the mean."""
+        return self.rsample(noise_clip=0.0)
+
+
+class TD3Baseline(BaselineLoss, TD3Loss):
+    """TD3 (https://arxiv.org/abs/1802.09477) whose target noise follows a schedule.
+
+    Made by :func:`make_td3_loss`. The noise that smooths the target is that of the
+    noise schedule, clipped.
+
+    Args:
+        *args: as in :class:`torchrl.objectives.TD3Loss`.
+
+    Keyword Args:
+        policy_delay (int): environment steps for one update of actor and targets.
+            Default: ``2``.
+        **kwargs: as in :class:`torchrl.objectives.TD3Loss`.
+    """
+
+    agent = "td3"
+
+    def __init__(self, *args: Any, policy_delay: int = 2, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.policy_delay = check_integer("policy_delay", policy_delay)
+
+    def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
+        """Squared TD errors of both critics against their smaller target."""
+        schedule = self.noise_schedule
+        if schedule is not None:
+            # Detached: what `nn.Module` would not register as a buffer of its own.
+            self.policy_noise = schedule.std.detach()
+        return self.value_loss(tensordict)
+
+
+class SACBaseline(BaselineLoss, SACLoss):
+    """SAC with a tuned temperature (https://arxiv.org/abs/1812.05905).
+
+    Made by :func:`make_sac_loss`; arguments as in :class:`torchrl.objectives.SACLoss`.
+    """
+
+    agent = "sac"
+
+    def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
+        """Squared soft TD errors of both critics against their smaller target."""
+        return self.qvalue_v2_loss(tensordict)
+
+
+class REDQBaseline(BaselineLoss, REDQLoss):
+    """REDQ (https://arxiv.org/abs/2101.05982) with terms that can be called alone.
+
+    Made by :func:`make_redq_loss`. TorchRL's loss computes critics, actor and
+    temperature in one; most updates of REDQ are of the critics only.
+
+    Args:
+        *args: as in :class:`torchrl.objectives.REDQLoss`.
+
+    Keyword Args:
+        updates_per_step (int): updates of the critics for one environment step.
+            Default: ``20``.
+        **kwargs: as in :class:`torchrl.objectives.REDQLoss`.
+    """
+
+    agent = "redq"
+
+    def __init__(self, *args: Any, updates_per_step: int = 20, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.updates_per_step = check_integer("updates_per_step", updates_per_step)
+        # Becomes a buffer, and so part of the state, when it is read first.
+        _ = self.target_entropy
+
+    def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
+        """Squared soft TD errors of all critics, summed over the critics.
+
+        Their common target is the smallest of a random subset of the target critics.
+        """
+        transitions = tensordict.select(*self.in_keys).copy()
+        with torch.no_grad():
+            following, log_prob = self._draw(transitions.get("next"))
+            subset = torch.randperm(self.num_qvalue_nets)[: self.sub_sample_len]
+            values = self._values(following, self.target_qvalue_network_params[subset])
+            soft = values.min(0)[0] - self.alpha * log_prob
+            key = ("next", self.tensor_keys.value)
+            transitions.set(key, soft.unsqueeze(-1))
+            target = self.value_estimator.value_estimate(transitions).squeeze(-1)
+        predicted = self._values(transitions, self.qvalue_network_params)
+        target = target.expand_as(predicted)
+        loss = distance_loss(predicted, target, self.loss_function).sum(0)
+        metadata = {"pred_value": predicted.detach(), "target_value": target}
+        return self._reduce_loss(loss, tensordict=tensordict), metadata
+
+    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
+        """``alpha log pi - mean_i Q_i``, the mean over all critics."""
+        acted, log_prob = self._draw(tensordict)
+        values = self._values(acted, self._cached_detach_qvalue_network_params)
+        loss = self.alpha * log_prob - values.mean(0)
+        loss = self._reduce_loss(loss, tensordict=tensordict)
+        return loss, {"log_prob": log_prob.detach()}
+
+    def alpha_loss(self, log_prob: Tensor) -> Tensor:
+        """``- log alpha (log pi + target entropy)``, shape of ``log_prob``."""
+        return -self.log_alpha * (log_prob + self.target_entropy)
+
+    def _draw(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
+        """Observations with an action drawn for each, and its log probability."""
+        acted = tensordict.select(*self.actor_network.in_keys)
+        action, log_prob = self.actor_network.get_dist(acted).rsample_and_log_prob()
+        return acted.set(self.tensor_keys.action, action), log_prob
+
+    def _values(
+        self, tensordict: TensorDictBase, params: TensorDictModuleBase
+    ) -> Tensor:
+        """Values ``[N, B]`` of the critics whose parameters are stacked."""
+        inputs = tensordict.select(*self.qvalue_network.in_keys)
+        inputs = inputs.expand(params.shape[0], *inputs.batch_size)
+        outputs = self._vmap_qvalue_network00(inputs, params)
+        return outputs.get(self.tensor_keys.state_action_value).squeeze(-1)
