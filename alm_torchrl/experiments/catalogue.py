@@ -12,7 +12,16 @@ from typing import Any, Literal
 
 from alm_torchrl.config import TrainConfig, preset_config
 
-__all__ = ["EXPERIMENTS", "SCALES", "Experiment", "Planned", "Scale", "Variant", "plan"]
+__all__ = [
+    "EXPERIMENTS",
+    "SCALES",
+    "Experiment",
+    "Planned",
+    "Scale",
+    "ScaleName",
+    "Variant",
+    "plan",
+]
 
 Kind = Literal["curves", "bias", "rollout"]
 ScaleName = Literal["smoke", "small", "paper"]
@@ -96,7 +105,7 @@ _LISTED = (
     Experiment(
         "fig3",
         "Fig. 3, 9",
-        "return against steps and wall clock, next to REDQ, SAC and TD3 (MBPO: not here)",
+        "return against steps and time, next to REDQ, SAC and TD3 (MBPO: not here)",
         "near REDQ per step in a sixth of its time; SAC's return in half the time",
         (ALM, REDQ, SAC, TD3),
         tasks=(*TRUNCATED, "Ant-v5", "Humanoid-v5"),
@@ -138,7 +147,7 @@ _LISTED = (
             ALM,
             Variant(
                 "alm-td3-actor",
-                "ALM(3), TD3's actor loss",
+                "ALM(3), TD3 actor",
                 {"actor_objective": "qvalue", "classifier_coef": 0.0},
             ),
             TD3,
@@ -164,12 +173,12 @@ _LISTED = (
         "fig12",
         "Fig. 6, 12",
         "log-transformed rewards (A.8)",
-        "plain log much worse; for encoder and model only: no effect; a = 10000: no harm",
+        "plain log much worse; encoder and model only: no effect; a = 10000: no harm",
         (
             ALM,
             Variant("alm-log", "log R", {"log_reward": "plain"}),
             Variant(
-                "alm-log-model", "log r, encoder and model", {"log_reward": "model"}
+                "alm-log-model", "log r in the model", {"log_reward": "model"}
             ),
             Variant("alm-log-shifted", "a log(1 + R/a)", {"log_reward": "shifted"}),
         ),
@@ -237,7 +246,7 @@ _LISTED = (
             ALM,
             Variant(
                 "alm-value-model",
-                "encoder and model predict Q",
+                "both predict Q",
                 {"value_prediction": "model"},
             ),
         ),
@@ -260,6 +269,10 @@ class Scale:
     """Fields of :class:`~alm_torchrl.config.TrainConfig` for all runs."""
     tasks: Mapping[str, Mapping[str, Any]] | None = None
     """Tasks, each with settings of its own; None: those of the experiment."""
+    pairs: int = 1000
+    """State-action pairs on which a bias is measured."""
+    rollout: int = 50
+    """Steps that the latent model predicts."""
 
 
 _TINY = {
@@ -282,7 +295,9 @@ SCALES: dict[ScaleName, Scale] = {
         "smoke test: the numbers mean nothing",
         seeds=2,
         settings=_TINY,
-        tasks={"InvertedPendulum-v5": {}},
+        tasks={"InvertedPendulum-v5": {"action_bounds": "rescale"}},
+        pairs=20,
+        rollout=3,
     ),
     "small": Scale(
         "reduced: small networks, few steps, other settings than the paper's",
