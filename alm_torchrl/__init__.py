@@ -18,10 +18,13 @@ from alm_torchrl.layers import AlwaysSample, NoiseSchedule, OrthogonalLinear
 from alm_torchrl.modules import (
     make_actor,
     make_classifier,
+    make_decoder,
     make_encoder,
+    make_identity_encoder,
     make_model,
     make_qvalue,
     make_reward,
+    make_stochastic_actor,
 )
 from alm_torchrl.objectives import ALMLoss, make_alm_loss
 from alm_torchrl.replay import UniformWindowSampler, make_replay_buffer
@@ -56,12 +59,15 @@ __all__ = [
     "make_actor",
     "make_alm_loss",
     "make_classifier",
+    "make_decoder",
     "make_encoder",
     "make_env",
+    "make_identity_encoder",
     "make_model",
     "make_qvalue",
     "make_replay_buffer",
     "make_reward",
+    "make_stochastic_actor",
     "make_trainer",
     "random_policy",
     "zero_policy",

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from alm_torchrl.bench.suite import BenchOptions
 from alm_torchrl.config import PRESETS, Preset, TrainConfig, UserError
+from alm_torchrl.diagnose.suite import DiagnoseOptions
 
 try:
     import tyro
@@ -147,6 +148,20 @@ class Bench(BenchOptions):
         return commands.bench(self)
 
 
+@dataclass(frozen=True)
+class Diagnose(DiagnoseOptions):
+    """Look into a trained agent: bias of its bound, latent model, latents, losses."""
+
+    checkpoint: CheckpointArgument
+    """A run folder (its newest checkpoint) or one of its checkpoints."""
+
+    def run(self) -> int:
+        """Diagnose."""
+        from alm_torchrl import commands
+
+        return commands.diagnose(self)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -166,7 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _commands(_train_defaults(arguments)),
             args=arguments,
             prog="alm-torchrl",
-            description="Aligned Latent Models: train, evaluate, plot, film, time.",
+            description="Aligned Latent Models: train, evaluate, diagnose, plot, film, "
+            "time.",
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         )
         return int(command.run())
@@ -225,6 +241,7 @@ def _commands(train: Train) -> Any:  # noqa: ANN401
     return (
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
         | Annotated[Plot, tyro.conf.subcommand("plot")]
         | Annotated[Render, tyro.conf.subcommand("render")]
         | Annotated[Tasks, tyro.conf.subcommand("tasks")]

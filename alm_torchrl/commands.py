@@ -13,6 +13,7 @@ from torchrl.envs import TransformedEnv
 
 from alm_torchrl.bench.suite import BenchOptions, run_bench
 from alm_torchrl.checkpoint import checkpoint_metadata, find_checkpoint, load_policy
+from alm_torchrl.diagnose.suite import DiagnoseOptions, run_diagnose
 from alm_torchrl.envs import TASKS, make_env
 from alm_torchrl.evaluation import evaluate_policy
 from alm_torchrl.plotting import plot_runs
@@ -20,7 +21,7 @@ from alm_torchrl.rendering import check_film_name, film_policy, render_headless
 from alm_torchrl.runs import read_run
 from alm_torchrl.training import find_device, mistakes, train
 
-__all__ = ["bench", "evaluate", "plot", "render", "tasks", "train"]
+__all__ = ["bench", "diagnose", "evaluate", "plot", "render", "tasks", "train"]
 
 
 def bench(options: BenchOptions) -> int:
@@ -40,6 +41,17 @@ def bench(options: BenchOptions) -> int:
     return 0
 
 
+def diagnose(options: DiagnoseOptions) -> int:
+    """Look into a trained agent: print the tables, and write them and pictures.
+
+    Raises:
+        UserError: if there is no checkpoint, or it is not one of ALM.
+    """
+    with mistakes():
+        run_diagnose(options, _env, lambda text: print(text, flush=True))
+    return 0
+
+
 def evaluate(checkpoint: Path, episodes: int, seed: int) -> int:
     """Print the scores of a trained agent.
 
@@ -55,6 +67,8 @@ def evaluate(checkpoint: Path, episodes: int, seed: int) -> int:
     returns = scores["return"].double()
     std = f"{returns.std().item():.1f}" if episodes > 1 else "-"
     print(f"task        {settings['task']}")
+    if settings.get("dynamics_noise"):
+        print(f"dynamics    noise {settings['dynamics_noise']:g}")
     print(f"checkpoint  {file}")
     print(f"episodes    {episodes}, without action noise, seed {seed}")
     print(f"return      mean {returns.mean():.1f}, standard deviation {std},")
@@ -119,5 +133,6 @@ def _env(settings: Mapping[str, Any], render_mode: str | None = None) -> Transfo
     return make_env(
         settings["task"],
         action_bounds=settings["action_bounds"],
+        dynamics_noise=settings.get("dynamics_noise", 0.0),
         render_mode=render_mode,
     )

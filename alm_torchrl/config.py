@@ -67,6 +67,8 @@ class TrainConfig:
     # Environment and replay
     action_bounds: Literal["clamp", "rescale"] = "clamp"
     """Bounds other than +-1: clamp actions to them, or rescale [-1, 1] to them."""
+    dynamics_noise: float = 0.0
+    """Noise on the joint velocities before each step of a MuJoCo task (Fig. 17)."""
     total_steps: int = 300_000
     """Training steps (updates), one per environment step after the warm-up."""
     warmup_steps: int = 5000
@@ -85,6 +87,11 @@ class TrainConfig:
     """Units per hidden layer of all networks but the latent model."""
     model_hidden_dim: int = 1024
     """Units per hidden layer of the latent model."""
+    classifier: Literal["mlp", "linear"] = "mlp"
+    """Hidden layers in the classifier, or none."""
+
+    encoder: Literal["gaussian", "identity"] = "gaussian"
+    """Learned encoder, or the observation as latent (Fig. 13; no latent_dim then)."""
 
     # Losses
     gamma: float = 0.99
@@ -97,10 +104,21 @@ class TrainConfig:
     """Weight of the KL term in the encoder and model objective."""
     value_coef: float = 1.0
     """Weight of the final value in the encoder and model objective."""
+    actor_objective: Literal["bound", "qvalue"] = "bound"
+    """What the policy maximises; qvalue (TD3's) never reads the classifier."""
     discount_model_loss: bool = False
     """Discount the encoder and model objective, as in the paper's Eq. 7."""
+    model_objective: Literal["bound", "likelihood"] = "bound"
+    """Encoder and model: the bound, or KL and reconstruction alone (Fig. 15)."""
+    value_prediction: Literal["none", "encoder", "model"] = "none"
+    """Encoder, or encoder and model, also predict the value (Fig. 18, 19)."""
+    log_reward: Literal["none", "model", "plain", "shifted", "bound"] = "none"
+    """Log of the predicted reward for encoder and model, of all rewards, of those plus
+    10000 (Fig. 12), or of reward and value in both objectives (Theorem 3.1)."""
 
     # Exploration
+    entropy: bool = False
+    """Learn the noise, with SAC's entropy bonus (ALM-ENT), instead of all below."""
     noise_initial: float = 1.0
     """Standard deviation of the action noise at the first training step."""
     noise_final: float = 0.1
@@ -278,6 +296,7 @@ def preset_config(preset: Preset, **changes: Any) -> TrainConfig:
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "seed": (0, 2**31 - 1, False),
     "threads": (1, math.inf, False),
+    "dynamics_noise": (0, math.inf, False),
     "total_steps": (1, math.inf, False),
     "warmup_steps": (1, math.inf, False),
     "capacity": (1, math.inf, False),

@@ -103,12 +103,48 @@ class ClampedNormal(Normal):
         Returns:
             Tensor: sample, ``[*sample_shape, *loc.shape]``.
         """
+        return self._clamped(self._drawn(sample_shape, noise_clip))
+
+    def rsample_and_log_prob(
+        self,
+        sample_shape: torch.Size | list[int] | tuple[int, ...] = (),
+        noise_clip: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draws a clamped sample, and scores what it was before the clamp.
+
+        The density is the Gaussian's, as if the clamp belonged to the environment;
+        clipped noise (``noise_clip``) does not have it. Scoring the clamped sample
+        instead would understate the entropy where the bounds are met.
+
+        Args:
+            sample_shape (torch.Size): leading shape of the sample. Default: ``()``.
+            noise_clip (float, optional): as of :meth:`rsample`. Default: ``None``.
+
+        Returns:
+            tuple of Tensor: sample and log density of each of its numbers, both
+            ``[*sample_shape, *loc.shape]``.
+
+        Examples:
+            >>> dist = ClampedNormal(torch.tensor([5.0]), torch.ones(1))
+            >>> dist.rsample_and_log_prob(noise_clip=0.0)
+            (tensor([1.0000]), tensor([-0.9189]))
+        """
+        drawn = self._drawn(sample_shape, noise_clip)
+        return self._clamped(drawn), self.log_prob(drawn)
+
+    def _drawn(
+        self,
+        sample_shape: torch.Size | list[int] | tuple[int, ...],
+        noise_clip: float | None,
+    ) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
         eps = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         noise = self.scale * eps
         if noise_clip is not None:
             noise = noise.clamp(-noise_clip, noise_clip)
-        sample = self.loc + noise
+        return self.loc + noise
+
+    def _clamped(self, sample: Tensor) -> Tensor:
         clamped = sample.detach().clamp(self.low + _MARGIN, self.high - _MARGIN)
         return clamped + (sample - sample.detach())
 

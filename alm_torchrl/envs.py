@@ -20,7 +20,13 @@ from gymnasium.utils import RecordConstructorArgs
 from gymnasium.wrappers import RescaleAction, TransformAction, TransformObservation
 from torchrl.envs import GymWrapper, TransformedEnv
 
-from alm_torchrl.checks import check_choice, check_device, check_integer
+from alm_torchrl.checks import (
+    check_choice,
+    check_device,
+    check_integer,
+    check_number,
+)
+from alm_torchrl.dynamics_noise import DynamicsNoise
 
 __all__ = ["TASKS", "Task", "TerminalSurvivalReward", "make_env"]
 
@@ -136,6 +142,7 @@ def make_env(
     task: str,
     *,
     action_bounds: Literal["clamp", "rescale"] = "clamp",
+    dynamics_noise: float = 0.0,
     device: torch.device | str | None = None,
     seed: int | None = None,
     **gym_kwargs: Any,
@@ -155,6 +162,10 @@ def make_env(
             paper's) leaves the task's bounds in the action spec, for the actor to
             clamp to. ``"rescale"`` shows bounds of -1 and 1 and maps them linearly
             onto the task's own.
+        dynamics_noise: Standard deviation of the noise that disturbs the joint
+            velocities of a MuJoCo task before each step, in radians or metres per
+            second (:class:`~alm_torchrl.dynamics_noise.DynamicsNoise`). Default:
+            ``0.0``, the task as it is.
         device: Where the tensors lie; the simulation runs on the CPU. ``None``
             (default) also means the CPU; a step then takes a third less time than
             with ``"cpu"``, where TorchRL checks the device of every tensor.
@@ -173,7 +184,8 @@ def make_env(
         ValueError: If ``task`` is unknown, its observations are not flat vectors of
             floats, its actions are not continuous vectors with finite bounds, or
             ``action_bounds`` is neither of the two, the device is not there, ``seed``
-            is out of range, or the task does not know an argument in ``gym_kwargs``.
+            or ``dynamics_noise`` is out of range, the noise is for a task without
+            MuJoCo, or the task does not know an argument in ``gym_kwargs``.
         ImportError: If ``task`` is registered but cannot be built here, as the
             MuJoCo tasks of version 2 and 3.
 
@@ -193,8 +205,11 @@ def make_env(
         device = check_device("device", device)
     if seed is not None:
         seed = check_integer("seed", seed, 0, _MAX_SEED)
+    dynamics_noise = check_number("dynamics_noise", dynamics_noise)
     gym_env = _make_gym_env(task, gym_kwargs)
     try:
+        if dynamics_noise:
+            gym_env = DynamicsNoise(gym_env, dynamics_noise)
         gym_env = _float32_observations(task, gym_env)
         gym_env = _float32_actions(task, gym_env)
     except ValueError:

@@ -71,7 +71,7 @@ def evaluate_policy(
         >>> bool((scores["return"] < 0).all())
         True
     """
-    check_type("env", env, EnvBase, "make_env makes one from a Gymnasium task")
+    check_env(env)
     if not callable(policy):
         raise TypeError(
             "policy: expected a callable that reads and writes tensordicts, got "
@@ -79,13 +79,6 @@ def evaluate_policy(
         )
     check_integer("episodes", episodes)
     check_integer("seed", seed, 0, 2**32 - 1)
-    if env.batch_size:
-        raise ValueError(
-            f"env must have no batch dimensions, got batch size {env.batch_size}"
-        )
-    rewards = {key: env.full_reward_spec[key].shape for key in env.reward_keys}
-    if [shape.numel() for shape in rewards.values()] != [1]:
-        raise ValueError(f"env must have one reward of one number, got {rewards}")
     given = list(env.observation_spec.keys(True, True))
     read = list(getattr(policy, "in_keys", []))
     if any(key not in given for key in read):
@@ -93,12 +86,7 @@ def evaluate_policy(
             f"policy: expected in_keys among {given}, which env gives, got {read}"
         )
     policy_on_env = _moved_to_policy(policy, env)
-    with (
-        _random_stream(seed),
-        _evaluation_mode(policy),
-        set_exploration_type(exploration_type),
-        torch.no_grad(),
-    ):
+    with undisturbed(policy, seed=seed, exploration_type=exploration_type):
         env.set_seed(seed)
         scores = [_run_episode(env, policy_on_env) for _ in range(episodes)]
     returns, lengths = zip(*scores, strict=True)
@@ -109,6 +97,61 @@ def evaluate_policy(
         },
         batch_size=[episodes],
     )
+
+
+def check_env(env: EnvBase) -> None:
+    """Checks that whole episodes of an environment can be run one by one.
+
+    Args:
+        env: The environment.
+
+    Raises:
+        TypeError: If it is no TorchRL environment.
+        ValueError: If it has batch dimensions, or its reward is not one number.
+    """
+    check_type("env", env, EnvBase, "make_env makes one from a Gymnasium task")
+    if env.batch_size:
+        raise ValueError(
+            f"env must have no batch dimensions, got batch size {env.batch_size}"
+        )
+    rewards = {key: env.full_reward_spec[key].shape for key in env.reward_keys}
+    if [shape.numel() for shape in rewards.values()] != [1]:
+        raise ValueError(f"env must have one reward of one number, got {rewards}")
+
+
+@contextmanager
+def undisturbed(
+    *modules: object,
+    seed: int,
+    exploration_type: ExplorationType = ExplorationType.DETERMINISTIC,
+) -> Iterator[None]:
+    """Runs what must leave no trace in a training run, and depend on nothing else.
+
+    Inside, PyTorch's, NumPy's and Python's global generators are seeded, the modules
+    are in their evaluation mode and nothing is recorded for gradients. All of it is
+    put back at the end, also after an error.
+
+    Args:
+        *modules: What is run; anything but an ``nn.Module`` is left alone.
+
+    Keyword Args:
+        seed: Seed of the global generators.
+        exploration_type: Default: ``ExplorationType.DETERMINISTIC``.
+
+    Example:
+        >>> with undisturbed(seed=0):
+        ...     first = torch.rand(())
+        >>> with undisturbed(seed=0):
+        ...     bool(torch.rand(()) == first)
+        True
+    """
+    with (
+        _random_stream(seed),
+        _evaluation_mode(*modules),
+        set_exploration_type(exploration_type),
+        torch.no_grad(),
+    ):
+        yield
 
 
 def random_policy(env: EnvBase) -> RandomPolicy:
@@ -207,10 +250,15 @@ def _random_stream(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluation_mode(policy: Policy) -> Iterator[None]:
+def _evaluation_mode(*modules: object) -> Iterator[None]:
     """Switches every submodule to evaluation mode, and each back at the end."""
-    modules = list(policy.modules()) if isinstance(policy, nn.Module) else []
-    training = [module for module in modules if module.training]
+    training = [
+        part
+        for module in modules
+        if isinstance(module, nn.Module)
+        for part in module.modules()
+        if part.training
+    ]
     for module in training:
         module.training = False
     try:

@@ -19,12 +19,18 @@ __all__ = [
     "bound_loc",
     "bound_scale",
     "discounted_mean",
+    "discounted_sum",
+    "floored_log",
     "gaussian_kl",
     "k_step_bound",
     "lambda_return",
     "log_density_ratio",
     "model_objective",
+    "reconstruction_error",
+    "shifted_log",
+    "soft_value",
     "td_target",
+    "temperature_loss",
 ]
 
 
@@ -96,6 +102,66 @@ def gaussian_kl(
     ratio = (scale_p / scale_q).square()
     shift = ((loc_p - loc_q) / scale_q).square()
     return 0.5 * (ratio + shift - 1 - ratio.log()).sum(-1)
+
+
+def floored_log(values: Tensor, floor: float = 0.01) -> Tensor:
+    """``log(max(values, floor))``: the logarithm of the theory for any task.
+
+    Theorem 3.1 takes the logarithm of positive rewards. Those of most tasks are
+    negative at times, and there the floor stands in, without a gradient.
+
+    Args:
+        values (Tensor): rewards or values, any shape.
+        floor (float): smallest number whose logarithm is taken, positive.
+            Default: ``0.01``: no result is below -4.6, no slope above 100.
+
+    Returns:
+        Tensor: shape of ``values``.
+
+    Examples:
+        >>> floored_log(torch.tensor([1.0, 0.0, -1.0]))
+        tensor([ 0.0000, -4.6052, -4.6052])
+    """
+    return values.clamp(min=floor).log()
+
+
+def shifted_log(reward: Tensor, offset: float = 10_000.0) -> Tensor:
+    """``a (log(R + a) - log a)``: a logarithm that hardly changes the reward (A.8).
+
+    It is about ``R - R^2 / (2 a)``. Computed as ``a log1p(R / a)``, since the printed
+    form loses the reward to rounding.
+
+    Args:
+        reward (Tensor): reward R, any shape, above ``-offset``: below it is NaN.
+        offset (float): what is added to each reward, a. Default: ``10000.0``.
+
+    Returns:
+        Tensor: shape of ``reward``.
+
+    Examples:
+        >>> shifted_log(torch.tensor([-1.0, 0.0, 10.0]))
+        tensor([-1.0000,  0.0000,  9.9950])
+    """
+    return offset * torch.log1p(reward / offset)
+
+
+def reconstruction_error(loc: Tensor, observation: Tensor) -> Tensor:
+    """Minus the log density of a unit Gaussian, without its constant.
+
+    ``1/2 sum_i (s_i - m_i)^2``: half the squared error, zero where they are equal.
+
+    Args:
+        loc (Tensor): mean of the decoder, ``[*, S]``.
+        observation (Tensor): what it should reconstruct, ``[*, S]``.
+
+    Returns:
+        Tensor: error in nats, ``[*]``.
+
+    Examples:
+        >>> reconstruction_error(torch.zeros(2), torch.tensor([1.0, 2.0]))
+        tensor(2.5000)
+    """
+    return 0.5 * (loc - observation).square().sum(-1)
 
 
 def log_density_ratio(logits: Tensor) -> Tensor:
@@ -171,6 +237,23 @@ def k_step_bound(
     for reward_t in reversed(reward.unbind(-1)):
         total = reward_t + gamma * total
     return total
+
+
+def discounted_sum(values: Tensor, gamma: Tensor | float) -> Tensor:
+    """``sum_t gamma^t values_t``; with ``gamma=1`` the plain sum.
+
+    Args:
+        values (Tensor): one value for each step, ``[*, T]``.
+        gamma (Tensor or float): discount per step.
+
+    Returns:
+        Tensor: ``[*]``.
+
+    Examples:
+        >>> discounted_sum(torch.tensor([1.0, 2.0, 4.0]), 0.5)
+        tensor(3.)
+    """
+    return k_step_bound(values[..., :-1], values[..., -1], gamma)
 
 
 def lambda_return(
@@ -249,3 +332,48 @@ def td_target(reward: Tensor, discount: Tensor, next_value: Tensor) -> Tensor:
         tensor([10.,  1.])
     """
     return reward + discount * next_value
+
+
+def soft_value(value: Tensor, log_prob: Tensor, alpha: Tensor | float) -> Tensor:
+    """Value with SAC's entropy bonus: ``value - alpha log_prob``.
+
+    ``alpha=0`` gives the value itself.
+
+    Args:
+        value (Tensor): value of an action, or its reward, any shape.
+        log_prob (Tensor): ``log pi(a | z)`` of that action, shape of ``value``.
+        alpha (Tensor or float): temperature, the weight of the bonus.
+
+    Returns:
+        Tensor: soft value, shape of ``value``.
+
+    Examples:
+        >>> soft_value(torch.tensor(3.0), torch.tensor(-2.0), 0.5)
+        tensor(4.)
+    """
+    return value - alpha * log_prob
+
+
+def temperature_loss(
+    log_alpha: Tensor, log_prob: Tensor, target_entropy: float
+) -> Tensor:
+    """Loss of SAC's temperature: ``- alpha (log_prob + target_entropy)``.
+
+    Its gradient lowers the temperature while the entropy ``-log_prob`` is above its
+    target on average, and raises it below. Source: Haarnoja et al., "Soft Actor-Critic
+    Algorithms and Applications", https://arxiv.org/abs/1812.05905, Eq. 18.
+
+    Args:
+        log_alpha (Tensor): logarithm of the temperature, ``[]``.
+        log_prob (Tensor): ``log pi(a | z)`` of drawn actions, any shape; gets no
+            gradient.
+        target_entropy (float): entropy to keep, in nats.
+
+    Returns:
+        Tensor: loss of each action, shape of ``log_prob``.
+
+    Examples:
+        >>> temperature_loss(torch.tensor(0.0), torch.tensor([-2.0, 1.0]), 1.0)
+        tensor([ 1., -2.])
+    """
+    return -log_alpha.exp() * (log_prob.detach() + target_entropy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -150,6 +151,19 @@ class GaussianHead(nn.Module):
         return bound_loc(loc), bound_scale(raw)
 
 
+class FixedScale(nn.Module):
+    """Its input as the mean, and a standard deviation that does not change."""
+
+    scale: Tensor
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+
+    def forward(self, loc: Tensor) -> tuple[Tensor, Tensor]:
+        return loc, self.scale.expand_as(loc)
+
+
 class ActorHead(nn.Module):
     """Squashes the mean and adds the schedule's std and the action bounds."""
 
@@ -167,6 +181,23 @@ class ActorHead(nn.Module):
         # A copy: what is written must not change with the schedule.
         scale = self.schedule.std * torch.ones_like(loc)
         return loc, scale, self.low.expand_as(loc), self.high.expand_as(loc)
+
+
+class StochasticActorHead(nn.Module):
+    """Squashes the mean, bounds the std and adds the action bounds."""
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, low: Tensor, high: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        loc, raw = features.chunk(2, -1)
+        scale = bound_scale(raw, math.exp(-5), math.exp(2))
+        return loc.tanh(), scale, self.low.expand_as(loc), self.high.expand_as(loc)
 
 
 class TwinCritic(nn.Module):

@@ -15,6 +15,7 @@ critic        ``latent, action``                ``state_action_value`` ``[*, 2]`
 reward        ``latent, action``                ``predicted_reward`` ``[*, 1]``
 classifier    ``latent, action``,               ``logits`` ``[*, 2]``
               ``("next", "latent")``
+decoder       ``latent``                        ``reconstruction`` ``[*, S]``
 ============  ================================  ====================================
 
 Sizes, activations, bounds and initialisation are those of the paper's appendix D
@@ -37,12 +38,16 @@ from tensordict.nn import (
 from torch import Tensor, nn
 from torchrl.modules import IndependentNormal
 
-from alm_torchrl.checks import check_integer, check_type
+from alm_torchrl.checks import check_integer, check_number, check_type
 from alm_torchrl.distributions import ClampedNormal
 from alm_torchrl.layers import (
+    MLP,
     ActorHead,
+    FixedScale,
     GaussianHead,
     NoiseSchedule,
+    OutputLinear,
+    StochasticActorHead,
     TensorModule,
     TwinCritic,
     elu_mlp,
@@ -52,10 +57,13 @@ from alm_torchrl.layers import (
 __all__ = [
     "make_actor",
     "make_classifier",
+    "make_decoder",
     "make_encoder",
+    "make_identity_encoder",
     "make_model",
     "make_qvalue",
     "make_reward",
+    "make_stochastic_actor",
 ]
 
 LATENT_DIM = 50
@@ -174,6 +182,48 @@ def make_encoder(
     return _gaussian(net, [observation_key], "latent", "latent")
 
 
+def make_identity_encoder(
+    observation_dim: int,
+    *,
+    scale: float = 0.1,
+    observation_key: NestedKey = "observation",
+) -> ProbabilisticTensorDictSequential:
+    """Builds an encoder that learns nothing: the latent is the observation (Fig. 13).
+
+    A narrow Gaussian around the observation, so that the KL of Eq. 7 exists: the
+    squared error of the model's mean, over ``2 scale^2``, and what its standard
+    deviation adds. The other parts need ``latent_dim=observation_dim``.
+
+    Args:
+        observation_dim (int): size of the flat observation, and so of the latent.
+
+    Keyword Args:
+        scale (float): standard deviation, in units of the observation; the latent is
+            sampled with it, when acting too. Default: ``0.1``, the smallest that the
+            encoder and the model of the paper can have: with less, no model could
+            match the encoder.
+        observation_key (NestedKey): key to read. Default: ``"observation"``.
+
+    Returns:
+        ProbabilisticTensorDictSequential: writes ``latent_loc``, ``latent_scale``
+        and ``latent``, each ``[*, observation_dim]``; it has no parameters.
+
+    Raises:
+        ValueError: if the size or the scale is not positive.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> encoder = make_identity_encoder(2)
+        >>> td = encoder(TensorDict(observation=torch.ones(2)))
+        >>> td["latent_loc"], td["latent_scale"]
+        (tensor([1., 1.]), tensor([0.1000, 0.1000]))
+    """
+    _check_sizes(observation_dim=observation_dim)
+    scale = check_number("scale", scale, open_low=True)
+    net = FixedScale(torch.full((observation_dim,), scale))
+    return _gaussian(net, [observation_key], "latent", "latent")
+
+
 def make_model(
     action_dim: int,
     *,
@@ -246,7 +296,53 @@ def make_actor(
     _check_sizes(latent_dim=latent_dim, hidden_dim=hidden_dim)
     schedule = NoiseSchedule() if noise_schedule is None else noise_schedule
     check_type("noise_schedule", schedule, NoiseSchedule)
-    net = elu_mlp(latent_dim, hidden_dim, low.shape[0], ActorHead(low, high, schedule))
+    head = ActorHead(low, high, schedule)
+    return _actor(elu_mlp(latent_dim, hidden_dim, low.shape[0], head))
+
+
+def make_stochastic_actor(
+    action_low: Tensor | Sequence[float],
+    action_high: Tensor | Sequence[float],
+    *,
+    latent_dim: int = LATENT_DIM,
+    hidden_dim: int = HIDDEN_DIM,
+) -> ProbabilisticTensorDictSequential:
+    """Builds an actor ``pi(a | z)`` that learns its own noise (ALM-ENT, Table 5).
+
+    Like that of :func:`make_actor`, but the network gives the standard deviation too,
+    softly bounded to [e^-5, e^2], and there is no schedule. For the entropy bonus of
+    :class:`~alm_torchrl.ALMLoss` (``alpha_init``).
+
+    Args:
+        action_low (Tensor or sequence of float): lower bounds, ``[A]``.
+        action_high (Tensor or sequence of float): upper bounds, ``[A]``.
+        latent_dim (int): size of the latent, L. Default: ``50``.
+        hidden_dim (int): width of both hidden layers. Default: ``512``.
+
+    Returns:
+        ProbabilisticTensorDictSequential: reads ``latent``, writes ``action``
+        ``[*, A]`` and its parameters; the distribution is a
+        :class:`~alm_torchrl.distributions.ClampedNormal`.
+
+    Raises:
+        ValueError: if the bounds are not two finite vectors with ``low < high``, or
+            a size is not positive.
+
+    Examples:
+        >>> actor = make_stochastic_actor([-0.4], [0.4], latent_dim=2, hidden_dim=8)
+        >>> from tensordict import TensorDict
+        >>> dist = actor.get_dist(TensorDict(latent=torch.zeros(5, 2), batch_size=[5]))
+        >>> action, log_prob = dist.rsample_and_log_prob()
+        >>> action.shape, bool((dist.scale > 0.0067).all())
+        (torch.Size([5, 1]), True)
+    """
+    low, high = check_bounds(action_low, action_high)
+    _check_sizes(latent_dim=latent_dim, hidden_dim=hidden_dim)
+    head = StochasticActorHead(low, high)
+    return _actor(elu_mlp(latent_dim, hidden_dim, 2 * low.shape[0], head))
+
+
+def _actor(net: nn.Module) -> ProbabilisticTensorDictSequential:
     names = ("loc", "scale", "low", "high")
     return ProbabilisticTensorDictSequential(
         TensorModule(
@@ -321,7 +417,11 @@ def make_reward(
 
 
 def make_classifier(
-    action_dim: int, *, latent_dim: int = LATENT_DIM, hidden_dim: int = HIDDEN_DIM
+    action_dim: int,
+    *,
+    latent_dim: int = LATENT_DIM,
+    hidden_dim: int = HIDDEN_DIM,
+    linear: bool = False,
 ) -> TensorDictModule:
     """Builds the classifier ``C(z, a, z')`` of real against imagined latents (Eq. 9).
 
@@ -330,6 +430,8 @@ def make_classifier(
         latent_dim (int): size of the latent, L. Default: ``50``.
         hidden_dim (int): width of the hidden layers (LayerNorm and tanh, then ELU).
             Default: ``512``.
+        linear (bool): logits linear in ``(z, a, z')``, without hidden layers (Fig. 16).
+            Default: ``False``.
 
     Returns:
         TensorDictModule: writes ``logits`` ``[*, 2]``; index 1 is "from the encoder".
@@ -342,8 +444,43 @@ def make_classifier(
         ['logits']
     """
     _check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
+    in_dim = 2 * latent_dim + action_dim
     return TensorModule(
-        value_mlp(2 * latent_dim + action_dim, hidden_dim, 2),
+        MLP(OutputLinear(in_dim, 2)) if linear else value_mlp(in_dim, hidden_dim, 2),
         in_keys=["latent", "action", ("next", "latent")],
         out_keys=["logits"],
+    )
+
+
+def make_decoder(
+    observation_dim: int, *, latent_dim: int = LATENT_DIM, hidden_dim: int = HIDDEN_DIM
+) -> TensorDictModule:
+    """Builds the decoder ``d(s | z)``: the mean of a unit Gaussian over observations.
+
+    Only the variant that learns encoder and model by maximum likelihood (Fig. 15) has
+    one. The paper does not describe it; here it is the encoder's mirror image, two ELU
+    layers and an output without bounds.
+
+    Args:
+        observation_dim (int): size of the flat observation, S.
+        latent_dim (int): size of the latent, L. Default: ``50``.
+        hidden_dim (int): width of both hidden layers. Default: ``512``.
+
+    Returns:
+        TensorDictModule: writes ``reconstruction`` ``[*, S]``.
+
+    Raises:
+        ValueError: if a size is not positive.
+
+    Examples:
+        >>> make_decoder(3, latent_dim=2, hidden_dim=8).out_keys
+        ['reconstruction']
+    """
+    _check_sizes(
+        observation_dim=observation_dim, latent_dim=latent_dim, hidden_dim=hidden_dim
+    )
+    return TensorModule(
+        elu_mlp(latent_dim, hidden_dim, observation_dim),
+        in_keys=["latent"],
+        out_keys=["reconstruction"],
     )

@@ -313,7 +313,8 @@ def harmful_differences(
 
     Returns:
         dict: the names of those that differ, with both values. :data:`CHANGEABLE`
-        ones are left out.
+        ones are left out, and a setting that an older version did not have yet counts
+        as its default.
     """
     after = config.to_dict()
     # A setting that is younger than the run had its default.

@@ -55,8 +55,9 @@ class NonFiniteError(RuntimeError):
 class ALMOptimizationStepper(OptimizationStepper):
     """Performs one whole update of ALM, with a Trainer or in a loop of one's own.
 
-    In order: encoder and model; reward and classifier; critics; actor, each with its
-    own Adam and its own clip of the global gradient norm; then the targets move.
+    In order: encoder and model; reward and classifier; critics; actor; with an entropy
+    bonus, its temperature: each with its own Adam and its own clip of the global
+    gradient norm. Then the targets move.
     (The paper's Algorithm 1 updates the policy earlier; this is the authors' code.)
 
     Loss and gradient norm of each step are checked on their device. Where one is not
@@ -79,7 +80,7 @@ class ALMOptimizationStepper(OptimizationStepper):
             directly.
 
     Keyword Args:
-        lr (float): learning rate of all four Adams. Default: ``1e-4``.
+        lr (float): learning rate of all Adams. Default: ``1e-4``.
         clip_norm (float): largest global gradient norm of each step.
             Default: ``100.0``.
         tau (float): share by which targets move towards the online networks.
@@ -217,7 +218,7 @@ class ALMOptimizationStepper(OptimizationStepper):
             raise NonFiniteError(self._update.checked[position - 1], step)
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the four optimizers, the count of updates and any failure."""
+        """State of the optimizers, the count of updates and any failure."""
         return {
             "optimizers": {k: v.state_dict() for k, v in self.optimizers.items()},
             "count": self._count,

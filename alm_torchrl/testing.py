@@ -46,13 +46,14 @@ except ImportError as error:
 Reduction = Literal["mean", "sum", "none"]
 Routes = Mapping[str, Sequence[str]]
 
-# The parts that each term of ALMLoss trains.
+# The parts that each term of ALMLoss trains, without a decoder.
 ROUTES: Routes = {
     "loss_model": ("encoder", "model"),
     "loss_reward": ("reward",),
     "loss_classifier": ("classifier",),
     "loss_qvalue": ("qvalue",),
     "loss_actor": ("actor",),
+    "loss_alpha": ("log_alpha",),
 }
 
 
@@ -78,14 +79,23 @@ class Sizes:
 
 
 def make_loss(
-    sizes: Sizes, loss_class: type[ALMLoss] = ALMLoss, *, seed: int = 0, **kwargs: Any
+    sizes: Sizes,
+    loss_class: type[ALMLoss] = ALMLoss,
+    *,
+    seed: int = 0,
+    linear_classifier: bool = False,
+    **kwargs: Any,
 ) -> ALMLoss:
     """Builds a loss with the networks of the paper, for actions in [-1, 1].
+
+    The actor learns its noise where there is an entropy bonus (``alpha_init``).
 
     Args:
         sizes (Sizes): sizes of the networks.
         loss_class (type): ``ALMLoss`` or a subclass. Default: ``ALMLoss``.
         seed (int): seed of the parameters. Default: ``0``.
+        linear_classifier (bool): a classifier without hidden layers.
+            Default: ``False``.
         **kwargs: further arguments of the class; a network replaces the built one.
 
     Returns:
@@ -96,14 +106,18 @@ def make_loss(
     """
     actions, bound = sizes.action_dim, torch.ones(sizes.action_dim)
     width: Any = {"latent_dim": sizes.latent_dim, "hidden_dim": sizes.hidden_dim}
+    stochastic = kwargs.get("alpha_init") is not None
+    make_actor = modules.make_stochastic_actor if stochastic else modules.make_actor
     with _seeded(seed):
         parts: dict[str, Any] = {
             "encoder": modules.make_encoder(sizes.observation_dim, **width),
             "model": modules.make_model(actions, **width),
-            "actor": modules.make_actor(-bound, bound, **width),
+            "actor": make_actor(-bound, bound, **width),
             "qvalue": modules.make_qvalue(actions, **width),
             "reward": modules.make_reward(actions, **width),
-            "classifier": modules.make_classifier(actions, **width),
+            "classifier": modules.make_classifier(
+                actions, linear=linear_classifier, **width
+            ),
         }
         loss = loss_class(**{**parts, **kwargs})
     # A loss warns at each call until an updater is associated with it.

@@ -109,7 +109,12 @@ def train(config: TrainConfig, resume: Path | None = None, fresh: bool = False) 
     with ExitStack() as stack:
         with mistakes():
             env, eval_env = (
-                make_env(config.task, action_bounds=config.action_bounds, seed=seed)
+                make_env(
+                    config.task,
+                    action_bounds=config.action_bounds,
+                    dynamics_noise=config.dynamics_noise,
+                    seed=seed,
+                )
                 for seed in (config.seed, None)
             )
             _check_logger(config.logger)

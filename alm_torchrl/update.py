@@ -20,9 +20,10 @@ Precision = Literal["fp32", "tf32", "bf16"]
 Term = Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]]
 ComputeLoss = Callable[[TensorDictBase, str], tuple[Tensor, dict[str, Tensor]]]
 
-# Each step of an update: the loss method, and the parts it trains.
+# Each step of an update: the loss method, and the parts it trains. With an entropy
+# bonus, that of its temperature follows.
 STEPS = (
-    ("model_loss", ("encoder", "model")),
+    ("model_loss", ("encoder", "model", "decoder")),
     ("reward_classifier_loss", ("reward", "classifier")),
     ("qvalue_loss", ("qvalue",)),
     ("actor_loss", ("actor",)),
@@ -93,8 +94,10 @@ class Update:
         self.precision = precision
         self.optimizers: dict[str, torch.optim.Adam] = {}
         self._parameters: dict[str, list[nn.Parameter]] = {}
-        for method, parts in STEPS:
-            params = list(self._part_parameters(parts))
+        steps = {method: list(self._part_parameters(parts)) for method, parts in STEPS}
+        if loss.log_alpha is not None:
+            steps["alpha_loss"] = [loss.log_alpha]
+        for method, params in steps.items():
             self._parameters[method] = params
             # Only the fused implementation can skip a step on the device.
             self.optimizers[method] = torch.optim.Adam(params, lr=lr, fused=True)
@@ -162,7 +165,8 @@ class Update:
         for method, optimizer in self.optimizers.items():
             with self._autocast():
                 value, metadata = compute_loss(batch, method)
-            optimizer.zero_grad(set_to_none=True)
+            for parameter in self._parameters[method]:
+                parameter.grad = None
             value.backward()
             norm = nn.utils.clip_grad_norm_(self._parameters[method], self.clip_norm)
             name = method.removesuffix("_loss")

@@ -42,15 +42,15 @@ def make_loss(
     **kwargs,
 ) -> ALMLoss:
     """A tiny loss whose targets differ from the online networks."""
+    learned = kwargs.get("alpha_init") is not None
     loss = make_alm_loss(
         observation_dim=OBSERVATION,
         action_low=[-bound] * ACTION,
         action_high=[bound] * ACTION,
-        latent_dim=LATENT,
         hidden_dim=HIDDEN,
         model_hidden_dim=HIDDEN,
-        noise_schedule=NoiseSchedule(noise, 0.0, steps=10),
-        **kwargs,
+        noise_schedule=None if learned else NoiseSchedule(noise, 0.0, steps=10),
+        **{"latent_dim": LATENT, **kwargs},
     )
     if updater:
         SoftUpdate(loss, tau=0.005)

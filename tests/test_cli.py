@@ -72,7 +72,8 @@ def _fails(capsys, *arguments):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "evaluate", "plot", "render", "tasks", "bench"]
+    "command",
+    ["", "train", "evaluate", "diagnose", "plot", "render", "tasks", "bench"],
 )
 def test_help_fits_80_columns(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "80")
@@ -114,6 +115,7 @@ def test_paper_needs_a_task(capsys):
         ("train NoSuchTask-v0", "NoSuchTask"),
         ("train CartPole-v1", "continuous"),
         ("evaluate nowhere", "nowhere does not exist"),
+        ("diagnose nowhere", "nowhere does not exist"),
         ("render nowhere", "nowhere does not exist"),
         ("plot nowhere", "nowhere is not a run folder"),
         ("plot", "at least one run"),

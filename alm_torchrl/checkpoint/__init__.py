@@ -7,6 +7,7 @@ from alm_torchrl.checkpoint.loading import (
     checkpoint_metadata,
     describe_spaces,
     find_checkpoint,
+    load_loss,
     load_policy,
     usable_checkpoints,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "clear_leftovers",
     "describe_spaces",
     "find_checkpoint",
+    "load_loss",
     "load_policy",
     "usable_checkpoints",
 ]

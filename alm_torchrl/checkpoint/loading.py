@@ -16,6 +16,7 @@ from tensordict.nn import (
 )
 from torchrl.checkpoint import CheckpointError
 from torchrl.envs import EnvBase
+from torchrl.objectives import SoftUpdate
 
 from alm_torchrl.baselines import (
     BaselineLoss,
@@ -24,7 +25,9 @@ from alm_torchrl.baselines import (
     make_td3_loss,
 )
 from alm_torchrl.checkpoint.verified import VerifiedCheckpoint, read_manifest
+from alm_torchrl.functional import floored_log, shifted_log
 from alm_torchrl.layers import NoiseSchedule
+from alm_torchrl.modules import make_identity_encoder
 from alm_torchrl.objectives import ALMLoss, make_alm_loss
 
 __all__ = [
@@ -33,6 +36,7 @@ __all__ = [
     "checkpoint_metadata",
     "describe_spaces",
     "find_checkpoint",
+    "load_loss",
     "load_policy",
     "usable_checkpoints",
 ]
@@ -48,7 +52,14 @@ _LOSS_ARGUMENTS = (
     "value_coef",
     "noise_clip",
     "discount_model_loss",
+    "actor_objective",
 )
+
+# Temperature of ``entropy`` at the start. Not published; an Adam of lr 1e-4 needs over
+# 20,000 updates from SAC's 1.0 to here.
+ALPHA_INIT = 0.1
+
+_REWARD_TRANSFORMS = {"plain": floored_log, "shifted": shifted_log}
 
 
 def describe_spaces(env: EnvBase) -> dict[str, Any]:
@@ -81,34 +92,66 @@ def build_loss(
     Args:
         settings: a mapping with the names of
             :class:`alm_torchrl.config.TrainConfig`; those about the agent, networks,
-            losses and noise are read.
+            losses and noise are read. One that the version of the run did not have yet
+            takes its default.
         spaces: see :func:`describe_spaces`.
 
     Returns:
         ALMLoss or BaselineLoss: that of the agent, freshly initialised.
     """
-    sizes = {
+    agent = settings.get("agent", "alm")
+    if agent == "alm":
+        return _alm_loss(settings, spaces)
+    common = {**_sizes(spaces), "hidden_dim": settings["hidden_dim"]}
+    common["gamma"] = settings["gamma"]
+    if agent == "sac":
+        return make_sac_loss(**common)
+    if agent == "redq":
+        return make_redq_loss(**common)
+    return make_td3_loss(
+        **common,
+        noise_clip=settings["noise_clip"],
+        noise_schedule=_noise_schedule(settings),
+    )
+
+
+def _alm_loss(settings: Mapping[str, Any], spaces: Mapping[str, Any]) -> ALMLoss:
+    # A run of an earlier version lacks the settings that are looked up with get().
+    arguments = {n: settings[n] for n in _LOSS_ARGUMENTS if n in settings}
+    if settings.get("entropy"):
+        arguments["alpha_init"] = ALPHA_INIT
+    else:
+        arguments["noise_schedule"] = _noise_schedule(settings)
+    if settings.get("encoder", "gaussian") == "identity":
+        arguments["latent_dim"] = spaces["observation_dim"]
+        arguments["encoder"] = make_identity_encoder(spaces["observation_dim"])
+    if settings.get("model_objective", "bound") == "likelihood":
+        arguments.update(reward_coef=0.0, value_coef=0.0, reconstruction_coef=1.0)
+    arguments["value_prediction"] = settings.get("value_prediction", "none")
+    log_reward = settings.get("log_reward", "none")
+    if log_reward in ("model", "bound"):
+        arguments["log_terms"] = log_reward
+    elif log_reward in _REWARD_TRANSFORMS:
+        arguments["reward_transform"] = _REWARD_TRANSFORMS[log_reward]
+    return make_alm_loss(
+        **_sizes(spaces),
+        linear_classifier=settings.get("classifier") == "linear",
+        **arguments,
+    )
+
+
+def _sizes(spaces: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "observation_dim": spaces["observation_dim"],
         "action_low": torch.tensor(spaces["action_low"]),
         "action_high": torch.tensor(spaces["action_high"]),
     }
-    common = {name: settings[name] for name in ("hidden_dim", "gamma")}
-    # Runs that are older than the setting are ALM's.
-    agent = settings.get("agent", "alm")
-    if agent == "sac":
-        return make_sac_loss(**sizes, **common)
-    if agent == "redq":
-        return make_redq_loss(**sizes, **common)
-    schedule = NoiseSchedule(
+
+
+def _noise_schedule(settings: Mapping[str, Any]) -> NoiseSchedule:
+    return NoiseSchedule(
         settings["noise_initial"], settings["noise_final"], settings["noise_steps"]
     )
-    if agent == "td3":
-        noise_clip = settings["noise_clip"]
-        return make_td3_loss(
-            **sizes, **common, noise_clip=noise_clip, noise_schedule=schedule
-        )
-    arguments = {name: settings[name] for name in _LOSS_ARGUMENTS}
-    return make_alm_loss(**sizes, noise_schedule=schedule, **arguments)
 
 
 def usable_checkpoints(
@@ -282,3 +325,35 @@ def load_policy(
     loss = build_loss(metadata["settings"], metadata["spaces"]).to(device)
     VerifiedCheckpoint(loss_module=loss).load(checkpoint, map_location=device)
     return ActingPolicy(loss.acting_policy(), deterministic=deterministic)
+
+
+def load_loss(path: str | Path, *, device: torch.device | str = "cpu") -> ALMLoss:
+    """The networks and losses of a trained ALM agent, to look into.
+
+    Args:
+        path: a run folder, which stands for its newest checkpoint, or a checkpoint.
+
+    Keyword Args:
+        device: where the networks go. Default: ``"cpu"``.
+
+    Returns:
+        ALMLoss: with the targets of the checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if it holds another agent than ALM.
+        torchrl.checkpoint.CheckpointError: if it is damaged or foreign.
+    """
+    checkpoint = find_checkpoint(path)
+    metadata = checkpoint_metadata(checkpoint)
+    agent = metadata["settings"].get("agent", "alm")
+    if agent != "alm":
+        raise ValueError(
+            f"{checkpoint}: expected an agent of ALM, which has a latent model and a "
+            f"lower bound, got {agent!r}"
+        )
+    loss = _alm_loss(metadata["settings"], metadata["spaces"]).to(device)
+    # TorchRL warns when the targets of a loss are used that nothing updates.
+    SoftUpdate(loss, tau=metadata["settings"]["tau"])
+    VerifiedCheckpoint(loss_module=loss).load(checkpoint, map_location=device)
+    return loss

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase, dispatch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.objectives import ValueEstimators
 
 from alm_torchrl import functional
-from alm_torchrl.checks import check_choice, check_number
+from alm_torchrl.checks import LARGEST_FLOAT, check_choice, check_number
 from alm_torchrl.objectives.inputs import masked_mean
+from alm_torchrl.objectives.model_terms import ModelTerms
 from alm_torchrl.objectives.networks import PARTS
-from alm_torchrl.objectives.one_step import Metadata, OneStepTerms
+from alm_torchrl.objectives.one_step import Metadata
+
+# Metrics of the terms of ``loss_model``, one each.
+MODEL_KEYS = (
+    "kl",
+    "model_reward",
+    "terminal_value",
+    "reconstruction",
+    "value_prediction",
+)
+
+# Metrics of the policy's rollouts.
+IMAGINED_KEYS = (
+    "imagined_reward",
+    "imagined_log_ratio",
+    "imagined_value",
+    "lambda_return",
+)
+
+# Metrics of the entropy bonus.
+ENTROPY_KEYS = ("alpha", "entropy")
 
 OUT_KEYS = (
     "loss_model",
@@ -22,21 +45,18 @@ OUT_KEYS = (
     "loss_classifier",
     "loss_qvalue",
     "loss_actor",
-    "kl",
-    "model_reward",
-    "terminal_value",
+    "loss_alpha",
+    *MODEL_KEYS,
     "classifier_accuracy",
     "pred_value",
     "target_value",
     "td_error",
-    "imagined_reward",
-    "imagined_log_ratio",
-    "imagined_value",
-    "lambda_return",
+    *IMAGINED_KEYS,
+    *ENTROPY_KEYS,
 )
 
 
-class ALMLoss(OneStepTerms):
+class ALMLoss(ModelTerms):
     """Aligned Latent Models: encoder, model and policy under one lower bound.
 
     Presented in "Simplifying Model-based RL: Learning Representations, Latent-space
@@ -50,10 +70,11 @@ class ALMLoss(OneStepTerms):
     ``loss_classifier`` cross entropy, real/imagined (Eq. 9)  classifier
     ``loss_qvalue``    one-step TD error (Eq. 10)             critics
     ``loss_actor``     lambda-weighted K-step return (Eq. 8)  actor
+    ``loss_alpha``     entropy against its target, if asked   log_alpha
     ================== ====================================== =====================
 
     Each term reaches its own parameters only, so one optimizer on the sum sees the
-    same gradients as five on the parts. Each is also a method that returns
+    same gradients as one on each part. Each is also a method that returns
     ``(value, metadata)``. Methods and ``forward`` take either the two-draw batch of
     :func:`~alm_torchrl.replay.make_replay_buffer` (``"slice"`` ``[B, K]`` and
     ``"transition"`` ``[B]``) or plain slices ``[B, K]``, whose B*K transitions then
@@ -66,6 +87,16 @@ class ALMLoss(OneStepTerms):
     (``loss_mask_key``); a slice with a masked step is dropped whole from
     ``loss_model``.
 
+    With ``alpha_init`` the policy is rewarded for its entropy as in SAC
+    (https://arxiv.org/abs/1812.05905). So does the paper's ALM-ENT (Table 5), the loss
+    of which was not published. Here ``- alpha log pi(a | z)`` is added wherever the
+    reward or value of an action enters the policy's return or the critics' target, so
+    that the critics' values contain all later bonuses; a loss of its own tunes
+    ``alpha``. The actor must learn its noise:
+    :func:`~alm_torchrl.modules.make_stochastic_actor` makes one, and any with a
+    reparameterised distribution that has a density will do, such as
+    :class:`torchrl.modules.TanhNormal`.
+
     Keyword Args:
         encoder (ProbabilisticTensorDictSequential): ``e(z | s)``, a diagonal Gaussian.
         model (ProbabilisticTensorDictSequential): ``m(z' | z, a)``, likewise.
@@ -74,6 +105,10 @@ class ALMLoss(OneStepTerms):
         reward (TensorDictModule): ``r(z, a)``, ``[*, 1]``.
         classifier (TensorDictModule, optional): ``C(z, a, z')``, ``[*, 2]``. May be
             ``None`` where ``classifier_coef`` is zero.
+        decoder (TensorDictModule, optional): ``d(s | z)``, the mean of a unit Gaussian
+            over the encoder's ``in_keys``, one after the other. Trained with encoder
+            and model by ``loss_model``, where ``reconstruction_coef`` is not zero.
+            Default: ``None``.
         gamma (float): discount per step, in [0, 1). Default: ``0.99``.
         lmbda (float): weight of longer horizons in the policy's return, in [0, 1].
             Default: ``0.95``.
@@ -83,8 +118,38 @@ class ALMLoss(OneStepTerms):
             cost. Default: ``1.0``.
         value_coef (float): weight of the terminal value in ``loss_model``. Zero
             removes it and its cost. Default: ``1.0``.
+        reward_coef (float): weight of the predicted reward in ``loss_model``. Zero
+            removes it there and its cost. Default: ``1.0``.
+        reconstruction_coef (float): weight of the reconstruction in ``loss_model``.
+            Zero removes the decoder and its cost. With ``reward_coef=0`` and
+            ``value_coef=0``, encoder and model are learned by maximum likelihood
+            (Fig. 15). Default: ``0.0``.
+        reward_transform (callable, optional): applied to the rewards of a batch before
+            reward model and critics learn them, for example
+            :func:`~alm_torchrl.functional.shifted_log` (A.8). Default: ``None``.
+        log_terms (str): where logarithms are taken, floored as in
+            :func:`~alm_torchrl.functional.floored_log`. ``"model"``: of the predicted
+            reward in ``loss_model`` (Fig. 12). ``"bound"``: as in Theorem 3.1,
+            ``(1 - gamma) log r`` and ``log (1 - gamma) Q`` for reward and value in
+            ``loss_model``, in the policy's return and in :meth:`lower_bound`; metrics
+            stay without. Default: ``"none"``.
+        value_prediction (str): whose latents shall predict the value in ``loss_model``
+            too: ``"encoder"`` adds the squared TD error of ``min Q`` at z_0 (Fig. 18),
+            ``"model"`` at z_0 to z_{K-1} (Fig. 19). The critics are frozen in it.
+            Default: ``"none"``.
+        value_prediction_coef (float): weight of that term. Default: ``1.0``; the paper
+            names none.
         noise_clip (float, optional): clip of the action noise inside the losses,
-            ``None`` for no clip. Default: ``0.3``.
+            ``None`` for no clip. Not applied with ``alpha_init``, since the densities
+            are those of noise without a clip. Default: ``0.3``.
+        actor_objective (str): what the policy maximises: ``"bound"``, the lower bound
+            (Eq. 8), or ``"qvalue"``, the critics' value of its action, which is TD3's
+            objective on ALM's representation (Fig. 5c). With the latter nothing reads
+            the classifier: ``classifier_coef=0`` spares its cost. Default: ``"bound"``.
+        alpha_init (float, optional): temperature of the entropy bonus at the start,
+            positive. Default: ``None``, no bonus.
+        target_entropy (float, optional): entropy that the temperature keeps, in nats.
+            Default: ``None``, minus the number of actions.
         discount_model_loss (bool): weight step t of ``loss_model`` by gamma^t and the
             value by gamma^K, as Eq. 7 prints it; the authors' code does not.
             Default: ``False``.
@@ -93,10 +158,14 @@ class ALMLoss(OneStepTerms):
             Default: ``None``, which is ``"mean"``.
 
     Raises:
-        TypeError: if a part is no TensorDictModule, or encoder or model are not
-            probabilistic.
-        ValueError: if a coefficient or discount is out of range, or ``classifier`` is
-            ``None`` with a non-zero ``classifier_coef``.
+        TypeError: if a part is no TensorDictModule, encoder or model are not
+            probabilistic, or ``reward_transform`` is not callable; or if, with
+            ``alpha_init``, the actor is not probabilistic, or has a
+            :class:`~alm_torchrl.NoiseSchedule`, whose noise is not learned.
+        ValueError: if a coefficient or discount is out of range, ``classifier`` is
+            ``None`` with a non-zero ``classifier_coef``, likewise the decoder, no term
+            of ``loss_model`` is left, or ``target_entropy`` is given without
+            ``alpha_init``.
 
     Examples:
         >>> import torch
@@ -122,6 +191,22 @@ class ALMLoss(OneStepTerms):
         >>> value, metadata = loss.qvalue_loss(slices[:, 0])
         >>> sorted(metadata)
         ['pred_value', 'target_value', 'td_error']
+
+        The objective of the theory, L^K, in place of that of the experiments (for
+        positive rewards):
+
+        >>> theory = make_alm_loss(
+        ...     observation_dim=3,
+        ...     action_low=[-1.0],
+        ...     action_high=[1.0],
+        ...     hidden_dim=8,
+        ...     log_terms="bound",
+        ...     discount_model_loss=True,
+        ...     classifier_coef=1.0,
+        ... )
+        >>> updater = SoftUpdate(theory, tau=0.005)
+        >>> theory.lower_bound(slices[:, 0], horizon=2).shape
+        torch.Size([4])
     """
 
     default_value_estimator = ValueEstimators.TDLambda
@@ -136,12 +221,22 @@ class ALMLoss(OneStepTerms):
         qvalue: TensorDictModuleBase,
         reward: TensorDictModuleBase,
         classifier: TensorDictModuleBase | None,
+        decoder: TensorDictModuleBase | None = None,
         gamma: float = 0.99,
         lmbda: float = 0.95,
         classifier_coef: float = 0.1,
         kl_coef: float = 1.0,
         value_coef: float = 1.0,
+        reward_coef: float = 1.0,
+        reconstruction_coef: float = 0.0,
+        reward_transform: Callable[[Tensor], Tensor] | None = None,
+        log_terms: Literal["none", "model", "bound"] = "none",
+        value_prediction: Literal["none", "encoder", "model"] = "none",
+        value_prediction_coef: float = 1.0,
         noise_clip: float | None = 0.3,
+        actor_objective: Literal["bound", "qvalue"] = "bound",
+        alpha_init: float | None = None,
+        target_entropy: float | None = None,
         discount_model_loss: bool = False,
         reduction: Literal["mean", "sum", "none"] | None = None,
     ) -> None:
@@ -151,18 +246,56 @@ class ALMLoss(OneStepTerms):
         classifier_coef = check_number("classifier_coef", classifier_coef)
         kl_coef = check_number("kl_coef", kl_coef)
         value_coef = check_number("value_coef", value_coef)
+        reward_coef = check_number("reward_coef", reward_coef)
+        reconstruction_coef = check_number("reconstruction_coef", reconstruction_coef)
+        value_prediction_coef = check_number(
+            "value_prediction_coef", value_prediction_coef
+        )
         if noise_clip is not None:
             noise_clip = check_number("noise_clip", noise_clip)
+        if alpha_init is not None:
+            alpha_init = check_number("alpha_init", alpha_init, open_low=True)
+        if target_entropy is not None:
+            target_entropy = check_number(
+                "target_entropy", target_entropy, -LARGEST_FLOAT
+            )
+            if alpha_init is None:
+                raise ValueError(
+                    "target_entropy: expected None with alpha_init=None, got "
+                    f"{target_entropy}."
+                )
         if classifier is None and classifier_coef != 0:
             raise ValueError(
                 "classifier may be None only with classifier_coef=0, got "
                 f"classifier_coef={classifier_coef}."
             )
+        check_choice("actor_objective", actor_objective, ("bound", "qvalue"))
+        if decoder is None and reconstruction_coef != 0:
+            raise ValueError(
+                "decoder may be None only with reconstruction_coef=0, got "
+                f"reconstruction_coef={reconstruction_coef}."
+            )
+        if reward_transform is not None and not callable(reward_transform):
+            raise TypeError(
+                "reward_transform: expected a function of a tensor or None, got "
+                f"{type(reward_transform).__name__}."
+            )
+        check_choice("value_prediction", value_prediction, ("none", "encoder", "model"))
+        check_choice("log_terms", log_terms, ("none", "model", "bound"))
         check_choice("reduction", reduction, (None, "mean", "sum", "none"))
         self.classifier_coef = classifier_coef
         self.kl_coef = kl_coef
         self.value_coef = value_coef
+        self.reward_coef = reward_coef
+        self.reconstruction_coef = reconstruction_coef
+        self.reward_transform = reward_transform
+        self.log_terms = log_terms
+        self.value_prediction = value_prediction
+        self.value_prediction_coef = value_prediction_coef
         self.noise_clip = noise_clip
+        self.actor_objective = actor_objective
+        self.alpha_init = alpha_init
+        self.target_entropy = target_entropy
         self.discount_model_loss = discount_model_loss
         self.reduction = "mean" if reduction is None else reduction
         self._bind(
@@ -172,14 +305,50 @@ class ALMLoss(OneStepTerms):
             qvalue=qvalue,
             reward=reward,
             classifier=classifier if classifier_coef != 0 else None,
+            decoder=decoder if reconstruction_coef != 0 else None,
         )
         self.register_buffer("gamma", torch.tensor(gamma))
         self.register_buffer("lmbda", torch.tensor(lmbda))
+        log_alpha = None
+        if alpha_init is not None:
+            self._check_stochastic()
+            log_alpha = nn.Parameter(torch.tensor(math.log(alpha_init)))
+        self.register_parameter("log_alpha", log_alpha)
         absent = {"loss_classifier", "classifier_accuracy", "imagined_log_ratio"}
         absent = absent if self.classifier is None else set()
         absent |= {"kl"} if kl_coef == 0 else set()
         absent |= {"terminal_value"} if value_coef == 0 else set()
+        absent |= set(IMAGINED_KEYS) if actor_objective == "qvalue" else set()
+        absent |= {"loss_alpha", *ENTROPY_KEYS} if alpha_init is None else set()
+        absent |= {"model_reward"} if reward_coef == 0 else set()
+        absent |= {"reconstruction"} if reconstruction_coef == 0 else set()
+        if value_prediction == "none" or value_prediction_coef == 0:
+            absent |= {"value_prediction"}
+        if absent >= set(MODEL_KEYS):
+            raise ValueError(
+                "kl_coef, reward_coef, value_coef, reconstruction_coef: expected one "
+                "that is not 0, or a value_prediction, or loss_model is empty, got 0."
+            )
         self.out_keys = [key for key in OUT_KEYS if key not in absent]
+
+    def _check_stochastic(self) -> None:
+        got = None
+        if not hasattr(self.actor, "get_dist"):
+            got = type(self.actor).__name__
+        elif self.noise_schedule is not None:
+            got = "one with a NoiseSchedule"
+        if got is not None:
+            raise TypeError(
+                "actor: expected one that learns its noise (probabilistic, without "
+                "NoiseSchedule, as of make_stochastic_actor) with alpha_init, got "
+                f"{got}."
+            )
+
+    def reset_parameters_recursive(self) -> None:
+        """Draws all parameters anew; targets and temperature are as at the start."""
+        super().reset_parameters_recursive()
+        if self.log_alpha is not None and self.alpha_init is not None:
+            self.log_alpha.data.fill_(math.log(self.alpha_init))
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -223,60 +392,35 @@ class ALMLoss(OneStepTerms):
         for name, value in hyperparams.items():
             setattr(self, name, _check_discount(name, value))
 
-    def model_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
-        """Encoder and model objective (Eq. 7), averaged over slices.
-
-        ``sum_t (kl_coef kl_t - r(z_t, a_t)) - value_coef min Q(z_K, a_K)``
-
-        Args:
-            tensordict (TensorDictBase): two-draw batch or slices ``[B, K]``.
-
-        Returns:
-            tuple: the loss, which trains encoder and model, and detached means of
-            ``kl``, ``model_reward`` (both per step) and ``terminal_value``.
-
-        Raises:
-            ValueError: if there are no slices ``[B, K]``.
-        """
-        slices, mask = self._slices(tensordict)
-        rollout = self.model_rollout(slices)
-        reward = rollout["reward"]
-        kl = rollout.get("kl", default=torch.zeros_like(reward))
-        value = rollout.get("terminal_value", default=torch.zeros_like(reward[:, 0]))
-        gamma = self.gamma if self.discount_model_loss else 1.0
-        loss = functional.model_objective(
-            self.kl_coef * kl, reward, self.value_coef * value, gamma
-        )
-        metadata = {"model_reward": masked_mean(reward, mask)}
-        if self.kl_coef != 0:
-            metadata["kl"] = masked_mean(kl, mask)
-        if self.value_coef != 0:
-            metadata["terminal_value"] = masked_mean(value, mask)
-        return self._reduce(loss, mask), metadata
-
     def actor_loss(
         self, tensordict: TensorDictBase, horizon: int | None = None
     ) -> tuple[Tensor, Metadata]:
         """Negative lambda-weighted K-step return of the policy (Eq. 8, A.3).
 
-        ``- mean_t gamma^t G_t`` from ``z_0 ~ e'(s)``; see :meth:`imagine`.
+        ``- mean_t gamma^t G_t`` from ``z_0 ~ e'(s)``; see :meth:`imagine`. With
+        ``actor_objective="qvalue"``: ``- min_i Q_i(z_0, pi(z_0))``; see
+        :meth:`policy_value`. Both contain the entropy bonus, where there is one.
 
         Args:
             tensordict (TensorDictBase): two-draw batch, slices or transitions.
-            horizon (int, optional): number of steps K; needed with transitions alone.
+            horizon (int, optional): number of steps K; needed with transitions alone,
+                and not read with ``actor_objective="qvalue"``.
                 Default: ``None``, the length of the slices.
 
         Returns:
             tuple: the loss, which trains the actor, and detached means over starts and
             steps of ``imagined_reward``, ``imagined_log_ratio``, ``imagined_value`` and
-            ``lambda_return``.
+            ``lambda_return``, which there are not with ``actor_objective="qvalue"``.
 
         Raises:
             ValueError: if the horizon is neither given nor found.
         """
-        steps = self._horizon(tensordict, horizon)
+        bound = self.actor_objective == "bound"
+        steps = self._horizon(tensordict, horizon) if bound else 0
         transitions, mask, shape = self._transitions(tensordict)
         _, latent = self._encoded(transitions)
+        if not bound:
+            return -self._reduce(self.policy_value(latent), mask, shape), {}
         rollout = self.imagine(latent, steps)
         objective = functional.discounted_mean(rollout["lambda_return"], self.gamma)
         names = ["reward", "value"] + ["log_ratio"] * (self.classifier is not None)
@@ -290,15 +434,15 @@ class ALMLoss(OneStepTerms):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """All five terms and their metrics.
+        """All terms and their metrics.
 
         Args:
             tensordict (TensorDictBase): two-draw batch or slices ``[B, K]``.
 
         Returns:
             TensorDict: ``loss_model``, ``loss_reward``, ``loss_classifier``,
-            ``loss_qvalue``, ``loss_actor`` and the detached metrics of
-            ``self.out_keys``.
+            ``loss_qvalue``, ``loss_actor``, with an entropy bonus ``loss_alpha``, and
+            the detached metrics of ``self.out_keys``.
         """
         model, metadata = self.model_loss(tensordict)
         encoded = self.encode_transitions(tensordict)
@@ -315,6 +459,9 @@ class ALMLoss(OneStepTerms):
             **qvalue_metadata,
             **actor_metadata,
         }
+        if self.log_alpha is not None:
+            outputs["loss_alpha"], alpha_metadata = self.alpha_loss(encoded)
+            outputs.update(alpha_metadata)
         self._clear_weakrefs(
             tensordict,
             *(f"{part}_params" for part in PARTS),
@@ -334,7 +481,15 @@ class ALMLoss(OneStepTerms):
         settings = (
             f"gamma={self.gamma.item():g}, lmbda={self.lmbda.item():g}, "
             f"classifier_coef={self.classifier_coef:g}, kl_coef={self.kl_coef:g}, "
-            f"value_coef={self.value_coef:g}, noise_clip={self.noise_clip}, "
+            f"value_coef={self.value_coef:g}, reward_coef={self.reward_coef:g}, "
+            f"reconstruction_coef={self.reconstruction_coef:g}, "
+            f"reward_transform={self.reward_transform}, "
+            f"log_terms={self.log_terms!r}, "
+            f"value_prediction={self.value_prediction!r}, "
+            f"value_prediction_coef={self.value_prediction_coef:g}, "
+            f"noise_clip={self.noise_clip}, "
+            f"actor_objective={self.actor_objective!r}, alpha_init={self.alpha_init}, "
+            f"target_entropy={self.target_entropy}, "
             f"discount_model_loss={self.discount_model_loss}"
         )
         return "\n".join([f"{type(self).__name__}(", *lines, f"    {settings}", ")"])

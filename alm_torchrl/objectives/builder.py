@@ -18,10 +18,12 @@ from alm_torchrl.modules import (
     check_bounds,
     make_actor,
     make_classifier,
+    make_decoder,
     make_encoder,
     make_model,
     make_qvalue,
     make_reward,
+    make_stochastic_actor,
 )
 from alm_torchrl.objectives.alm import ALMLoss
 
@@ -36,9 +38,12 @@ def make_alm_loss(
     hidden_dim: int = HIDDEN_DIM,
     model_hidden_dim: int = MODEL_HIDDEN_DIM,
     noise_schedule: NoiseSchedule | None = None,
+    linear_classifier: bool = False,
     **loss_kwargs: Any,
 ) -> ALMLoss:
     """Builds the six networks of the paper and the loss over them.
+
+    A decoder is built too where ``reconstruction_coef`` is not zero.
 
     Sizes come from an environment's specs or from the arguments.
 
@@ -55,7 +60,10 @@ def make_alm_loss(
         hidden_dim (int): width of all networks but the model. Default: ``512``.
         model_hidden_dim (int): width of the latent model. Default: ``1024``.
         noise_schedule (NoiseSchedule, optional): exploration noise.
-            Default: ``None``, 1.0 to 0.1 over 100,000 training steps.
+            Default: ``None``, 1.0 to 0.1 over 100,000 training steps; with
+            ``alpha_init``, whose actor learns its noise, there is none.
+        linear_classifier (bool): a classifier without hidden layers (Fig. 16).
+            Default: ``False``.
         **loss_kwargs: arguments of :class:`~alm_torchrl.ALMLoss`; a network given
             here replaces the built one.
 
@@ -63,7 +71,8 @@ def make_alm_loss(
         ALMLoss: the loss, with targets equal to the online networks.
 
     Raises:
-        ValueError: if sizes are missing, given twice, or the specs do not fit.
+        ValueError: if sizes are missing, given twice, or the specs do not fit, or if
+            there is a ``noise_schedule`` beside ``alpha_init``.
         TypeError: if ``env`` is no TorchRL environment.
 
     Examples:
@@ -77,19 +86,33 @@ def make_alm_loss(
         "make_alm_loss", env, observation_dim, action_low, action_high
     )
     action_dim = action_low.shape[0]
+    stochastic = loss_kwargs.get("alpha_init") is not None
+    if stochastic and noise_schedule is not None:
+        raise ValueError(
+            "noise_schedule: expected None with alpha_init, as the actor learns its "
+            f"noise, got {noise_schedule}."
+        )
     width: dict[str, int] = {"latent_dim": latent_dim, "hidden_dim": hidden_dim}
     built: dict[str, Any] = {
         "encoder": lambda: make_encoder(observation_dim, **width),
         "model": lambda: make_model(
             action_dim, latent_dim=latent_dim, hidden_dim=model_hidden_dim
         ),
-        "actor": lambda: make_actor(
-            action_low, action_high, noise_schedule=noise_schedule, **width
+        "actor": lambda: (
+            make_stochastic_actor(action_low, action_high, **width)
+            if stochastic
+            else make_actor(
+                action_low, action_high, noise_schedule=noise_schedule, **width
+            )
         ),
         "qvalue": lambda: make_qvalue(action_dim, **width),
         "reward": lambda: make_reward(action_dim, **width),
-        "classifier": lambda: make_classifier(action_dim, **width),
+        "classifier": lambda: make_classifier(
+            action_dim, linear=linear_classifier, **width
+        ),
     }
+    if loss_kwargs.get("reconstruction_coef", 0) != 0:
+        built["decoder"] = lambda: make_decoder(observation_dim, **width)
     parts = {name: build() for name, build in built.items() if name not in loss_kwargs}
     return ALMLoss(**parts, **loss_kwargs)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal, TypeVar, cast
 
+import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import (
     TensorDictModule,
@@ -15,7 +16,7 @@ from tensordict.nn import (
     TensorDictParams,
     TensorDictSequential,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 from torchrl.envs.utils import (
     ExplorationType,
@@ -27,12 +28,13 @@ from torchrl.objectives.utils import _cache_values
 
 from alm_torchrl.distributions import ClampedNormal
 from alm_torchrl.layers import AlwaysSample, NoiseSchedule
+from alm_torchrl.objectives.binding import Loan, lendable
 from alm_torchrl.objectives.inputs import entry_names, misfit
 
 Parameters = Literal["live", "frozen", "target"]
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-PARTS = ("encoder", "model", "actor", "qvalue", "reward", "classifier")
+PARTS = ("encoder", "model", "actor", "qvalue", "reward", "classifier", "decoder")
 
 
 def sampling(method: Method) -> Method:
@@ -71,6 +73,7 @@ class ALMNetworks(LossModule):
             state_action_value: output of the critics, one entry each.
                 Default: ``"state_action_value"``.
             logits: output of the classifier. Default: ``"logits"``.
+            reconstruction: output of the decoder. Default: ``"reconstruction"``.
             imagined: optional boolean entry of the transitions: the rows whose next
                 latent comes from the model in the classifier's loss.
                 Default: ``"imagined"``.
@@ -85,6 +88,7 @@ class ALMNetworks(LossModule):
         predicted_reward: NestedKey = "predicted_reward"
         state_action_value: NestedKey = "state_action_value"
         logits: NestedKey = "logits"
+        reconstruction: NestedKey = "reconstruction"
         imagined: NestedKey = "imagined"
         slice: NestedKey = "slice"
         transition: NestedKey = "transition"
@@ -111,8 +115,12 @@ class ALMNetworks(LossModule):
     classifier: TensorDictModule | None
     classifier_params: TensorDictParams
     target_classifier_params: TensorDictParams
+    decoder: TensorDictModule | None
+    decoder_params: TensorDictParams
+    target_decoder_params: TensorDictParams
 
     noise_clip: float | None
+    log_alpha: nn.Parameter | None
 
     def _bind(self, **parts: TensorDictModuleBase | None) -> None:
         for name, part in parts.items():
@@ -131,6 +139,10 @@ class ALMNetworks(LossModule):
             self.convert_to_functional(
                 part, name, create_target_params=name in ("encoder", "qvalue")
             )
+            params = getattr(self, f"{name}_params")
+            if not isinstance(params, TensorDictParams):
+                # What TorchRL keeps of a network without parameters is no module.
+                setattr(self, f"{name}_params", TensorDictParams(params))
 
     def _tie(self) -> None:
         """Makes the modules hold the parameters and buffers of the loss itself."""
@@ -158,13 +170,23 @@ class ALMNetworks(LossModule):
     def _bound(
         self, part: str, parameters: Parameters
     ) -> AbstractContextManager[object]:
-        if parameters == "live":
-            params = getattr(self, f"{part}_params")
-        elif parameters == "target":
-            params = getattr(self, f"target_{part}_params")
-        else:
-            params = self._frozen(part)
-        return params.to_module(getattr(self, part), preserve_module_state=False)
+        """Context in which the network of a part holds a set of parameters."""
+        name = f"{part}_params" if parameters != "target" else f"target_{part}_params"
+        if torch.compiler.is_compiling():
+            params = self._frozen(part) if parameters == "frozen" else None
+            params = getattr(self, name) if params is None else params
+            return params.to_module(getattr(self, part), preserve_module_state=False)
+        params = self._modules[name]
+        cache = self.__dict__.setdefault("_cache", {})
+        loans = cache.setdefault("loans", {})
+        loan = loans.get((part, parameters))
+        if loan is None or not loan.holds(params):
+            module, frozen = getattr(self, part), parameters == "frozen"
+            if not lendable(module):
+                params = params.detach() if frozen else params
+                return params.to_module(module, preserve_module_state=False)
+            loan = loans[part, parameters] = Loan(module, params, detach=frozen)
+        return loan
 
     def _inputs(self, **tensors: Tensor) -> TensorDict:
         """Network inputs by accepted key; ``next_latent`` goes under ``"next"``."""
@@ -182,13 +204,28 @@ class ALMNetworks(LossModule):
         deterministic = exploration_type() is ExplorationType.DETERMINISTIC
         if isinstance(dist, ClampedNormal):
             # Without noise the clamp stays: the clamped mean.
-            return dist.rsample(noise_clip=0.0 if deterministic else self.noise_clip)
+            # The density of an entropy bonus is that of noise without a clip.
+            clip = self.noise_clip if self.log_alpha is None else None
+            return dist.rsample(noise_clip=0.0 if deterministic else clip)
         if not dist.has_rsample:
             raise TypeError(
                 "encoder, model, actor: expected distributions whose samples have a "
                 f"gradient (has_rsample), got {type(dist).__name__}."
             )
         return dist.deterministic_sample if deterministic else dist.rsample()  # type: ignore[attr-defined]
+
+    @sampling
+    def sample(self, dist: Distribution) -> Tensor:
+        """Draws from a distribution as the terms do.
+
+        Args:
+            dist (Distribution): what :meth:`encode` or :meth:`step` returned.
+
+        Returns:
+            Tensor: a reparameterised sample, or the mean where
+            ``deterministic_sampling_mode`` says so.
+        """
+        return self._sample(dist)
 
     def _observations(self, tensordict: TensorDictBase) -> TensorDictBase:
         """What the encoder reads."""
@@ -275,7 +312,8 @@ class ALMNetworks(LossModule):
         """Action of the actor, with the noise clipped as in the losses.
 
         An actor with a :class:`~alm_torchrl.distributions.ClampedNormal` gets
-        ``noise_clip`` (the clamped mean in deterministic mode), one with another
+        ``noise_clip`` (the clamped mean in deterministic mode; no clip with an entropy
+        bonus), one with another
         distribution a reparameterised sample, one without its plain output.
 
         Args:
@@ -352,6 +390,20 @@ class ALMNetworks(LossModule):
         inputs = self._inputs(latent=latent, action=action, next_latent=next_latent)
         with self._bound("classifier", parameters):
             return self._output("classifier", inputs, self.tensor_keys.logits, 2)
+
+    def decode(self, latent: Tensor, parameters: Parameters = "frozen") -> Tensor:
+        """Mean of the decoder, ``d(s | z)``.
+
+        Args:
+            latent (Tensor): ``[*, L]``.
+            parameters (str): ``"live"`` or ``"frozen"``. Default: ``"frozen"``.
+
+        Returns:
+            Tensor: reconstructed observation, ``[*, S]``.
+        """
+        with self._bound("decoder", parameters):
+            key = self.tensor_keys.reconstruction
+            return self._output("decoder", self._inputs(latent=latent), key)
 
     def acting_policy(self) -> TensorDictSequential:
         """The policy that acts: online encoder, then actor.

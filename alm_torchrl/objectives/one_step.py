@@ -9,12 +9,12 @@ from torch.distributions import Distribution
 from torch.nn.functional import cross_entropy
 from torchrl.modules import IndependentNormal
 
+from alm_torchrl import functional
 from alm_torchrl.checks import check_integer
 from alm_torchrl.objectives.inputs import (
     entry_names,
     masked_mean,
     read_column,
-    read_entry,
     read_masked,
     reduce_masked,
 )
@@ -29,6 +29,8 @@ class OneStepTerms(ALMRollouts):
     Each public method returns ``(value, metadata)`` and takes the two-draw batch,
     slices ``[B, K]`` or transitions ``[B]``.
     """
+
+    target_entropy: float | None
 
     def _read(
         self, tensordict: TensorDictBase, key: NestedKey
@@ -99,9 +101,9 @@ class OneStepTerms(ALMRollouts):
         return reduce_masked(loss, mask, self.reduction)
 
     def _reward_term(self, transitions: TensorDictBase, latent: Tensor) -> Tensor:
-        keys = self.tensor_keys
-        predicted = self.predict_reward(latent, transitions[keys.action], "live")
-        target = read_column(read_entry(transitions, "next"), keys.reward, predicted)
+        action = transitions[self.tensor_keys.action]
+        predicted = self.predict_reward(latent, action, "live")
+        target = self._recorded_reward(transitions, predicted)
         return (predicted - target).square()
 
     def _classifier_term(
@@ -184,6 +186,8 @@ class OneStepTerms(ALMRollouts):
 
     def reward_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
         """Squared error of the reward model on ``z ~ e'(s)`` (Eq. 11).
+
+        The reward is that of the batch after ``reward_transform``.
 
         Args:
             tensordict (TensorDictBase): two-draw batch, slices or transitions.
@@ -279,3 +283,36 @@ class OneStepTerms(ALMRollouts):
             k: masked_mean(v.detach().reshape(shape), mask) for k, v in metadata.items()
         }
         return self._reduce(error.square().mean(-1), mask, shape), means
+
+    def alpha_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
+        """Loss of the entropy bonus's temperature, as in SAC.
+
+        ``- alpha (log pi(a | z) + target_entropy)`` with ``a ~ pi(z)``, ``z ~ e'(s)``.
+
+        Args:
+            tensordict (TensorDictBase): two-draw batch, slices or transitions.
+
+        Returns:
+            tuple: the loss, which trains ``log_alpha``, and detached ``alpha`` and mean
+            ``entropy``, ``-log pi`` in nats.
+
+        Raises:
+            RuntimeError: if the loss has no entropy bonus (``alpha_init=None``).
+        """
+        if self.log_alpha is None:
+            raise RuntimeError(
+                "alpha_loss needs an entropy bonus, got alpha_init=None."
+            )
+        transitions, mask, shape = self._transitions(tensordict)
+        _, latent = self._encoded(transitions)
+        with torch.no_grad(), self._bound("actor", "frozen"):
+            action, log_prob = self._scored_action(latent)
+        target = self.target_entropy
+        if target is None:
+            target = -float(action.shape[-1])
+        loss = functional.temperature_loss(self.log_alpha, log_prob, target)
+        metadata = {
+            "alpha": self.log_alpha.detach().exp(),
+            "entropy": masked_mean(-log_prob.reshape(shape), mask),
+        }
+        return self._reduce(loss, mask, shape), metadata
