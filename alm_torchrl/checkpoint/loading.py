@@ -99,54 +99,59 @@ def build_loss(
     Returns:
         ALMLoss or BaselineLoss: that of the agent, freshly initialised.
     """
-    sizes = {
-        "observation_dim": spaces["observation_dim"],
-        "action_low": torch.tensor(spaces["action_low"]),
-        "action_high": torch.tensor(spaces["action_high"]),
-    }
-    common = {name: settings[name] for name in ("hidden_dim", "gamma")}
-    schedule = NoiseSchedule(
-        settings["noise_initial"], settings["noise_final"], settings["noise_steps"]
-    )
-    # A run of an earlier version lacks the settings that are looked up with get().
     agent = settings.get("agent", "alm")
+    if agent == "alm":
+        return _alm_loss(settings, spaces)
+    common = {**_sizes(spaces), "hidden_dim": settings["hidden_dim"]}
+    common["gamma"] = settings["gamma"]
     if agent == "sac":
-        return make_sac_loss(**sizes, **common)
+        return make_sac_loss(**common)
     if agent == "redq":
-        return make_redq_loss(**sizes, **common)
-    if agent == "td3":
-        return make_td3_loss(
-            **sizes,
-            **common,
-            noise_clip=settings["noise_clip"],
-            noise_schedule=schedule,
-        )
-    return make_alm_loss(
-        **sizes, **_alm_arguments(settings, spaces["observation_dim"], schedule)
+        return make_redq_loss(**common)
+    return make_td3_loss(
+        **common,
+        noise_clip=settings["noise_clip"],
+        noise_schedule=_noise_schedule(settings),
     )
 
 
-def _alm_arguments(
-    settings: Mapping[str, Any], observation_dim: int, schedule: NoiseSchedule
-) -> dict[str, Any]:
+def _alm_loss(settings: Mapping[str, Any], spaces: Mapping[str, Any]) -> ALMLoss:
+    # A run of an earlier version lacks the settings that are looked up with get().
     arguments = {n: settings[n] for n in _LOSS_ARGUMENTS if n in settings}
     if settings.get("entropy"):
         arguments["alpha_init"] = ALPHA_INIT
     else:
-        arguments["noise_schedule"] = schedule
-    if settings.get("encoder") == "identity":
-        arguments["latent_dim"] = observation_dim
-        arguments["encoder"] = make_identity_encoder(observation_dim)
-    if settings.get("model_objective") == "likelihood":
+        arguments["noise_schedule"] = _noise_schedule(settings)
+    if settings.get("encoder", "gaussian") == "identity":
+        arguments["latent_dim"] = spaces["observation_dim"]
+        arguments["encoder"] = make_identity_encoder(spaces["observation_dim"])
+    if settings.get("model_objective", "bound") == "likelihood":
         arguments.update(reward_coef=0.0, value_coef=0.0, reconstruction_coef=1.0)
     arguments["value_prediction"] = settings.get("value_prediction", "none")
-    log_reward = settings.get("log_reward")
+    log_reward = settings.get("log_reward", "none")
     if log_reward in ("model", "bound"):
         arguments["log_terms"] = log_reward
     elif log_reward in _REWARD_TRANSFORMS:
         arguments["reward_transform"] = _REWARD_TRANSFORMS[log_reward]
-    arguments["linear_classifier"] = settings.get("classifier") == "linear"
-    return arguments
+    return make_alm_loss(
+        **_sizes(spaces),
+        linear_classifier=settings.get("classifier") == "linear",
+        **arguments,
+    )
+
+
+def _sizes(spaces: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "observation_dim": spaces["observation_dim"],
+        "action_low": torch.tensor(spaces["action_low"]),
+        "action_high": torch.tensor(spaces["action_high"]),
+    }
+
+
+def _noise_schedule(settings: Mapping[str, Any]) -> NoiseSchedule:
+    return NoiseSchedule(
+        settings["noise_initial"], settings["noise_final"], settings["noise_steps"]
+    )
 
 
 def usable_checkpoints(
@@ -347,7 +352,7 @@ def load_loss(path: str | Path, *, device: torch.device | str = "cpu") -> ALMLos
             f"{checkpoint}: expected an agent of ALM, which has a latent model and a "
             f"lower bound, got {agent!r}"
         )
-    loss = build_loss(metadata["settings"], metadata["spaces"]).to(device)
+    loss = _alm_loss(metadata["settings"], metadata["spaces"]).to(device)
     # TorchRL warns when the targets of a loss are used that nothing updates.
     SoftUpdate(loss, tau=metadata["settings"]["tau"])
     VerifiedCheckpoint(loss_module=loss).load(checkpoint, map_location=device)

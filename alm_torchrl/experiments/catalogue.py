@@ -177,9 +177,7 @@ _LISTED = (
         (
             ALM,
             Variant("alm-log", "log R", {"log_reward": "plain"}),
-            Variant(
-                "alm-log-model", "log r in the model", {"log_reward": "model"}
-            ),
+            Variant("alm-log-model", "log r in the model", {"log_reward": "model"}),
             Variant("alm-log-shifted", "a log(1 + R/a)", {"log_reward": "shifted"}),
         ),
     ),
