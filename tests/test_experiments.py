@@ -6,6 +6,7 @@ import csv
 import dataclasses
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 
@@ -59,6 +60,13 @@ def test_smoke(name, folder, capsys):
     if experiment.kind != "curves":
         detail = read(results / f"{name}-smoke-{experiment.kind}.csv")
         assert {row["variant"] for row in detail} == {row["variant"] for row in table}
+
+
+def test_the_tasks_of_all_scales_are_registered():
+    tasks = {task for one in EXPERIMENTS.values() for task in one.tasks}
+    tasks |= {task for scale in SCALES.values() for task in scale.tasks or ()}
+    assert len(tasks) > 5
+    assert [task for task in sorted(tasks) if task not in gymnasium.registry] == []
 
 
 def test_complete_runs_are_not_made_again(folder, monkeypatch):

@@ -29,7 +29,12 @@ ScaleName = Literal["smoke", "small", "paper"]
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of a figure: a name and the settings that make it."""
+    """One line of a figure: a name and the settings that make it.
+
+    Example:
+        >>> ALM.label, Variant("short", "ALM(1)", {"horizon": 1}).changes
+        ('ALM(3)', {'horizon': 1})
+    """
 
     name: str
     """Used in file names."""
@@ -46,12 +51,18 @@ REDQ = Variant("redq", "REDQ", {"agent": "redq"})
 NO_KL = Variant("alm-no-kl", "no KL", {"kl_coef": 0.0})
 
 MUJOCO = ("Humanoid-v5", "Ant-v5", "HalfCheetah-v5", "Walker2d-v5", "Hopper-v5")
-TRUNCATED = ("T-Humanoid", "T-Ant", *MUJOCO[2:])
+TRUNCATED = ("T-Humanoid-v5", "T-Ant-v5", *MUJOCO[2:])
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A table or figure of the paper, as runs to make and something to draw."""
+    """A table or figure of the paper, as runs to make and something to draw.
+
+    Example:
+        >>> one = EXPERIMENTS["table1"]
+        >>> one.source, one.steps, one.tasks[0]
+        ('Table 1', 200000, 'T-Humanoid-v5')
+    """
 
     name: str
     """What ``alm-torchrl reproduce`` calls it."""
@@ -99,7 +110,7 @@ _LISTED = (
         "ALM-ENT: stochastic actor with SAC's entropy bonus",
         "T-Humanoid 4747+-900, T-Ant 4921+-128 after 200,000 steps",
         (ALM, Variant("alm-ent", "ALM-ENT(3)", {"entropy": True})),
-        tasks=("T-Humanoid", "T-Ant"),
+        tasks=("T-Humanoid-v5", "T-Ant-v5"),
         steps=200_000,
     ),
     Experiment(
@@ -257,7 +268,12 @@ EXPERIMENTS: dict[str, Experiment] = {one.name: one for one in _LISTED}
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of an experiment to do."""
+    """How much of an experiment to do.
+
+    Example:
+        >>> SCALES["paper"].seeds, sorted(SCALES["small"].tasks)
+        (5, ['HalfCheetah-v5', 'Pendulum-v1'])
+    """
 
     note: str
     """What every output says about it."""
@@ -318,7 +334,13 @@ SCALES: dict[ScaleName, Scale] = {
 
 @dataclass(frozen=True)
 class Planned:
-    """A run of an experiment."""
+    """A run of an experiment.
+
+    Example:
+        >>> first = plan(EXPERIMENTS["fig3"], "paper")[0]
+        >>> first.variant.label, first.config.task, first.config.total_steps
+        ('ALM(3)', 'T-Humanoid-v5', 300000)
+    """
 
     variant: Variant
     """The line it belongs to."""
@@ -344,7 +366,7 @@ def plan(
     Keyword Args:
         seeds: number of seeds. Default: ``None``, the scale's.
         steps: training steps. Default: ``None``, the scale's or the experiment's.
-        tasks: some of the tasks. Default: all.
+        tasks: some of the tasks. Default: ``()``, all.
         settings: fields of :class:`~alm_torchrl.config.TrainConfig` for all runs, in
             place of the scale's. Default: ``None``.
 
