@@ -190,7 +190,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: the words after ``alm-torchrl``; ``sys.argv[1:]`` by default.
+        argv: the words after ``alm-torchrl``.
+            Default: ``None``, those of ``sys.argv``.
 
     Returns:
         int: 0, or 130 after Ctrl-C.

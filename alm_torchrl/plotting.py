@@ -128,7 +128,7 @@ def plot_runs(
         runs: see :func:`curves_of`.
         output: the picture to write; its ending chooses the format (PNG, PDF, ...).
         references: published curves to draw too, dashed, as far as the runs reach.
-            Default: none.
+            Default: ``()``.
 
     Returns:
         Path: ``output``.
@@ -185,7 +185,7 @@ def draw_curves(
     Args:
         axes: the panel.
         curves: the curves.
-        references: published ones, dashed, as far as the others reach. Default: none.
+        references: published ones, dashed, as far as the others reach. Default: ``()``.
     """
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 

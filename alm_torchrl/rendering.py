@@ -89,8 +89,9 @@ def film_policy(
             than 50 steps per second every n-th is shown.
 
     Keyword Args:
-        seed: of the episode and of the policy's sampling. Defaults to 0.
-        max_steps: environment steps to show at most; the whole episode by default.
+        seed: of the episode and of the policy's sampling. Default: ``0``.
+        max_steps: environment steps to show at most. Default: ``None``, the
+            whole episode.
 
     Returns:
         Film: what was written.

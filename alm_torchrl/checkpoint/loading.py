@@ -98,6 +98,17 @@ def build_loss(
 
     Returns:
         ALMLoss or BaselineLoss: that of the agent, freshly initialised.
+
+    Raises:
+        ValueError: if a setting is out of range.
+        KeyError: if one that every version of a run has is missing.
+
+    Example:
+        >>> from alm_torchrl.config import preset_config
+        >>> settings = preset_config("quick", agent="sac", gamma=0.9).to_dict()
+        >>> spaces = {"observation_dim": 3, "action_low": [-1.0], "action_high": [1.0]}
+        >>> build_loss(settings, spaces).agent
+        'sac'
     """
     agent = settings.get("agent", "alm")
     if agent == "alm":
@@ -166,6 +177,18 @@ def usable_checkpoints(
 
     Warns:
         UserWarning: for each damaged one that is passed over, saying what is wrong.
+
+    Yields:
+        Path: each of them, checked when it is asked for.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for number in (2, 10):
+        ...         saved = VerifiedCheckpoint(net=torch.nn.Linear(2, 1))
+        ...         _ = saved.save(f"{folder}/checkpoint-{number}")
+        ...     [path.name for path in usable_checkpoints(Path(folder))]
+        ['checkpoint-10', 'checkpoint-2']
     """
     if not directory.is_dir():
         return
@@ -195,7 +218,8 @@ def find_checkpoint(
     Args:
         path: a checkpoint, or a run folder, which stands for its newest checkpoint
             that is not damaged.
-        components: those that will be loaded. Default: the networks.
+        components: those that will be loaded.
+            Default: ``("loss_module",)``, the networks.
 
     Returns:
         Path: the checkpoint.
@@ -203,6 +227,15 @@ def find_checkpoint(
     Raises:
         FileNotFoundError: if the path is missing, is neither of the two, or the run
             has no checkpoint that can be used.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     for number in (2, 10):
+        ...         saved = VerifiedCheckpoint(loss_module=torch.nn.Linear(2, 1))
+        ...         _ = saved.save(f"{run}/checkpoints/checkpoint-{number}")
+        ...     find_checkpoint(run).name
+        'checkpoint-10'
     """
     path = Path(path)
     if not path.exists():
@@ -226,9 +259,26 @@ def find_checkpoint(
 def checkpoint_metadata(path: Path) -> dict[str, Any]:
     """What a training run wrote beside its state: settings, spaces, progress.
 
+    Args:
+        path: a checkpoint.
+
+    Returns:
+        dict: ``settings`` (see :class:`alm_torchrl.config.TrainConfig`), ``spaces``
+        (see :func:`describe_spaces`), ``wall_time`` in seconds, and
+        ``collected_frames``, environment steps with the warm-up.
+
     Raises:
         CheckpointError: if the checkpoint is damaged, or holds no settings since it
             was not written by ``alm-torchrl train``.
+
+    Example:
+        >>> import tempfile
+        >>> metadata = {"settings": {"task": "Hopper-v5"}, "spaces": {}}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = VerifiedCheckpoint(net=torch.nn.Linear(2, 1))
+        ...     path = saved.save(f"{folder}/saved", metadata=metadata)
+        ...     checkpoint_metadata(path)["settings"]
+        {'task': 'Hopper-v5'}
     """
     metadata: dict[str, Any] = read_manifest(path)["metadata"]
     if "settings" not in metadata or "spaces" not in metadata:
@@ -318,7 +368,20 @@ def load_policy(
             action = policy(TensorDict(observation=observed))["action"].numpy()
             observation, reward, terminated, truncated, _ = env.step(action)
 
-        In a TorchRL environment: ``make_env(task).rollout(1000, policy)``.
+        In a TorchRL environment: ``make_env(task).rollout(1000, policy)``. From a
+        checkpoint with the settings and spaces of a run:
+
+        >>> import tempfile
+        >>> from tensordict import TensorDict
+        >>> from alm_torchrl.config import preset_config
+        >>> settings = preset_config("quick", hidden_dim=8).to_dict()
+        >>> spaces = {"observation_dim": 3, "action_low": [-1.0], "action_high": [1.0]}
+        >>> metadata = {"settings": settings, "spaces": spaces}
+        >>> saved = VerifiedCheckpoint(loss_module=build_loss(settings, spaces))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     policy = load_policy(saved.save(f"{folder}/one", metadata=metadata))
+        >>> policy(TensorDict(observation=torch.zeros(3)))["action"].shape
+        torch.Size([1])
     """
     checkpoint = find_checkpoint(path)
     metadata = checkpoint_metadata(checkpoint)
@@ -343,6 +406,18 @@ def load_loss(path: str | Path, *, device: torch.device | str = "cpu") -> ALMLos
         FileNotFoundError: if there is no checkpoint.
         ValueError: if it holds another agent than ALM.
         torchrl.checkpoint.CheckpointError: if it is damaged or foreign.
+
+    Example:
+        >>> import tempfile
+        >>> from alm_torchrl.config import preset_config
+        >>> settings = preset_config("quick", hidden_dim=8).to_dict()
+        >>> spaces = {"observation_dim": 3, "action_low": [-1.0], "action_high": [1.0]}
+        >>> metadata = {"settings": settings, "spaces": spaces}
+        >>> saved = VerifiedCheckpoint(loss_module=build_loss(settings, spaces))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     loss = load_loss(saved.save(f"{folder}/one", metadata=metadata))
+        >>> loss.classifier_coef
+        0.1
     """
     checkpoint = find_checkpoint(path)
     metadata = checkpoint_metadata(checkpoint)

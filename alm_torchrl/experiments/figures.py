@@ -37,7 +37,7 @@ def plot_curves(
         note: what it says about its scale.
         groups: runs by task and label.
         output: picture to write; its ending chooses the format.
-        references: published curves to draw, dashed, into each panel. Default: none.
+        references: published curves to draw, dashed, into each panel. Default: ``()``.
 
     Returns:
         Path: ``output``.

@@ -372,7 +372,7 @@ class ALMLoss(ModelTerms):
         """Sets ``gamma`` and ``lmbda`` in TorchRL's way.
 
         Args:
-            value_type (ValueEstimators, optional): only ``TDLambda``, the default.
+            value_type (ValueEstimators, optional): ``TDLambda``. Default: ``None``.
             **hyperparams (float): ``gamma`` and ``lmbda``.
 
         Raises:
