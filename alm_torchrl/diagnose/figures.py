@@ -67,6 +67,7 @@ def plot_bias(pairs: TensorDictBase, title: str, output: Path) -> Path:
     left.set_xlabel("discounted Monte-Carlo return")
     left.set_ylabel("estimate")
     right.set_xlabel(NORMALISED)
+    right.locator_params(axis="x", nbins=6)
     right.set_ylabel(f"pairs, of {len(pairs):,}")
     _legend_above(left, 3)
     _legend_above(right, 2)
