@@ -125,13 +125,15 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
         raise ValueError(f"{name}: expected {expected}, got {value!r}.")
 
 
-def check_type(name: str, value: object, expected: type, hint: str = "") -> None:
-    """Checks that a value is of a type.
+def check_type(
+    name: str, value: object, expected: type | tuple[type, ...], hint: str = ""
+) -> None:
+    """Checks that a value is of a type, or of one of several.
 
     Args:
         name (str): what the error calls it.
         value (object): what was given.
-        expected (type): what it must be an instance of.
+        expected (type or tuple of type): what it must be an instance of.
         hint (str): how to get one, for the end of the message. Default: ``""``.
 
     Raises:
@@ -143,8 +145,10 @@ def check_type(name: str, value: object, expected: type, hint: str = "") -> None
         TypeError: schedule: expected dict, got float.
     """
     if not isinstance(value, expected):
+        types = expected if isinstance(expected, tuple) else (expected,)
+        names = " or ".join(one.__name__ for one in types)
         raise TypeError(
-            f"{name}: expected {expected.__name__}, got {type(value).__name__}"
+            f"{name}: expected {names}, got {type(value).__name__}"
             f"{hint and f' ({hint})'}."
         )
 

@@ -60,7 +60,7 @@ def diagnose(options: DiagnoseOptions) -> int:
     """Look into a trained agent: print the tables, and write them and pictures.
 
     Raises:
-        UserError: if there is no checkpoint, or it is not one of ALM.
+        UserError: if there is no checkpoint, or it has not what is asked for.
     """
     with mistakes():
         run_diagnose(options, _env, lambda text: print(text, flush=True))

@@ -108,6 +108,7 @@ def film_policy(
             "env: expected an environment made with render_mode='rgb_array', "
             f"got render_mode={gym_env.render_mode!r}"
         )
+    _follow(gym_env.unwrapped)
     rate = float(gym_env.metadata.get("render_fps", 30))
     stride = math.ceil(rate / _MAX_FPS)
     played: dict[str, Any] = {"steps": 0, "return": 0.0}
@@ -132,6 +133,18 @@ def film_policy(
         torch.manual_seed(seed)
         count = writer(output, frames(), rate / stride)
     return Film(output, count, rate / stride, played["steps"], played["return"])
+
+
+def _follow(task: Any) -> None:  # noqa: ANN401
+    """Takes the camera that follows the body, where a MuJoCo task has one."""
+    renderer = getattr(task, "mujoco_renderer", None)
+    if renderer is None or (task.camera_id, task.camera_name) != (None, None):
+        return
+    model = renderer.model
+    names = [model.camera(index).name for index in range(model.ncam)]
+    if "track" in names:
+        # Gymnasium's own choice stands still.
+        renderer.camera_id = names.index("track")
 
 
 def _write_gif(path: Path, frames: Iterator[Frame], fps: float) -> int:

@@ -12,7 +12,7 @@ import pytest
 
 from alm_torchrl.cli import main
 from alm_torchrl.config import UserError
-from alm_torchrl.experiments import running
+from alm_torchrl.experiments import figures, running
 from alm_torchrl.experiments.catalogue import EXPERIMENTS, SCALES, plan
 from alm_torchrl.experiments.running import is_complete, make_runs
 from alm_torchrl.experiments.studies import over_seeds
@@ -60,6 +60,50 @@ def test_smoke(name, folder, capsys):
     if experiment.kind != "curves":
         detail = read(results / f"{name}-smoke-{experiment.kind}.csv")
         assert {row["variant"] for row in detail} == {row["variant"] for row in table}
+    if experiment.kind == "bias":
+        found = dict.fromkeys((row["variant"], row["estimate"]) for row in detail)
+        assert [*found] == [
+            *(("ALM(3)", "bound"), ("ALM(3)", "qvalue")),
+            *(("REDQ", "qvalue"), ("SAC", "qvalue")),
+        ]
+        steps = [row["training_step"] for row in detail if row["variant"] == "SAC"]
+        assert steps == ["0", "3", "6"] * 2
+
+
+def test_a_line_for_each_variant_and_estimate(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, output: drawn.append(figure))
+    labels = {
+        ("ALM(3)", "bound"): "ALM(3) bound",
+        ("ALM(3)", "qvalue"): "ALM(3) min Q",
+        ("REDQ", "qvalue"): "REDQ Q",
+    }
+    rows = [
+        dict(
+            task=task,
+            variant=variant,
+            seed=seed,
+            training_step=step,
+            estimate=estimate,
+            mean=100 * task + 10 * line + step + 2 * seed,
+            std=1000 + line,
+        )
+        for task in (1, 2)
+        for line, (variant, estimate) in enumerate(labels)
+        for seed in (0, 1)
+        for step in (0, 3)
+    ]
+    figures.plot_bias(EXPERIMENTS["fig4"], "a note", rows, tmp_path / "bias.png")
+    (figure,) = drawn
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [*labels.values()]
+    for index, panel in enumerate(figure.axes):
+        what, task = divmod(index, 2)
+        curves = {line.get_label(): line.get_ydata() for line in panel.get_lines()}
+        for number, label in enumerate(labels.values()):
+            means = 100 * (task + 1) + 10 * number + np.array([1, 4])
+            expected = [1000 + number] * 2 if what else means
+            assert curves[label].tolist() == list(expected)
 
 
 def test_the_tasks_of_all_scales_are_registered():

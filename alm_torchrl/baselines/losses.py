@@ -80,6 +80,35 @@ class BaselineLoss(LossModule):
         except (KeyError, RuntimeError) as error:
             raise misfit("actor", policy, observations, error) from error
 
+    def state_action_value(self, tensordict: TensorDictBase) -> Tensor:
+        """Values of all critics, ``Q_i(s, a)``, by the online networks.
+
+        Args:
+            tensordict (TensorDictBase): ``[*]``, observations and actions.
+
+        Returns:
+            Tensor: ``[*, number of critics]``.
+        """
+        inputs = tensordict.select(*self.qvalue_network.in_keys)
+        values = []
+        for parameters in self.qvalue_network_params.unbind(0):
+            with parameters.to_module(self.qvalue_network):
+                found = self.qvalue_network(inputs.copy())
+            values.append(found.get(self.tensor_keys.state_action_value))
+        return torch.cat(values, -1)
+
+    def qvalue_estimate(self, tensordict: TensorDictBase) -> Tensor:
+        """The critics' estimate of the return, ``min_i Q_i(s, a)``.
+
+        Args:
+            tensordict (TensorDictBase): ``[*]``, observations and actions.
+
+        Returns:
+            Tensor: ``[*]``. A soft value where the agent has a temperature: it counts
+            the entropy bonus of all later steps.
+        """
+        return self.state_action_value(tensordict).amin(-1)
+
     @property
     def noise_schedule(self) -> NoiseSchedule | None:
         """The schedule inside the actor, or ``None`` where the actor has none."""
@@ -293,6 +322,17 @@ class REDQBaseline(BaselineLoss, REDQLoss):
         loss = self.alpha * log_prob - values.mean(0)
         loss = self._reduce_loss(loss, tensordict=tensordict)
         return loss, {"log_prob": log_prob.detach()}
+
+    def qvalue_estimate(self, tensordict: TensorDictBase) -> Tensor:
+        """The mean over all critics, as in the paper's study of their bias.
+
+        Args:
+            tensordict (TensorDictBase): ``[*]``, observations and actions.
+
+        Returns:
+            Tensor: ``[*]``, a soft value.
+        """
+        return self.state_action_value(tensordict).mean(-1)
 
     def alpha_loss(self, log_prob: Tensor) -> Tensor:
         """``- log alpha (log pi + target entropy)``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from tensordict import TensorDictBase
@@ -390,21 +390,40 @@ def load_policy(
     return ActingPolicy(loss.acting_policy(), deterministic=deterministic)
 
 
-def load_loss(path: str | Path, *, device: torch.device | str = "cpu") -> ALMLoss:
-    """The networks and losses of a trained ALM agent, to look into.
+@overload
+def load_loss(
+    path: str | Path,
+    *,
+    device: torch.device | str = ...,
+    baselines: Literal[False] = ...,
+) -> ALMLoss: ...
+
+
+@overload
+def load_loss(
+    path: str | Path, *, device: torch.device | str = ..., baselines: Literal[True]
+) -> ALMLoss | BaselineLoss: ...
+
+
+def load_loss(
+    path: str | Path, *, device: torch.device | str = "cpu", baselines: bool = False
+) -> ALMLoss | BaselineLoss:
+    """The networks and losses of a trained agent, to look into.
 
     Args:
         path: a run folder, which stands for its newest checkpoint, or a checkpoint.
 
     Keyword Args:
         device: where the networks go. Default: ``"cpu"``.
+        baselines: accept TD3, SAC and REDQ too, which have no latent model and no
+            bound. Default: ``False``.
 
     Returns:
-        ALMLoss: with the targets of the checkpoint.
+        ALMLoss or BaselineLoss: with the targets of the checkpoint.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        ValueError: if it holds another agent than ALM.
+        ValueError: if it holds an agent that is not accepted.
         torchrl.checkpoint.CheckpointError: if it is damaged or foreign.
 
     Example:
@@ -422,12 +441,12 @@ def load_loss(path: str | Path, *, device: torch.device | str = "cpu") -> ALMLos
     checkpoint = find_checkpoint(path)
     metadata = checkpoint_metadata(checkpoint)
     agent = metadata["settings"].get("agent", "alm")
-    if agent != "alm":
+    if agent != "alm" and not baselines:
         raise ValueError(
             f"{checkpoint}: expected an agent of ALM, which has a latent model and a "
             f"lower bound, got {agent!r}"
         )
-    loss = _alm_loss(metadata["settings"], metadata["spaces"]).to(device)
+    loss = build_loss(metadata["settings"], metadata["spaces"]).to(device)
     # TorchRL warns when the targets of a loss are used that nothing updates.
     SoftUpdate(loss, tau=metadata["settings"]["tau"])
     VerifiedCheckpoint(loss_module=loss).load(checkpoint, map_location=device)

@@ -126,7 +126,7 @@ _LISTED = (
         "Fig. 4, 8",
         "normalised bias of the bound and of Q during training (SAC-AVG: not here)",
         "the deviation of the bias is below REDQ's and SAC-AVG's",
-        (ALM,),
+        (ALM, REDQ, SAC),
         tasks=TRUNCATED,
         kind="bias",
     ),

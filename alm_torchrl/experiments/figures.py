@@ -59,7 +59,7 @@ def plot_curves(
 def plot_bias(
     experiment: Experiment, note: str, rows: Sequence[Row], output: Path
 ) -> Path:
-    """Draws mean and deviation of the normalised bias during training.
+    """Draws mean and deviation of the normalised bias of each estimate in training.
 
     Args:
         experiment: what the figure is about.
@@ -72,17 +72,22 @@ def plot_bias(
     """
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure, axes = _figure(experiment, note, tasks, rows=2)
-    labels = {"bound": "bound", "qvalue": "min Q(z, a)"}
+    lines = list(dict.fromkeys((row["variant"], row["estimate"]) for row in rows))
     for index, name in enumerate(("mean", "std")):
         for column, task in enumerate(tasks):
             panel = axes[index * len(tasks) + column]
-            for estimate, label in labels.items():
+            for variant, estimate in lines:
                 chosen = [
                     row
                     for row in rows
-                    if row["task"] == task and row["estimate"] == estimate
+                    if (row["task"], row["variant"], row["estimate"])
+                    == (task, variant, estimate)
                 ]
-                _band(panel, over_seeds(chosen, "training_step", name), label)
+                # A baseline's only estimate: the smallest or the mean of its critics.
+                q = "min Q" if (variant, "bound") in lines else "Q"
+                label = f"{variant} {'bound' if estimate == 'bound' else q}"
+                if chosen:
+                    _band(panel, over_seeds(chosen, "training_step", name), label)
             panel.axhline(0, color="0.6", linewidth=0.8)
             panel.set_title(task if index == 0 else "")
             panel.set_xlabel("training steps")

@@ -17,6 +17,7 @@ from alm_torchrl.checkpoint import (
     usable_checkpoints,
 )
 from alm_torchrl.diagnostics import bias_summary, bound_bias, latent_rollout
+from alm_torchrl.diagnostics.bias import ESTIMATES
 from alm_torchrl.envs import make_env
 from alm_torchrl.experiments.catalogue import SCALES, ScaleName
 from alm_torchrl.runs import Run
@@ -31,7 +32,9 @@ __all__ = [
 ]
 
 BIAS_FIELDS = ("task", "variant", "seed", "training_step", "estimate", "mean", "std")
-"""Columns of :func:`bias_rows`: bias over |mean return|, of ``bound`` or ``qvalue``."""
+"""Columns of :func:`bias_rows`: bias over |mean return|, of ``bound`` or ``qvalue``.
+
+Baselines have no ``bound``."""
 
 ROLLOUT_FIELDS = ("task", "variant", "seed", "steps", "error")
 """Columns of :func:`rollout_rows`: median error over the latents' deviation."""
@@ -58,7 +61,7 @@ def bias_rows(groups: Iterable[Group], scale: ScaleName) -> list[Row]:
             for checkpoint in _checkpoints(run.path):
                 pairs = bound_bias(
                     env,
-                    load_loss(checkpoint),
+                    load_loss(checkpoint, baselines=True),
                     horizon=settings["horizon"],
                     pairs=SCALES[scale].pairs,
                     seed=run.config.seed,
@@ -74,7 +77,8 @@ def bias_rows(groups: Iterable[Group], scale: ScaleName) -> list[Row]:
                         mean=summary[estimate, "overall", "mean"].item(),
                         std=summary[estimate, "overall", "std"].item(),
                     )
-                    for estimate in ("bound", "qvalue")
+                    for estimate in ESTIMATES
+                    if estimate in summary
                 ]
             env.close()
     return rows

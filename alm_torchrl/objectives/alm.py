@@ -55,6 +55,18 @@ OUT_KEYS = (
     *ENTROPY_KEYS,
 )
 
+# Arguments that are shown where they are not these defaults.
+VARIANTS = {
+    "reward_coef": 1.0,
+    "reconstruction_coef": 0.0,
+    "log_terms": "none",
+    "value_prediction": "none",
+    "value_prediction_coef": 1.0,
+    "actor_objective": "bound",
+    "alpha_init": None,
+    "target_entropy": None,
+}
+
 
 class ALMLoss(ModelTerms):
     """Aligned Latent Models: encoder, model and policy under one lower bound.
@@ -481,17 +493,15 @@ class ALMLoss(ModelTerms):
         settings = (
             f"gamma={self.gamma.item():g}, lmbda={self.lmbda.item():g}, "
             f"classifier_coef={self.classifier_coef:g}, kl_coef={self.kl_coef:g}, "
-            f"value_coef={self.value_coef:g}, reward_coef={self.reward_coef:g}, "
-            f"reconstruction_coef={self.reconstruction_coef:g}, "
-            f"reward_transform={self.reward_transform}, "
-            f"log_terms={self.log_terms!r}, "
-            f"value_prediction={self.value_prediction!r}, "
-            f"value_prediction_coef={self.value_prediction_coef:g}, "
-            f"noise_clip={self.noise_clip}, "
-            f"actor_objective={self.actor_objective!r}, alpha_init={self.alpha_init}, "
-            f"target_entropy={self.target_entropy}, "
+            f"value_coef={self.value_coef:g}, noise_clip={self.noise_clip}, "
             f"discount_model_loss={self.discount_model_loss}"
         )
+        if self.reward_transform is not None:
+            name = getattr(self.reward_transform, "__name__", self.reward_transform)
+            settings += f", reward_transform={name}"
+        for variant, default in VARIANTS.items():
+            if (value := getattr(self, variant)) != default:
+                settings += f", {variant}={value}"
         return "\n".join([f"{type(self).__name__}(", *lines, f"    {settings}", ")"])
 
 
