@@ -18,42 +18,7 @@ from alm_torchrl.objectives.inputs import masked_mean
 from alm_torchrl.objectives.model_terms import ModelTerms
 from alm_torchrl.objectives.networks import PARTS
 from alm_torchrl.objectives.one_step import Metadata
-
-# Metrics of the terms of ``loss_model``, one each.
-MODEL_KEYS = (
-    "kl",
-    "model_reward",
-    "terminal_value",
-    "reconstruction",
-    "value_prediction",
-)
-
-# Metrics of the policy's rollouts.
-IMAGINED_KEYS = (
-    "imagined_reward",
-    "imagined_log_ratio",
-    "imagined_value",
-    "lambda_return",
-)
-
-# Metrics of the entropy bonus.
-ENTROPY_KEYS = ("alpha", "entropy")
-
-OUT_KEYS = (
-    "loss_model",
-    "loss_reward",
-    "loss_classifier",
-    "loss_qvalue",
-    "loss_actor",
-    "loss_alpha",
-    *MODEL_KEYS,
-    "classifier_accuracy",
-    "pred_value",
-    "target_value",
-    "td_error",
-    *IMAGINED_KEYS,
-    *ENTROPY_KEYS,
-)
+from alm_torchrl.objectives.outputs import present_keys
 
 # Arguments that are shown where they are not these defaults.
 VARIANTS = {
@@ -326,22 +291,7 @@ class ALMLoss(ModelTerms):
             self._check_stochastic()
             log_alpha = nn.Parameter(torch.tensor(math.log(alpha_init)))
         self.register_parameter("log_alpha", log_alpha)
-        absent = {"loss_classifier", "classifier_accuracy", "imagined_log_ratio"}
-        absent = absent if self.classifier is None else set()
-        absent |= {"kl"} if kl_coef == 0 else set()
-        absent |= {"terminal_value"} if value_coef == 0 else set()
-        absent |= set(IMAGINED_KEYS) if actor_objective == "qvalue" else set()
-        absent |= {"loss_alpha", *ENTROPY_KEYS} if alpha_init is None else set()
-        absent |= {"model_reward"} if reward_coef == 0 else set()
-        absent |= {"reconstruction"} if reconstruction_coef == 0 else set()
-        if value_prediction == "none" or value_prediction_coef == 0:
-            absent |= {"value_prediction"}
-        if absent >= set(MODEL_KEYS):
-            raise ValueError(
-                "kl_coef, reward_coef, value_coef, reconstruction_coef: expected one "
-                "that is not 0, or a value_prediction, or loss_model is empty, got 0."
-            )
-        self.out_keys = [key for key in OUT_KEYS if key not in absent]
+        self.out_keys = present_keys(self)
 
     def _check_stochastic(self) -> None:
         got = None
