@@ -99,7 +99,7 @@ class Plot:
     """Run folders."""
     output: Path = Path("learning_curves.png")
     """Picture to write; its ending chooses the format."""
-    reference: tuple[Path, ...] = ()
+    reference: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="CSV...")] = ()
     """Published curves to draw too, in the format of the authors' scores/*.csv."""
 
     def run(self) -> int:

@@ -8,7 +8,12 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import (
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+)
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -60,7 +65,7 @@ def make_runs(
     configs = [one.config for one in planned]
     missing = [config for config in configs if not is_complete(config)]
     failures: list[Failure] = []
-    with _display(configs):
+    with _display(configs) if missing else nullcontext():
         for config, reason in _outcomes(missing, jobs):
             if reason:
                 failures.append(Failure(config.run_path, reason))

@@ -44,6 +44,7 @@ OUT_KEYS = (
     *IMAGINED_KEYS,
     *ENTROPY_KEYS,
 )
+"""All outputs there can be, in order."""
 
 
 def present_keys(loss: ALMLoss) -> list[str]:
