@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from alm_torchrl.bench.suite import BenchOptions
+from alm_torchrl.bench.updates import MODES, ModeName
 from alm_torchrl.config import PRESETS, Preset, TrainConfig, UserError
 from alm_torchrl.diagnose.suite import DiagnoseOptions
 from alm_torchrl.experiments.reproduce import ReproduceOptions
@@ -26,6 +27,10 @@ __all__ = ["main"]
 
 
 Count = Annotated[int, tyro.conf.arg(metavar="N")]
+Curves = Annotated[
+    tuple[Path, ...],
+    tyro.conf.arg(metavar="CSV...", help_behavior_hint="(default: none)"),
+]
 
 
 def _task_hint(default: str) -> str:
@@ -99,7 +104,7 @@ class Plot:
     """Run folders."""
     output: Path = Path("learning_curves.png")
     """Picture to write; its ending chooses the format."""
-    reference: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="CSV...")] = ()
+    reference: Curves = ()
     """Published curves to draw too, in the format of the authors' scores/*.csv."""
 
     def run(self) -> int:
@@ -144,6 +149,11 @@ class Tasks:
 class Bench(BenchOptions):
     """Measure speed: updates next to the authors' and peers', the loop, growth."""
 
+    modes: Annotated[tuple[ModeName, ...], tyro.conf.arg(metavar="MODE...")] = tuple(
+        MODES
+    )
+    """Ways to run our update; peers are compared with the first."""
+
     def run(self) -> int:
         """Measure."""
         from alm_torchrl import commands
@@ -174,6 +184,13 @@ class Reproduce(ReproduceOptions):
         tyro.conf.arg(metavar="[NAME]", help_behavior_hint="(see --list)"),
     ] = ""
     """Experiment to rerun; runs that are complete are not made again."""
+    tasks: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(metavar="TASK...", help_behavior_hint="(default: all)"),
+    ] = ()
+    """Some of the experiment's tasks."""
+    reference: Curves = ()
+    """Published learning curves (the authors' scores/*.csv) to draw as well."""
     list: bool = False
     """List the experiments, what the paper found, and stop."""
 
@@ -206,8 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _commands(_train_defaults(arguments)),
             args=arguments,
             prog="alm-torchrl",
-            description="Aligned Latent Models: train, evaluate, diagnose, plot, film, "
-            "time.",
+            description="Aligned Latent Models: train agents, look into them, rerun "
+            "the paper.",
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         )
         return int(command.run())

@@ -113,8 +113,7 @@ class TrainConfig:
     value_prediction: Literal["none", "encoder", "model"] = "none"
     """Encoder, or encoder and model, also predict the value (Fig. 18, 19)."""
     log_reward: Literal["none", "model", "plain", "shifted", "bound"] = "none"
-    """Log of the predicted reward for encoder and model, of all rewards, of those plus
-    10000 (Fig. 12), or of reward and value in both objectives (Theorem 3.1)."""
+    """Logarithm of predicted or all rewards, of these + 10000, or as in Theorem 3.1."""
 
     # Exploration
     entropy: bool = False

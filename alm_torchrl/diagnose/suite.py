@@ -74,8 +74,7 @@ class DiagnoseOptions:
     output: Path = Path("diagnostics")
     """Folder for the tables (CSV) and pictures (PNG)."""
     which: tuple[Section, ...] = SECTIONS
-    """What to look into; history is the bias at every checkpoint of a run folder. TD3,
-    SAC and REDQ have bias and history only."""
+    """What to look into; history: bias of each checkpoint (baselines: bias only)."""
     pairs: int = 1000
     """State-action pairs for the bias, and transitions for the statistics."""
     steps: int = 50

@@ -44,6 +44,7 @@ OUT_KEYS = (
     *IMAGINED_KEYS,
     *ENTROPY_KEYS,
 )
+"""Losses and metrics of ``ALMLoss`` with all of its terms."""
 """All outputs there can be, in order."""
 
 
