@@ -1,5 +1,11 @@
 """Aligned Latent Models as modular TorchRL components."""
 
+from alm_torchrl.baselines import (
+    BaselineOptimizationStepper,
+    make_redq_loss,
+    make_sac_loss,
+    make_td3_loss,
+)
 from alm_torchrl.checkpoint import (
     ActingPolicy,
     CollectorState,
@@ -7,6 +13,7 @@ from alm_torchrl.checkpoint import (
     load_policy,
 )
 from alm_torchrl.distributions import ClampedNormal
+from alm_torchrl.dynamics_noise import DynamicsNoise
 from alm_torchrl.env_state import (
     EnvironmentStateError,
     environment_state,
@@ -44,8 +51,10 @@ __all__ = [
     "ALMTrainer",
     "ActingPolicy",
     "AlwaysSample",
+    "BaselineOptimizationStepper",
     "ClampedNormal",
     "CollectorState",
+    "DynamicsNoise",
     "EnvironmentStateError",
     "NoiseSchedule",
     "NonFiniteError",
@@ -65,9 +74,12 @@ __all__ = [
     "make_identity_encoder",
     "make_model",
     "make_qvalue",
+    "make_redq_loss",
     "make_replay_buffer",
     "make_reward",
+    "make_sac_loss",
     "make_stochastic_actor",
+    "make_td3_loss",
     "make_trainer",
     "random_policy",
     "zero_policy",

@@ -30,7 +30,7 @@ def check_integer(name: str, value: object, low: int = 1, high: float = LARGEST)
         name (str): what the error calls it.
         value (object): what was given; a NumPy integer will do, a bool will not.
         low (int): smallest value allowed. Default: ``1``.
-        high (float): largest value allowed. Default: what 64 bits hold.
+        high (float): largest value allowed. Default: ``LARGEST``, what 64 bits hold.
 
     Returns:
         int: the value.
@@ -70,7 +70,7 @@ def check_number(
         name (str): what the error calls it.
         value (object): what was given; a NumPy number will do, a bool will not.
         low (float): lower limit. Default: ``0.0``.
-        high (float): upper limit. Default: what float32 holds.
+        high (float): upper limit. Default: ``LARGEST_FLOAT``, what float32 holds.
 
     Keyword Args:
         open_low (bool): whether the lower limit itself is outside.
@@ -125,14 +125,16 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
         raise ValueError(f"{name}: expected {expected}, got {value!r}.")
 
 
-def check_type(name: str, value: object, expected: type, hint: str = "") -> None:
-    """Checks that a value is of a type.
+def check_type(
+    name: str, value: object, expected: type | tuple[type, ...], hint: str = ""
+) -> None:
+    """Checks that a value is of a type, or of one of several.
 
     Args:
         name (str): what the error calls it.
         value (object): what was given.
-        expected (type): what it must be an instance of.
-        hint (str): how to get one, for the end of the message. Default: nothing.
+        expected (type or tuple of type): what it must be an instance of.
+        hint (str): how to get one, for the end of the message. Default: ``""``.
 
     Raises:
         TypeError: if it is not.
@@ -143,8 +145,10 @@ def check_type(name: str, value: object, expected: type, hint: str = "") -> None
         TypeError: schedule: expected dict, got float.
     """
     if not isinstance(value, expected):
+        types = expected if isinstance(expected, tuple) else (expected,)
+        names = " or ".join(one.__name__ for one in types)
         raise TypeError(
-            f"{name}: expected {expected.__name__}, got {type(value).__name__}"
+            f"{name}: expected {names}, got {type(value).__name__}"
             f"{hint and f' ({hint})'}."
         )
 
@@ -154,7 +158,7 @@ def check_steps(
 ) -> None:
     """Checks that the warm-up leaves enough to draw from, and that the replay holds it.
 
-    Args:
+    Keyword Args:
         warmup_steps (int): environment steps before the first update.
         capacity (int): transitions that the replay holds.
         batch_size (int): slices, and transitions, of an update.

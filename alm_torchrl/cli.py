@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from alm_torchrl.bench.suite import BenchOptions
 from alm_torchrl.config import PRESETS, Preset, TrainConfig, UserError
 from alm_torchrl.diagnose.suite import DiagnoseOptions
+from alm_torchrl.experiments.reproduce import ReproduceOptions
 
 try:
     import tyro
@@ -98,12 +99,14 @@ class Plot:
     """Run folders."""
     output: Path = Path("learning_curves.png")
     """Picture to write; its ending chooses the format."""
+    reference: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="CSV...")] = ()
+    """Published curves to draw too, in the format of the authors' scores/*.csv."""
 
     def run(self) -> int:
         """Plot."""
         from alm_torchrl import commands
 
-        return commands.plot(self.runs, self.output)
+        return commands.plot(self.runs, self.output, self.reference)
 
 
 @dataclass(frozen=True)
@@ -162,11 +165,33 @@ class Diagnose(DiagnoseOptions):
         return commands.diagnose(self)
 
 
+@dataclass(frozen=True)
+class Reproduce(ReproduceOptions):
+    """Rerun an experiment of the paper: its runs, then its table and figure."""
+
+    name: Annotated[
+        tyro.conf.Positional[str],
+        tyro.conf.arg(metavar="[NAME]", help_behavior_hint="(see --list)"),
+    ] = ""
+    """Experiment to rerun; runs that are complete are not made again."""
+    list: bool = False
+    """List the experiments, what the paper found, and stop."""
+
+    def run(self) -> int:
+        """Reproduce."""
+        from alm_torchrl import commands
+
+        if self.list:
+            return commands.list_experiments()
+        return commands.reproduce(self.name, self)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: the words after ``alm-torchrl``; ``sys.argv[1:]`` by default.
+        argv: the words after ``alm-torchrl``.
+            Default: ``None``, those of ``sys.argv``.
 
     Returns:
         int: 0, or 130 after Ctrl-C.
@@ -245,5 +270,6 @@ def _commands(train: Train) -> Any:  # noqa: ANN401
         | Annotated[Plot, tyro.conf.subcommand("plot")]
         | Annotated[Render, tyro.conf.subcommand("render")]
         | Annotated[Tasks, tyro.conf.subcommand("tasks")]
+        | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
         | Annotated[Bench, tyro.conf.subcommand("bench")]
     )

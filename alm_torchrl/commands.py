@@ -16,12 +16,27 @@ from alm_torchrl.checkpoint import checkpoint_metadata, find_checkpoint, load_po
 from alm_torchrl.diagnose.suite import DiagnoseOptions, run_diagnose
 from alm_torchrl.envs import TASKS, make_env
 from alm_torchrl.evaluation import evaluate_policy
-from alm_torchrl.plotting import plot_runs
+from alm_torchrl.experiments.reproduce import (
+    ReproduceOptions,
+    describe_experiments,
+)
+from alm_torchrl.experiments.reproduce import reproduce as _reproduce
+from alm_torchrl.plotting import plot_runs, reference_curve
 from alm_torchrl.rendering import check_film_name, film_policy, render_headless
 from alm_torchrl.runs import read_run
 from alm_torchrl.training import find_device, mistakes, train
 
-__all__ = ["bench", "diagnose", "evaluate", "plot", "render", "tasks", "train"]
+__all__ = [
+    "bench",
+    "diagnose",
+    "evaluate",
+    "list_experiments",
+    "plot",
+    "render",
+    "reproduce",
+    "tasks",
+    "train",
+]
 
 
 def bench(options: BenchOptions) -> int:
@@ -45,7 +60,7 @@ def diagnose(options: DiagnoseOptions) -> int:
     """Look into a trained agent: print the tables, and write them and pictures.
 
     Raises:
-        UserError: if there is no checkpoint, or it is not one of ALM.
+        UserError: if there is no checkpoint, or it has not what is asked for.
     """
     with mistakes():
         run_diagnose(options, _env, lambda text: print(text, flush=True))
@@ -77,7 +92,13 @@ def evaluate(checkpoint: Path, episodes: int, seed: int) -> int:
     return 0
 
 
-def plot(runs: Sequence[Path], output: Path) -> int:
+def list_experiments() -> int:
+    """Print the experiments of the paper."""
+    print(describe_experiments())
+    return 0
+
+
+def plot(runs: Sequence[Path], output: Path, reference: Sequence[Path] = ()) -> int:
     """Draw learning curves and print where they went.
 
     Raises:
@@ -86,8 +107,24 @@ def plot(runs: Sequence[Path], output: Path) -> int:
     with mistakes():
         if not runs:
             raise ValueError("plot needs at least one run folder")
-        print(plot_runs([read_run(path) for path in runs], output))
+        references = [reference_curve(path) for path in reference]
+        print(plot_runs([read_run(path) for path in runs], output, references))
     return 0
+
+
+def reproduce(name: str, options: ReproduceOptions) -> int:
+    """Rerun an experiment of the paper.
+
+    Raises:
+        UserError: if there is no such experiment, or nothing can be drawn.
+    """
+    torchrl_logger.setLevel(logging.WARNING)
+    try:
+        with mistakes():
+            return _reproduce(name, options, lambda text: print(text, flush=True))
+    except KeyboardInterrupt:
+        print("\nInterrupted; the runs are saved. The same command continues them.")
+        return 130
 
 
 def render(checkpoint: Path, output: Path, seed: int, steps: int | None) -> int:

@@ -249,7 +249,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "task": "HalfCheetah-v5",
         # Layers this small are slower on two threads than on one.
         "threads": 1,
-        "total_steps": 3000,
+        "total_steps": 4000,
         "warmup_steps": 2000,
         "batch_size": 128,
         "hidden_dim": 128,

@@ -115,6 +115,19 @@ def load_environment_state(env: EnvBase, state: Mapping[str, Any]) -> None:
             another task, other constructor arguments or another MuJoCo model (an
             environment that changes its model needs the two methods).
         EnvironmentStateError: If ``env`` cannot take the state.
+
+    Example:
+        >>> from alm_torchrl.envs import make_env
+        >>> env = make_env("Pendulum-v1", action_bounds="rescale", seed=0)
+        >>> _ = env.rollout(5)
+        >>> state = environment_state(env)
+        >>> step = env.rand_action(env.reset().empty())
+        >>> rewards = []
+        >>> for _ in range(2):
+        ...     load_environment_state(env, state)
+        ...     rewards.append(env.step(step.clone())["next", "reward"])
+        >>> bool(rewards[0] == rewards[1])
+        True
     """
     base, layers = _layers(env)
     if state.get("format") != _FORMAT:

@@ -41,6 +41,10 @@ class Task:
         action_dim: Length of the action vector.
         max_episode_steps: Steps after which an episode is truncated.
         note: What a reader of results should know about it.
+
+    Example:
+        >>> TASKS[0].id, TASKS[0].observation_dim, TASKS[0].action_dim
+        ('HalfCheetah-v5', 17, 6)
     """
 
     id: str
@@ -158,21 +162,22 @@ def make_env(
             it with ``"module:"`` if a module has to be imported first.
 
     Keyword Args:
-        action_bounds: What to do about action bounds. ``"clamp"`` (default, the
-            paper's) leaves the task's bounds in the action spec, for the actor to
-            clamp to. ``"rescale"`` shows bounds of -1 and 1 and maps them linearly
-            onto the task's own.
+        action_bounds: What to do about action bounds. ``"clamp"`` (the paper's way)
+            leaves the task's bounds in the action spec, for the actor to clamp to.
+            ``"rescale"`` shows bounds of -1 and 1 and maps them linearly onto the
+            task's own. Default: ``"clamp"``.
         dynamics_noise: Standard deviation of the noise that disturbs the joint
             velocities of a MuJoCo task before each step, in radians or metres per
             second (:class:`~alm_torchrl.dynamics_noise.DynamicsNoise`). Default:
             ``0.0``, the task as it is.
-        device: Where the tensors lie; the simulation runs on the CPU. ``None``
-            (default) also means the CPU; a step then takes a third less time than
-            with ``"cpu"``, where TorchRL checks the device of every tensor.
-        seed: Seed of the environment's own random generator; ``None`` (default)
-            leaves it to the operating system. The global generators of PyTorch,
-            NumPy and Python are neither seeded nor drawn from; random *actions*
-            (``env.rand_action``) come from PyTorch's.
+        device: Where the tensors lie; the simulation runs on the CPU.
+            Default: ``None``, which also means the CPU; a step then takes a third
+            less time than with ``"cpu"``, where TorchRL checks the device of every
+            tensor.
+        seed: Seed of the environment's own random generator. The global generators
+            of PyTorch, NumPy and Python are neither seeded nor drawn from; random
+            *actions* (``env.rand_action``) come from PyTorch's. Default: ``None``,
+            the operating system's choice.
         **gym_kwargs: Passed to ``gymnasium.make``, for example
             ``render_mode="rgb_array"`` or ``max_episode_steps=100``.
 

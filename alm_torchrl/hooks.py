@@ -67,6 +67,25 @@ class EvaluationHook(_Hook):
         seed (int): seed of the run. Default: ``0``.
         on_evaluation (callable, optional): receives a dictionary of plain numbers,
             see :func:`~alm_torchrl.make_trainer`. Default: ``None``.
+
+    Examples:
+        >>> from alm_torchrl import make_alm_loss, make_env, make_trainer
+        >>> env = make_env("Pendulum-v1", action_bounds="rescale")
+        >>> loss = make_alm_loss(env, hidden_dim=8, model_hidden_dim=8)
+        >>> trainer = make_trainer(
+        ...     env, loss, total_steps=2, warmup_steps=8, batch_size=4
+        ... )
+        >>> rows = []
+        >>> EvaluationHook(
+        ...     make_env("Pendulum-v1", action_bounds="rescale"),
+        ...     loss.acting_policy(),
+        ...     warmup_steps=8,
+        ...     episodes=1,
+        ...     on_evaluation=rows.append,
+        ... ).register(trainer)
+        >>> trainer.train()
+        >>> [row["training_step"] for row in rows]
+        [0, 2]
     """
 
     stage = "post_steps_log"
@@ -99,7 +118,11 @@ class EvaluationHook(_Hook):
             self.evaluate(step)
 
     def evaluate(self, step: int) -> None:
-        """Evaluates now and reports it as the result of training step ``step``."""
+        """Evaluates now and reports it as the result of a training step.
+
+        Args:
+            step (int): training step, warm-up excluded; part of the seed.
+        """
         scores = evaluate_policy(
             self.env,
             self.policy,
@@ -132,6 +155,18 @@ class EpisodeLog(_Hook):
 
     Args:
         env (EnvBase): the training environment, for its reward and done keys.
+
+    Examples:
+        >>> import torch
+        >>> from alm_torchrl import make_env
+        >>> env = make_env("Pendulum-v1", action_bounds="rescale")
+        >>> steps = env.rollout(200)
+        >>> steps["collector", "traj_ids"] = torch.zeros(200, dtype=torch.int64)
+        >>> log = EpisodeLog(env)
+        >>> [log(step) for step in steps[:-1]] == [None] * 199
+        True
+        >>> log(steps[-1])["train/length"]
+        200.0
     """
 
     stage = "pre_steps_log"
@@ -178,11 +213,24 @@ class BestCheckpoint:
     """Keeps the networks that scored best in an evaluation, without the replay.
 
     Args:
-        loss: the networks.
-        path: the checkpoint to write.
+        loss (LossModule): the networks.
+        path (Path): the checkpoint to write.
 
     Keyword Args:
-        metadata: gives what the manifest says besides score and progress.
+        metadata (callable): gives what the manifest says besides score and progress.
+
+    Examples:
+        >>> import tempfile
+        >>> from alm_torchrl import make_alm_loss
+        >>> loss = make_alm_loss(
+        ...     observation_dim=3, action_low=[-1.0], action_high=[1.0], hidden_dim=8
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     best = BestCheckpoint(loss, Path(folder, "best"), metadata=dict)
+        ...     for mean_return in (-9.0, -2.0, -5.0):
+        ...         best({"mean_return": mean_return})
+        ...     VerifiedCheckpoint.manifest(best.path)["metadata"]
+        {'mean_return': -2.0}
     """
 
     def __init__(
@@ -204,7 +252,11 @@ class BestCheckpoint:
         return {"best": self._best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned."""
+        """Restores what :meth:`state_dict` returned.
+
+        Args:
+            state_dict (dict): the saved state.
+        """
         self._best = state_dict["best"]
 
 
@@ -217,6 +269,20 @@ class NonFiniteCheck(_Hook):
         stepper (ALMOptimizationStepper or BaselineOptimizationStepper): stepper to
             ask.
         interval (int): updates between two readings.
+
+    Raises:
+        NonFiniteError: while training.
+
+    Examples:
+        >>> from alm_torchrl import make_alm_loss, make_env, make_trainer
+        >>> env = make_env("Pendulum-v1", action_bounds="rescale")
+        >>> loss = make_alm_loss(env, hidden_dim=8, model_hidden_dim=8)
+        >>> trainer = make_trainer(
+        ...     env, loss, total_steps=2, warmup_steps=8, batch_size=4
+        ... )
+        >>> stepper = trainer.optimization_stepper
+        >>> NonFiniteCheck(stepper, interval=100).register(trainer)
+        >>> trainer.train()
     """
 
     stage = "post_steps"
@@ -247,6 +313,18 @@ class ProgressBar(_Hook):
 
     Raises:
         ImportError: if tqdm is missing.
+
+    Examples:
+        >>> from alm_torchrl import make_alm_loss, make_env, make_trainer
+        >>> env = make_env("Pendulum-v1", action_bounds="rescale")
+        >>> loss = make_alm_loss(env, hidden_dim=8, model_hidden_dim=8)
+        >>> trainer = make_trainer(
+        ...     env, loss, total_steps=2, warmup_steps=8, batch_size=4
+        ... )
+        >>> bar = ProgressBar()
+        >>> bar.register(trainer)
+        >>> trainer.train()
+        >>> bar.close()
     """
 
     stage = "post_steps"
@@ -283,7 +361,11 @@ class ProgressBar(_Hook):
             self._bar.update(self.trainer.collected_frames - self._bar.n)
 
     def show_return(self, mean_return: float) -> None:
-        """Shows a return behind the bar from now on."""
+        """Shows a return behind the bar from now on.
+
+        Args:
+            mean_return (float): what to show.
+        """
         if self._bar is not None:
             self._bar.set_postfix({"return": f"{mean_return:.1f}"})
 

@@ -102,7 +102,11 @@ class NoiseSchedule(nn.Module):
         self.register_buffer("count", torch.tensor(0))
 
     def step(self, n: int = 1) -> None:
-        """Advances the schedule by ``n`` training steps, in place."""
+        """Advances the schedule in place.
+
+        Args:
+            n (int): training steps. Default: ``1``.
+        """
         self.count.add_(n)
         left = 1 - (self.count.double() / self.steps).clamp(max=1.0)
         self.std.copy_(self.final + left * (self.initial - self.final))

@@ -156,6 +156,8 @@ def make_encoder(
 
     Args:
         observation_dim (int): size of the flat observation.
+
+    Keyword Args:
         latent_dim (int): size of the latent, L. Default: ``50``.
         hidden_dim (int): width of both hidden layers. Default: ``512``.
         observation_key (NestedKey): key to read. Default: ``"observation"``.
@@ -234,6 +236,8 @@ def make_model(
 
     Args:
         action_dim (int): size of the action.
+
+    Keyword Args:
         latent_dim (int): size of the latent, L. Default: ``50``.
         hidden_dim (int): width of both hidden layers. Default: ``1024``.
 
@@ -271,6 +275,8 @@ def make_actor(
     Args:
         action_low (Tensor or sequence of float): lower bounds, ``[A]``.
         action_high (Tensor or sequence of float): upper bounds, ``[A]``.
+
+    Keyword Args:
         latent_dim (int): size of the latent, L. Default: ``50``.
         hidden_dim (int): width of both hidden layers. Default: ``512``.
         noise_schedule (NoiseSchedule, optional): standard deviation of the noise.
@@ -316,6 +322,8 @@ def make_stochastic_actor(
     Args:
         action_low (Tensor or sequence of float): lower bounds, ``[A]``.
         action_high (Tensor or sequence of float): upper bounds, ``[A]``.
+
+    Keyword Args:
         latent_dim (int): size of the latent, L. Default: ``50``.
         hidden_dim (int): width of both hidden layers. Default: ``512``.
 
@@ -364,9 +372,10 @@ def make_qvalue(
 
     Args:
         action_dim (int): size of the action.
+
+    Keyword Args:
         latent_dim (int): size of the latent, L. Default: ``50``.
-        hidden_dim (int): width of the hidden layers (LayerNorm and tanh, then ELU).
-            Default: ``512``.
+        hidden_dim (int): width (LayerNorm and tanh, then ELU). Default: ``512``.
 
     Returns:
         TensorDictModule: writes ``state_action_value`` ``[*, 2]``, one entry for each
@@ -394,9 +403,10 @@ def make_reward(
 
     Args:
         action_dim (int): size of the action.
+
+    Keyword Args:
         latent_dim (int): size of the latent, L. Default: ``50``.
-        hidden_dim (int): width of the hidden layers (LayerNorm and tanh, then ELU).
-            Default: ``512``.
+        hidden_dim (int): width (LayerNorm and tanh, then ELU). Default: ``512``.
 
     Returns:
         TensorDictModule: writes ``predicted_reward`` ``[*, 1]``.
@@ -427,9 +437,10 @@ def make_classifier(
 
     Args:
         action_dim (int): size of the action.
+
+    Keyword Args:
         latent_dim (int): size of the latent, L. Default: ``50``.
-        hidden_dim (int): width of the hidden layers (LayerNorm and tanh, then ELU).
-            Default: ``512``.
+        hidden_dim (int): width (LayerNorm and tanh, then ELU). Default: ``512``.
         linear (bool): logits linear in ``(z, a, z')``, without hidden layers (Fig. 16).
             Default: ``False``.
 
@@ -463,6 +474,8 @@ def make_decoder(
 
     Args:
         observation_dim (int): size of the flat observation, S.
+
+    Keyword Args:
         latent_dim (int): size of the latent, L. Default: ``50``.
         hidden_dim (int): width of both hidden layers. Default: ``512``.
 

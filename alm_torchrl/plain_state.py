@@ -44,7 +44,16 @@ _CONSTANTS = (
 
 
 class EnvironmentStateError(RuntimeError):
-    """An environment cannot give its state, or cannot take the one it is given."""
+    """An environment cannot give its state, or cannot take the one it is given.
+
+    Example:
+        >>> from alm_torchrl import environment_state, make_env
+        >>> env = make_env("Pendulum-v1", action_bounds="rescale")
+        >>> env.base_env._env.unwrapped.memory = object()
+        >>> environment_state(env)
+        Traceback (most recent call last):
+        alm_torchrl.plain_state.EnvironmentStateError: ...
+    """
 
 
 class _Constant:
@@ -249,7 +258,7 @@ class Reader:
         Args:
             written: What the writer returned.
             place: Where it stood.
-            current: What stands there now, if anything.
+            current: What stands there now. Default: ``None``, nothing.
 
         Raises:
             EnvironmentStateError: If ``current`` cannot take the state.

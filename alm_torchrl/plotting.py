@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from alm_torchrl.runs import Run
 
-__all__ = ["Curve", "curves_of", "plot_runs"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "Curve",
+    "curve_of",
+    "curves_of",
+    "draw_curves",
+    "panels",
+    "plot_runs",
+    "reference_curve",
+    "save",
+]
 
 
 @dataclass(frozen=True)
@@ -63,16 +78,57 @@ def curves_of(runs: Sequence[Run]) -> list[Curve]:
         )
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"runs: a seed of '{label}' appears twice: {seeds}")
-        curves.append(_curve(label, members))
+        curves.append(curve_of(label, members))
     return curves
 
 
-def plot_runs(runs: Sequence[Run], output: Path) -> Path:
+def reference_curve(path: Path) -> Curve:
+    """A published learning curve in the format of the authors' ``scores/*.csv``.
+
+    One column for each seed and, if there is one, a first column ``Step`` with the
+    training steps; without it, row i is training step 5,000 i.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Curve: named after the file.
+
+    Raises:
+        ValueError: if it has another format.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    has_steps = header[:1] == ["Step"]
+    seeds = len(header) - has_steps
+    try:
+        table = np.array(rows, dtype=np.float64).reshape(len(rows), len(header))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: expected a header, then rows of {len(header)} numbers: {error}"
+        ) from error
+    if not seeds or not rows:
+        raise ValueError(
+            f"{path}: expected a column Step, if any, and a column of returns for each "
+            f"seed, got the columns {header} and {len(rows)} rows"
+        )
+    steps = table[:, 0] if has_steps else 5000 * np.arange(len(rows))
+    returns = table[:, 1:] if has_steps else table
+    label = f"published {path.stem}, " + (f"{seeds} seeds" if seeds > 1 else "a seed")
+    std = returns.std(axis=1, ddof=1) if seeds > 1 else None
+    return Curve(label, steps.astype(np.int64), returns.mean(axis=1), std)
+
+
+def plot_runs(
+    runs: Sequence[Run], output: Path, references: Sequence[Curve] = ()
+) -> Path:
     """Draw return against training steps, the mean over seeds with its deviation.
 
     Args:
         runs: see :func:`curves_of`.
         output: the picture to write; its ending chooses the format (PNG, PDF, ...).
+        references: published curves to draw too, dashed, as far as the runs reach.
+            Default: ``()``.
 
     Returns:
         Path: ``output``.
@@ -81,42 +137,96 @@ def plot_runs(runs: Sequence[Run], output: Path) -> Path:
         ImportError: if Matplotlib is missing.
         ValueError: see :func:`curves_of`; also for an unknown ending.
     """
+    curves = curves_of(runs)
+    tasks = sorted({run.config.task for run in runs})
+    figure, (axes,) = panels(1, 1, size=(6.4, 4.0))
+    draw_curves(axes, curves, references)
+    spread = any(curve.std is not None for curve in [*curves, *references])
+    title = ", ".join(tasks)
+    axes.set_title(
+        title + (", mean and standard deviation over seeds" if spread else "")
+    )
+    axes.legend(frameon=False)
+    return save(figure, output)
+
+
+def panels(
+    rows: int, columns: int, *, size: tuple[float, float]
+) -> tuple[Figure, list[Axes]]:
+    """An empty figure and its panels, row by row.
+
+    Args:
+        rows: of panels.
+        columns: of panels.
+
+    Keyword Args:
+        size: of the figure in inches.
+
+    Raises:
+        ImportError: if Matplotlib is missing.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator, StrMethodFormatter
     except ImportError as error:
         raise ImportError(
             "plots need Matplotlib: pip install 'alm_torchrl[cli]'"
         ) from error
-    curves = curves_of(runs)
-    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def draw_curves(
+    axes: Axes, curves: Sequence[Curve], references: Sequence[Curve] = ()
+) -> None:
+    """Draw curves with their deviation, and what the axes mean, into a panel.
+
+    Args:
+        axes: the panel.
+        curves: the curves.
+        references: published ones, dashed, as far as the others reach. Default: ``()``.
+    """
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    last = max(curve.steps[-1] for curve in curves)
+    grays = ("0.3", "0.5", "0.7")
+    for index, curve in enumerate(references):
+        shown = curve.steps <= last
+        color = grays[index % len(grays)]
+        std = None if curve.std is None else curve.std[shown]
+        band = Curve(curve.label, curve.steps[shown], curve.mean[shown], std)
+        _draw(axes, band, color=color, linestyle="--")
     for curve in curves:
-        marker = "o" if len(curve.steps) <= 12 else None
-        (line,) = axes.plot(
-            curve.steps, curve.mean, label=curve.label, marker=marker, markersize=4
-        )
-        if curve.std is not None:
-            low, high = curve.mean - curve.std, curve.mean + curve.std
-            axes.fill_between(
-                curve.steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0
-            )
-    tasks = sorted({run.config.task for run in runs})
-    spread = ", mean and standard deviation over seeds"
-    title = ", ".join(tasks)
-    axes.set_title(title + (spread if any(c.std is not None for c in curves) else ""))
+        _draw(axes, curve, marker="o" if len(curve.steps) <= 12 else None)
     axes.set_xlabel("training steps")
     axes.set_ylabel("return of an episode, no action noise")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+
+
+def save(figure: Figure, output: Path) -> Path:
+    """Write a figure, and its folder if need be.
+
+    Raises:
+        ValueError: for an unknown ending.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
     return output
+
+
+def _draw(axes: Axes, curve: Curve, **style: Any) -> None:
+    (line,) = axes.plot(
+        curve.steps, curve.mean, label=curve.label, markersize=4, **style
+    )
+    if curve.std is not None:
+        low, high = curve.mean - curve.std, curve.mean + curve.std
+        axes.fill_between(
+            curve.steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0
+        )
 
 
 def _distinction(run: Run, runs: Sequence[Run]) -> list[str]:
@@ -140,7 +250,16 @@ def _distinction(run: Run, runs: Sequence[Run]) -> list[str]:
     return [*named, run.config.preset, *changed]
 
 
-def _curve(label: str, runs: Sequence[Run]) -> Curve:
+def curve_of(label: str, runs: Sequence[Run]) -> Curve:
+    """The curve of some runs, over the training steps that all were evaluated at.
+
+    Args:
+        label: what the legend says.
+        runs: runs of one setting, with different seeds.
+
+    Raises:
+        ValueError: if they share no training step.
+    """
     returns = [
         {row["training_step"]: row["mean_return"] for row in run.metrics}
         for run in runs

@@ -89,8 +89,9 @@ def film_policy(
             than 50 steps per second every n-th is shown.
 
     Keyword Args:
-        seed: of the episode and of the policy's sampling. Defaults to 0.
-        max_steps: environment steps to show at most; the whole episode by default.
+        seed: of the episode and of the policy's sampling. Default: ``0``.
+        max_steps: environment steps to show at most. Default: ``None``, the
+            whole episode.
 
     Returns:
         Film: what was written.
@@ -107,6 +108,7 @@ def film_policy(
             "env: expected an environment made with render_mode='rgb_array', "
             f"got render_mode={gym_env.render_mode!r}"
         )
+    _follow(gym_env.unwrapped)
     rate = float(gym_env.metadata.get("render_fps", 30))
     stride = math.ceil(rate / _MAX_FPS)
     played: dict[str, Any] = {"steps": 0, "return": 0.0}
@@ -131,6 +133,18 @@ def film_policy(
         torch.manual_seed(seed)
         count = writer(output, frames(), rate / stride)
     return Film(output, count, rate / stride, played["steps"], played["return"])
+
+
+def _follow(task: Any) -> None:  # noqa: ANN401
+    """Takes the camera that follows the body, where a MuJoCo task has one."""
+    renderer = getattr(task, "mujoco_renderer", None)
+    if renderer is None or (task.camera_id, task.camera_name) != (None, None):
+        return
+    model = renderer.model
+    names = [model.camera(index).name for index in range(model.ncam)]
+    if "track" in names:
+        # Gymnasium's own choice stands still.
+        renderer.camera_id = names.index("track")
 
 
 def _write_gif(path: Path, frames: Iterator[Frame], fps: float) -> int:

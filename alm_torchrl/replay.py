@@ -26,6 +26,8 @@ from torchrl.data.replay_buffers.storages import Storage
 
 from alm_torchrl.checks import check_device, check_integer, check_type
 
+__all__ = ["UniformWindowSampler", "make_replay_buffer"]
+
 DONE_KEY = ("next", "done")
 TRAJECTORY_KEY = ("collector", "traj_ids")
 
@@ -382,14 +384,13 @@ def make_replay_buffer(
         capacity (int): rows kept; the oldest is overwritten.
 
     Keyword Args:
-        batch_size (int, optional): slices, and transitions, per sample, B.
-            Default: 512.
-        horizon (int, optional): steps per slice, K. Default: 3.
+        batch_size (int): slices, and transitions, per sample, B. Default: ``512``.
+        horizon (int): steps per slice, K. Default: ``3``.
         memmap_dir (str or Path, optional): keep the rows in memory-mapped files in
             this directory, whose earlier content is overwritten. Default: ``None``,
             in memory.
-        device (torch.device or str, optional): where the rows are kept and sampled.
-            Default: "cpu", the only one for memory-mapped files.
+        device (torch.device or str): where the rows are kept and sampled.
+            Default: ``"cpu"``, the only one for memory-mapped files.
         generator (torch.Generator, optional): source of the draws. Default: ``None``,
             torch's global one.
 

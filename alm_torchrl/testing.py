@@ -43,10 +43,30 @@ except ImportError as error:
         "alm_torchrl.testing needs Hypothesis: pip install 'alm_torchrl[test]'"
     ) from error
 
+__all__ = [
+    "ROUTES",
+    "Sizes",
+    "cases",
+    "check_gradient_routing",
+    "check_input_unmodified",
+    "check_keys",
+    "check_loss",
+    "check_permutation_invariance",
+    "check_reductions",
+    "check_sum_of_parts",
+    "check_targets_get_no_gradient",
+    "losses",
+    "make_loss",
+    "make_slices",
+    "make_two_draw_batch",
+    "problem_sizes",
+    "slices",
+    "two_draw_batches",
+]
+
 Reduction = Literal["mean", "sum", "none"]
 Routes = Mapping[str, Sequence[str]]
 
-# The parts that each term of ALMLoss trains, without a decoder.
 ROUTES: Routes = {
     "loss_model": ("encoder", "model"),
     "loss_reward": ("reward",),
@@ -55,6 +75,7 @@ ROUTES: Routes = {
     "loss_actor": ("actor",),
     "loss_alpha": ("log_alpha",),
 }
+"""The parts that each term of ``ALMLoss`` trains, without a decoder."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +89,10 @@ class Sizes:
         observation_dim: size of the observation. Default: ``4``.
         action_dim: size of the action. Default: ``2``.
         hidden_dim: width of all hidden layers. Default: ``8``.
+
+    Examples:
+        >>> Sizes(batch=2).horizon
+        3
     """
 
     batch: int = 4
@@ -93,6 +118,8 @@ def make_loss(
     Args:
         sizes (Sizes): sizes of the networks.
         loss_class (type): ``ALMLoss`` or a subclass. Default: ``ALMLoss``.
+
+    Keyword Args:
         seed (int): seed of the parameters. Default: ``0``.
         linear_classifier (bool): a classifier without hidden layers.
             Default: ``False``.
@@ -102,7 +129,8 @@ def make_loss(
         ALMLoss: an instance of ``loss_class``, associated with a target updater.
 
     Examples:
-        >>> loss = make_loss(Sizes(), gamma=0.5)
+        >>> make_loss(Sizes(), gamma=0.5).gamma
+        tensor(0.5000)
     """
     actions, bound = sizes.action_dim, torch.ones(sizes.action_dim)
     width: Any = {"latent_dim": sizes.latent_dim, "hidden_dim": sizes.hidden_dim}
@@ -130,6 +158,8 @@ def make_slices(sizes: Sizes, *, seed: int = 0) -> TensorDict:
 
     Args:
         sizes (Sizes): batch size, horizon and sizes of the entries.
+
+    Keyword Args:
         seed (int): seed of the numbers. Default: ``0``.
 
     Returns:
@@ -181,33 +211,64 @@ _SEEDS = st.integers(0, 2**31)
 
 
 def problem_sizes() -> st.SearchStrategy[Sizes]:
-    """Strategy of sizes from 1 to 5; hidden layers are 4 to 12 wide."""
+    """Strategy of sizes from 1 to 5; hidden layers are 4 to 12 wide.
+
+    >>> from hypothesis import find
+    >>> find(problem_sizes(), lambda sizes: sizes.horizon > 2).horizon
+    3
+    """
     # The normalised output of fewer hidden units hardly depends on the input.
     few, wide = st.integers(1, 5), st.integers(4, 12)
     return st.builds(Sizes, few, few, few, few, few, wide)
 
 
 def slices(sizes: Sizes) -> st.SearchStrategy[TensorDict]:
-    """Strategy of :func:`make_slices`."""
+    """Strategy of :func:`make_slices`.
+
+    >>> from hypothesis import find
+    >>> find(slices(Sizes(batch=2)), lambda drawn: True).shape
+    torch.Size([2, 3])
+    """
     return _SEEDS.map(lambda seed: make_slices(sizes, seed=seed))
 
 
 def two_draw_batches(sizes: Sizes) -> st.SearchStrategy[TensorDict]:
-    """Strategy of :func:`make_two_draw_batch`."""
+    """Strategy of :func:`make_two_draw_batch`.
+
+    >>> from hypothesis import find
+    >>> find(two_draw_batches(Sizes(batch=2)), lambda drawn: True).shape
+    torch.Size([2])
+    """
     return _SEEDS.map(lambda seed: make_two_draw_batch(sizes, seed=seed))
 
 
 def losses(
     sizes: Sizes, loss_class: type[ALMLoss] = ALMLoss, **kwargs: Any
 ) -> st.SearchStrategy[ALMLoss]:
-    """Strategy of :func:`make_loss`."""
+    """Strategy of :func:`make_loss`.
+
+    >>> from hypothesis import given, settings
+    >>> @settings(max_examples=1, deadline=None)
+    ... @given(losses(Sizes(), gamma=0.5))
+    ... def test_gamma(loss):
+    ...     assert loss.gamma == 0.5
+    >>> test_gamma()
+    """
     return _SEEDS.map(lambda seed: make_loss(sizes, loss_class, seed=seed, **kwargs))
 
 
 def cases(
     loss_class: type[ALMLoss] = ALMLoss, **kwargs: Any
 ) -> st.SearchStrategy[tuple[ALMLoss, TensorDict]]:
-    """Strategy of pairs: a loss as of :func:`make_loss`, and a batch that fits it."""
+    """Strategy of pairs: a loss as of :func:`make_loss`, and a batch that fits it.
+
+    >>> from hypothesis import given, settings
+    >>> @settings(max_examples=1, deadline=None)
+    ... @given(cases(gamma=0.5))
+    ... def test_case(case):
+    ...     check_keys(*case)
+    >>> test_case()
+    """
     return problem_sizes().flatmap(
         lambda sizes: st.tuples(
             losses(sizes, loss_class, **kwargs),
@@ -285,7 +346,10 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
 
 
 def check_keys(loss: ALMLoss, batch: TensorDictBase) -> None:
-    """``forward`` returns ``out_keys``, each term has a method, metrics no gradient."""
+    """``forward`` returns ``out_keys``, each term has a method, metrics no gradient.
+
+    >>> check_keys(make_loss(Sizes()), make_slices(Sizes()))
+    """
     with _seeded():
         output, expected = loss(batch), set(loss.out_keys)
         differ = sorted(set(output.keys()) ^ expected)
@@ -303,7 +367,10 @@ def check_keys(loss: ALMLoss, batch: TensorDictBase) -> None:
 def check_gradient_routing(
     loss: ALMLoss, batch: TensorDictBase, routes: Routes = ROUTES
 ) -> None:
-    """Each term reaches each of its parts, and no parameter elsewhere."""
+    """Each term reaches each of its parts, and no parameter elsewhere.
+
+    >>> check_gradient_routing(make_loss(Sizes()), make_slices(Sizes()))
+    """
     parameters = dict(loss.named_parameters())
     with _seeded():
         terms = _terms(loss, batch)
@@ -317,7 +384,10 @@ def check_gradient_routing(
 
 
 def check_targets_get_no_gradient(loss: ALMLoss, batch: TensorDictBase) -> None:
-    """No term differentiates through a target network."""
+    """No term differentiates through a target network.
+
+    >>> check_targets_get_no_gradient(make_loss(Sizes()), make_slices(Sizes()))
+    """
     targets = {k: v for k, v in loss.named_buffers() if k.startswith("target_")}
     for name, target in targets.items():
         _require(not target.requires_grad, f"{name} requires a gradient")
@@ -335,7 +405,10 @@ def check_targets_get_no_gradient(loss: ALMLoss, batch: TensorDictBase) -> None:
 
 
 def check_input_unmodified(loss: ALMLoss, batch: TensorDictBase) -> None:
-    """Neither ``forward`` nor the method of a term changes its input."""
+    """Neither ``forward`` nor the method of a term changes its input.
+
+    >>> check_input_unmodified(make_loss(Sizes()), make_slices(Sizes()))
+    """
     batch = batch.clone()
     before = dict(batch.clone().items(include_nested=True, leaves_only=True))
 
@@ -358,7 +431,10 @@ def check_input_unmodified(loss: ALMLoss, batch: TensorDictBase) -> None:
 def check_sum_of_parts(
     loss: ALMLoss, batch: TensorDictBase, routes: Routes = ROUTES
 ) -> None:
-    """One optimizer on the sum of ``forward`` sees what one for each method sees."""
+    """One optimizer on the sum of ``forward`` sees what one for each method sees.
+
+    >>> check_sum_of_parts(make_loss(Sizes()), make_slices(Sizes()))
+    """
     batch = _with_halves(loss, batch)
     parameters = dict(loss.named_parameters())
     with _without_noise(loss, "mean"):
@@ -374,7 +450,10 @@ def check_sum_of_parts(
 
 
 def check_reductions(loss: ALMLoss, batch: TensorDictBase) -> None:
-    """``"none"`` gives ``[B]``, ``"mean"`` its mean, ``"sum"`` the sum over rows."""
+    """``"none"`` gives ``[B]``, ``"mean"`` its mean, ``"sum"`` the sum over rows.
+
+    >>> check_reductions(make_loss(Sizes()), make_slices(Sizes()))
+    """
     batch, reduced = _with_halves(loss, batch), {}
     reductions: tuple[Reduction, ...] = ("none", "mean", "sum")
     for reduction in reductions:
@@ -393,7 +472,10 @@ def check_reductions(loss: ALMLoss, batch: TensorDictBase) -> None:
 
 
 def check_permutation_invariance(loss: ALMLoss, batch: TensorDictBase) -> None:
-    """Without noise, the order of the rows of a batch does not matter."""
+    """Without noise, the order of the rows of a batch does not matter.
+
+    >>> check_permutation_invariance(make_loss(Sizes()), make_slices(Sizes()))
+    """
     batch = _with_halves(loss, batch)
     order = torch.arange(len(batch), device=batch.device).roll(1)
     with _without_noise(loss, "mean"):
@@ -403,7 +485,10 @@ def check_permutation_invariance(loss: ALMLoss, batch: TensorDictBase) -> None:
 
 
 def check_loss(loss: ALMLoss, batch: TensorDictBase, routes: Routes = ROUTES) -> None:
-    """Runs all checks of this module."""
+    """Runs all checks of this module.
+
+    >>> check_loss(make_loss(Sizes()), make_slices(Sizes()))
+    """
     check_input_unmodified(loss, batch)
     check_keys(loss, batch)
     check_gradient_routing(loss, batch, routes)

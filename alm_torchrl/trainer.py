@@ -43,6 +43,17 @@ class ALMTrainer(Trainer):
 
     Made by :func:`make_trainer`. Where training raises, its progress bar is closed,
     and a :class:`~alm_torchrl.NonFiniteError` names the last good checkpoint.
+
+    Examples:
+        >>> from alm_torchrl import make_alm_loss, make_env
+        >>> env = make_env("Pendulum-v1", action_bounds="rescale")
+        >>> loss = make_alm_loss(env, hidden_dim=8, model_hidden_dim=8)
+        >>> trainer = make_trainer(
+        ...     env, loss, total_steps=2, warmup_steps=8, batch_size=4
+        ... )
+        >>> trainer.train()
+        >>> trainer.collected_frames  # warm-up included
+        10
     """
 
     bar: ProgressBar | None = None
@@ -52,6 +63,9 @@ class ALMTrainer(Trainer):
 
         Does nothing if the end was reached before, as after loading a checkpoint of a
         complete run.
+
+        Raises:
+            NonFiniteError: if something was not finite; see :func:`make_trainer`.
         """
         try:
             if self.collected_frames < self.total_frames:

@@ -89,7 +89,7 @@ def train(config: TrainConfig, resume: Path | None = None, fresh: bool = False) 
         resume: a run folder, or a checkpoint in one, to continue from; it is changed
             only if it is ``config.run_path``. Default: ``None``, the run in
             ``config.run_path`` if there is one.
-        fresh: move such a run aside and start anew.
+        fresh: move such a run aside and start anew. Default: ``False``.
 
     Returns:
         int: 0, 130 if it was interrupted with Ctrl-C, or 143 with SIGTERM.

@@ -20,14 +20,16 @@ Precision = Literal["fp32", "tf32", "bf16"]
 Term = Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]]
 ComputeLoss = Callable[[TensorDictBase, str], tuple[Tensor, dict[str, Tensor]]]
 
-# Each step of an update: the loss method, and the parts it trains. With an entropy
-# bonus, that of its temperature follows.
 STEPS = (
     ("model_loss", ("encoder", "model", "decoder")),
     ("reward_classifier_loss", ("reward", "classifier")),
     ("qvalue_loss", ("qvalue",)),
     ("actor_loss", ("actor",)),
 )
+"""Each step of an update: the loss method, and the parts it trains.
+
+With an entropy bonus, that of its temperature follows.
+"""
 
 # Runs before a capture: libraries allocate and choose their kernels in the first.
 WARMUP = 3
@@ -38,6 +40,8 @@ class ALMTargetUpdate(SoftUpdate):
 
     Args:
         loss_module (ALMLoss): loss with target parameters.
+
+    Keyword Args:
         tau (float): share of the online parameters, in (0, 1]. Default: ``0.005``.
 
     Examples:
@@ -45,7 +49,13 @@ class ALMTargetUpdate(SoftUpdate):
         >>> loss = make_alm_loss(
         ...     observation_dim=3, action_low=[-1.0], action_high=[1.0], hidden_dim=8
         ... )
-        >>> ALMTargetUpdate(loss, tau=0.01).step()
+        >>> updater = ALMTargetUpdate(loss, tau=1.0)
+        >>> online = loss.qvalue_params.flatten_keys()
+        >>> _ = online.data.apply_(lambda values: values.fill_(2.0))
+        >>> updater.step()
+        >>> target = loss.target_qvalue_params.flatten_keys()
+        >>> all(bool((values == 2).all()) for values in target.values())
+        True
     """
 
     def __init__(self, loss_module: ALMLoss, *, tau: float = 0.005) -> None:

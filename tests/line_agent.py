@@ -13,10 +13,13 @@ from gymnasium import spaces
 from helpers import probabilistic
 from tensordict.nn import TensorDictModule
 from torch import nn
+from torch.distributions import Independent, Normal
 from torchrl.envs import GymWrapper
-from torchrl.objectives import SoftUpdate
+from torchrl.modules import ProbabilisticActor
+from torchrl.objectives import SoftUpdate, ValueEstimators
 
 from alm_torchrl import ALMLoss
+from alm_torchrl.baselines import REDQBaseline, SACBaseline, TD3Baseline
 
 GAMMA = 0.9
 # Value of a state, and of a pair, where the task never ends.
@@ -103,4 +106,27 @@ def make_line_loss(
         **{"gamma": GAMMA, "classifier_coef": 0.0 if logits is None else 0.5, **kwargs},
     )
     SoftUpdate(loss, tau=0.5)
+    return loss
+
+
+BASELINES = {"td3": TD3Baseline, "sac": SACBaseline, "redq": REDQBaseline}
+
+
+def make_line_baseline(agent, errors):
+    """The exact policy, with wide noise, and critics that err by ``errors``."""
+    actor = ProbabilisticActor(
+        TensorDictModule(
+            AffineGaussian([[0.3]], 5.0), ["observation"], ["loc", "scale"]
+        ),
+        in_keys=["loc", "scale"],
+        distribution_class=lambda loc, scale: Independent(Normal(loc, scale), 1),
+    )
+    pair = ["observation", "action"]
+    critics = [
+        TensorDictModule(Affine([QVALUE], error), pair, ["state_action_value"])
+        for error in errors
+    ]
+    own = {"bounds": (-9.0, 9.0)} if agent == "td3" else {"target_entropy": -1.0}
+    loss = BASELINES[agent](actor, critics, num_qvalue_nets=len(critics), **own)
+    loss.make_value_estimator(ValueEstimators.TD0, gamma=GAMMA)
     return loss

@@ -487,7 +487,7 @@ def test_mistake_on_the_command_line(capsys, monkeypatch, tmp_path, arguments, m
         ("train --capacity 1999", "capacity: .* at least warmup_steps=2000, got 1999"),
         ("train --seed", "Missing value for argument '--seed'. Expected 1"),
         ("evaluate", "Missing from alm-torchrl evaluate: CHECKPOINT"),
-        ("fly", "Unrecognized options: fly .*train, evaluate, plot, render, tasks"),
+        ("fly", "Unrecognized options: fly .*train, evaluate, diagnose, plot, render"),
     ],
 )
 def test_flag_that_cannot_be(capsys, monkeypatch, arguments, message):

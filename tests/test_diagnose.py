@@ -153,18 +153,44 @@ def test_a_run_without_logs_is_said(run, tmp_path, capsys):
     assert "effective dimension" in text
 
 
-def test_other_agents_have_no_bound(run, tmp_path, capsys, monkeypatch):
-    metadata = loading.checkpoint_metadata
+@pytest.fixture(scope="module")
+def sac_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "sac"
+    tiny = [*TINY, "--agent", "sac", "--total-steps", "10", "--run-dir", str(folder)]
+    assert main(["train", TASK, *tiny]) == 0
+    return folder
 
-    def of_td3(path):
-        found = metadata(path)
-        return {**found, "settings": {**found["settings"], "agent": "td3"}}
 
-    monkeypatch.setattr(loading, "checkpoint_metadata", of_td3)
+def test_bias_of_a_baseline(sac_run, env, tmp_path, capsys):
+    arguments = ["--which", "bias", "history", "--pairs", "20"]
+    assert diagnose(sac_run, tmp_path, *arguments) == 0
+    text = capsys.readouterr().out
+    assert "episodes, SAC" in text
+    assert "Q(s, a)" in text
+    assert "bound" not in text
+    loss = loading.load_loss(sac_run, baselines=True)
+    pairs = bound_bias(env, loss, pairs=20)
+    assert column(tmp_path / "bias.csv", "qvalue") == pairs["qvalue"].tolist()
+    assert "bound" not in rows(tmp_path / "bias.csv")[0]
+    table = rows(tmp_path / "bias_history.csv")
+    assert [int(row["training_step"]) for row in table] == [0, 0, 0, 10, 10, 10]
+    assert {row["estimate"] for row in table} == {"qvalue"}
+    overall = bias_summary(pairs)["qvalue", "overall", "mean"].item()
+    (last,) = (row for row in table[3:] if row["bias"] == "overall")
+    assert float(last["mean"]) == overall
+    for name in ("bias.png", "bias_history.png"):
+        image = matplotlib.image.imread(tmp_path / name)
+        assert (image[..., :3] < 0.9).any(-1).mean() > 0.01
+
+
+def test_baselines_have_no_latent_model(sac_run, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        diagnose(run, tmp_path / "out")
-    assert "expected an agent of ALM" in capsys.readouterr().err
+        diagnose(sac_run, tmp_path / "out")
+    message = " ".join(capsys.readouterr().err.split())
+    assert "which: expected some of bias, history for a run of sac" in message
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"expected an agent of ALM.*got 'sac'"):
+        loading.load_loss(sac_run)
 
 
 def test_loaded_losses_have_the_targets_of_the_run(run):

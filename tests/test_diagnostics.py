@@ -7,7 +7,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from line_agent import GAMMA, QVALUE, VALUE, make_line, make_line_loss
+from line_agent import (
+    GAMMA,
+    QVALUE,
+    VALUE,
+    make_line,
+    make_line_baseline,
+    make_line_loss,
+)
 from tensordict import TensorDict
 from torchrl.envs import SerialEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -87,6 +94,32 @@ def test_the_whole_episode_counts_beyond_the_cutoff():
     found = bound_bias(make_line(limit=200), make_line_loss(), pairs=1, cutoff=1)
     assert_close(found["monte_carlo"], [VALUE])
     assert found["missing"].item() == pytest.approx(GAMMA**200)
+
+
+@pytest.mark.parametrize(
+    ("agent", "error"), [("td3", -0.5), ("sac", -0.5), ("redq", 0.25)]
+)
+def test_critics_of_baselines_next_to_the_same_returns(agent, error):
+    loss = make_line_baseline(agent, [1.0, -0.5])
+    states, seen = torch.get_rng_state(), []
+    loss.qvalue_network.register_forward_pre_hook(
+        lambda module, args: seen.append(module.training)
+    )
+    found = bound_bias(make_line(limit=12), loss, pairs=20, cutoff=8)
+    assert torch.equal(torch.get_rng_state(), states)
+    assert seen
+    assert not any(seen)
+    assert loss.qvalue_network.training
+    exact = bound_bias(make_line(limit=12), make_line_loss(), pairs=20, cutoff=8)
+    for name in ("monte_carlo", "missing", "episode", "step"):
+        assert_close(found[name], exact[name].tolist())
+    assert_close(found["qvalue"], exact["qvalue"] + error)
+    assert "bound" not in found
+    assert set(normalised_bias(found).keys()) == {"qvalue"}
+    summary, mean = bias_summary(found), found["monte_carlo"].mean()
+    assert set(summary.keys()) == {"qvalue"}
+    expected = (found["qvalue"].mean() - mean) / mean
+    assert_close(summary["qvalue", "overall", "mean"], expected)
 
 
 def test_normalised_in_both_ways():
@@ -336,8 +369,10 @@ def test_recorded_transitions_are_the_agents():
 
 def test_errors():
     env, loss = make_line(lengths=(4,)), make_line_loss()
-    with pytest.raises(TypeError, match="loss: expected ALMLoss, got Linear"):
+    with pytest.raises(TypeError, match="ALMLoss or BaselineLoss, got Linear"):
         bound_bias(env, torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="loss: expected ALMLoss, got SACBaseline"):
+        latent_rollout(env, make_line_baseline("sac", [0.0, 0.0]))
     with pytest.raises(TypeError, match="env: expected EnvBase, got Line"):
         latent_rollout(env._env, loss)
     with pytest.raises(ValueError, match="cutoff: expected an integer >= 1, got 0"):

@@ -122,7 +122,7 @@ class TestQValueObjective:
         assert not {*gone, "lambda_return"} & {*loss.out_keys}
         assert set(loss(batch).keys()) == set(loss.out_keys)
         assert ("loss_classifier" in loss.out_keys) == (coef > 0)
-        assert "actor_objective='qvalue'" in repr(loss)
+        assert "actor_objective=qvalue" in repr(loss)
 
     def test_other_terms_are_the_same(self, batch):
         one = make_loss(deterministic=True)

@@ -422,6 +422,11 @@ class TestLogarithms:
             loss = from_settings(log_reward=name)
             assert (loss.reward_transform, loss.log_terms) == (None, name)
 
+    def test_representation_names_what_is_not_the_default(self):
+        assert repr(make_loss()).endswith("discount_model_loss=False\n)")
+        loss = make_loss(reward_transform=functional.shifted_log, log_terms="model")
+        assert repr(loss).endswith(", reward_transform=shifted_log, log_terms=model\n)")
+
     def test_errors(self):
         with pytest.raises(TypeError, match="reward_transform: expected a function"):
             make_loss(reward_transform=2.0)

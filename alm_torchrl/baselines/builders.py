@@ -74,9 +74,11 @@ def make_td3_loss(
 
     Keyword Args:
         observation_dim (int, optional): size of the observation, without ``env``.
+            Default: ``None``.
         action_low (Tensor or sequence of float, optional): lower bounds of the
-            action, ``[A]``, without ``env``.
+            action, ``[A]``, without ``env``. Default: ``None``.
         action_high (Tensor or sequence of float, optional): upper bounds, likewise.
+            Default: ``None``.
         hidden_dim (int): width of both hidden layers. Default: ``512``.
         gamma (float): discount per step, in [0, 1). Default: ``0.99``.
         noise_clip (float): largest noise of the target's action. Default: ``0.3``.
@@ -160,9 +162,11 @@ def make_sac_loss(
 
     Keyword Args:
         observation_dim (int, optional): size of the observation, without ``env``.
+            Default: ``None``.
         action_low (Tensor or sequence of float, optional): lower bounds of the
-            action, ``[A]``, without ``env``.
+            action, ``[A]``, without ``env``. Default: ``None``.
         action_high (Tensor or sequence of float, optional): upper bounds, likewise.
+            Default: ``None``.
         hidden_dim (int): width of both hidden layers. Default: ``256``.
         gamma (float): discount per step, in [0, 1). Default: ``0.99``.
 
@@ -213,9 +217,11 @@ def make_redq_loss(
 
     Keyword Args:
         observation_dim (int, optional): size of the observation, without ``env``.
+            Default: ``None``.
         action_low (Tensor or sequence of float, optional): lower bounds of the
-            action, ``[A]``, without ``env``.
+            action, ``[A]``, without ``env``. Default: ``None``.
         action_high (Tensor or sequence of float, optional): upper bounds, likewise.
+            Default: ``None``.
         hidden_dim (int): width of both hidden layers. Default: ``256``.
         gamma (float): discount per step, in [0, 1). Default: ``0.99``.
         num_qvalue_nets (int): critics, at least 2. Default: ``10``.

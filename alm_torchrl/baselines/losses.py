@@ -29,6 +29,14 @@ class BaselineLoss(LossModule):
     return ``(value, metadata)``; those with a temperature have ``alpha_loss``, which
     takes the actor's log probabilities ``[B]``. Each trains its own parameters:
     ``qvalue_network_params``, ``actor_network_params``, ``log_alpha``.
+
+    Examples:
+        >>> from alm_torchrl.baselines import make_td3_loss
+        >>> loss = make_td3_loss(
+        ...     observation_dim=3, action_low=[-1.0], action_high=[1.0], hidden_dim=8
+        ... )
+        >>> isinstance(loss, BaselineLoss), loss.agent, loss.policy_delay
+        (True, 'td3', 2)
     """
 
     agent: str
@@ -71,6 +79,35 @@ class BaselineLoss(LossModule):
             return policy(observations).get(self.tensor_keys.action)
         except (KeyError, RuntimeError) as error:
             raise misfit("actor", policy, observations, error) from error
+
+    def state_action_value(self, tensordict: TensorDictBase) -> Tensor:
+        """Values of all critics, ``Q_i(s, a)``, by the online networks.
+
+        Args:
+            tensordict (TensorDictBase): ``[*]``, observations and actions.
+
+        Returns:
+            Tensor: ``[*, number of critics]``.
+        """
+        inputs = tensordict.select(*self.qvalue_network.in_keys)
+        values = []
+        for parameters in self.qvalue_network_params.unbind(0):
+            with parameters.to_module(self.qvalue_network):
+                found = self.qvalue_network(inputs.copy())
+            values.append(found.get(self.tensor_keys.state_action_value))
+        return torch.cat(values, -1)
+
+    def qvalue_estimate(self, tensordict: TensorDictBase) -> Tensor:
+        """The critics' estimate of the return, ``min_i Q_i(s, a)``.
+
+        Args:
+            tensordict (TensorDictBase): ``[*]``, observations and actions.
+
+        Returns:
+            Tensor: ``[*]``. A soft value where the agent has a temperature: it counts
+            the entropy bonus of all later steps.
+        """
+        return self.state_action_value(tensordict).amin(-1)
 
     @property
     def noise_schedule(self) -> NoiseSchedule | None:
@@ -141,6 +178,22 @@ class TD3Baseline(BaselineLoss, TD3Loss):
         policy_delay (int): environment steps for one update of actor and targets.
             Default: ``2``.
         **kwargs: as in :class:`torchrl.objectives.TD3Loss`.
+
+    Raises:
+        ValueError: if ``policy_delay`` is no positive integer.
+
+    Examples:
+        >>> from alm_torchrl import NoiseSchedule
+        >>> from alm_torchrl.baselines import make_td3_loss
+        >>> loss = make_td3_loss(
+        ...     observation_dim=3,
+        ...     action_low=[-1.0],
+        ...     action_high=[1.0],
+        ...     hidden_dim=8,
+        ...     noise_schedule=NoiseSchedule(initial=0.5),
+        ... )
+        >>> loss.noise_schedule.std
+        tensor(0.5000)
     """
 
     agent = "td3"
@@ -150,7 +203,15 @@ class TD3Baseline(BaselineLoss, TD3Loss):
         self.policy_delay = check_integer("policy_delay", policy_delay)
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
-        """Squared TD errors of both critics against their smaller target."""
+        """Squared TD errors of both critics against their smaller target.
+
+        Args:
+            tensordict (TensorDictBase): transitions ``[B]``.
+
+        Returns:
+            tuple: the loss, summed over the critics, and detached ``td_error``,
+            ``next_state_value``, ``pred_value`` and ``target_value``.
+        """
         schedule = self.noise_schedule
         if schedule is not None:
             # Detached: what `nn.Module` would not register as a buffer of its own.
@@ -162,12 +223,27 @@ class SACBaseline(BaselineLoss, SACLoss):
     """SAC with a tuned temperature (https://arxiv.org/abs/1812.05905).
 
     Made by :func:`make_sac_loss`; arguments as in :class:`torchrl.objectives.SACLoss`.
+
+    Examples:
+        >>> from alm_torchrl.baselines import make_sac_loss
+        >>> loss = make_sac_loss(
+        ...     observation_dim=3, action_low=[-1.0], action_high=[1.0], hidden_dim=8
+        ... )
+        >>> loss.alpha_loss(torch.tensor([-2.0, 1.0])).shape
+        torch.Size([2])
     """
 
     agent = "sac"
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
-        """Squared soft TD errors of both critics against their smaller target."""
+        """Squared soft TD errors of both critics against their smaller target.
+
+        Args:
+            tensordict (TensorDictBase): transitions ``[B]``.
+
+        Returns:
+            tuple: the loss, summed over the critics, and detached ``td_error``.
+        """
         return self.qvalue_v2_loss(tensordict)
 
 
@@ -184,6 +260,17 @@ class REDQBaseline(BaselineLoss, REDQLoss):
         updates_per_step (int): updates of the critics for one environment step.
             Default: ``20``.
         **kwargs: as in :class:`torchrl.objectives.REDQLoss`.
+
+    Raises:
+        ValueError: if ``updates_per_step`` is no positive integer.
+
+    Examples:
+        >>> from alm_torchrl.baselines import make_redq_loss
+        >>> loss = make_redq_loss(
+        ...     observation_dim=3, action_low=[-1.0], action_high=[1.0], hidden_dim=8
+        ... )
+        >>> loss.alpha_loss(torch.tensor([-2.0, 1.0])).shape
+        torch.Size([2])
     """
 
     agent = "redq"
@@ -198,6 +285,13 @@ class REDQBaseline(BaselineLoss, REDQLoss):
         """Squared soft TD errors of all critics, summed over the critics.
 
         Their common target is the smallest of a random subset of the target critics.
+
+        Args:
+            tensordict (TensorDictBase): transitions ``[B]``.
+
+        Returns:
+            tuple: the loss, and detached ``pred_value`` and ``target_value``
+            ``[N, B]``.
         """
         transitions = tensordict.select(*self.in_keys).copy()
         with torch.no_grad():
@@ -215,15 +309,40 @@ class REDQBaseline(BaselineLoss, REDQLoss):
         return self._reduce_loss(loss, tensordict=tensordict), metadata
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
-        """``alpha log pi - mean_i Q_i``, the mean over all critics."""
+        """``alpha log pi - mean_i Q_i``, the mean over all critics.
+
+        Args:
+            tensordict (TensorDictBase): transitions ``[B]``.
+
+        Returns:
+            tuple: the loss, and detached ``log_prob`` ``[B]``.
+        """
         acted, log_prob = self._draw(tensordict)
         values = self._values(acted, self._cached_detach_qvalue_network_params)
         loss = self.alpha * log_prob - values.mean(0)
         loss = self._reduce_loss(loss, tensordict=tensordict)
         return loss, {"log_prob": log_prob.detach()}
 
+    def qvalue_estimate(self, tensordict: TensorDictBase) -> Tensor:
+        """The mean over all critics, as in the paper's study of their bias.
+
+        Args:
+            tensordict (TensorDictBase): ``[*]``, observations and actions.
+
+        Returns:
+            Tensor: ``[*]``, a soft value.
+        """
+        return self.state_action_value(tensordict).mean(-1)
+
     def alpha_loss(self, log_prob: Tensor) -> Tensor:
-        """``- log alpha (log pi + target entropy)``, shape of ``log_prob``."""
+        """``- log alpha (log pi + target entropy)``.
+
+        Args:
+            log_prob (Tensor): ``log pi(a | s)`` of drawn actions, any shape.
+
+        Returns:
+            Tensor: loss of each action, shape of ``log_prob``.
+        """
         return -self.log_alpha * (log_prob + self.target_entropy)
 
     def _draw(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, Tensor]:

@@ -34,6 +34,7 @@ __all__ = ["SECTIONS", "BenchOptions", "run_bench"]
 
 Section = Literal["updates", "peers", "loop", "growth"]
 SECTIONS: tuple[Section, ...] = ("updates", "peers", "loop", "growth")
+"""What can be measured."""
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 

@@ -23,6 +23,15 @@ class Ascent:
         bound (Tensor): ``L^K`` before each step and after the last, ``[*, N + 1]``.
         log_return (Tensor): logarithm of the agent's return, ``[*, N + 1]``.
         log_optimum (Tensor): logarithm of the best return of any policy, ``[*]``.
+
+    Examples:
+        >>> from alm_torchrl.bounds import random_agent, random_mdp
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> mdp = random_mdp(1, 2, 2, generator=generator)
+        >>> agent = random_agent(1, 2, 2, 2, generator=generator)
+        >>> way = ascend(mdp, agent, 1, steps=3)
+        >>> way.bound.shape, bool(way.efficiency <= 1)
+        (torch.Size([1, 4]), True)
     """
 
     agent: LatentAgent

@@ -35,6 +35,14 @@ class OptimalDynamics:
         initial (Tensor): ``q*(s_0)``, ``[*, S]``.
         choice (Tensor): ``q*(z_t, a_t|s_t)`` for ``t = 0..H``, ``[*, H + 1, S, Z, A]``.
         kernel (Tensor): ``q*(s_{t+1}|s_t, a_t)`` for ``t < H``, ``[*, H, S, A, S]``.
+
+    Examples:
+        >>> from alm_torchrl.bounds import random_agent, random_mdp
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> mdp = random_mdp(1, 3, 2, generator=generator)
+        >>> agent = random_agent(1, 3, 5, 2, generator=generator)
+        >>> optimal_dynamics(mdp, agent, horizon=2, stop=1).initial.sum()
+        tensor(1., dtype=torch.float64)
     """
 
     initial: Tensor

@@ -100,8 +100,8 @@ def bound_parts(
         horizon (int): ``K >= 1``.
 
     Keyword Args:
-        qvalue (Tensor, optional): positive ``Q(s, a)``, ``[*, S, A]``. Default: the
-            agent's own values, :func:`q_values`.
+        qvalue (Tensor, optional): positive ``Q(s, a)``, ``[*, S, A]``.
+            Default: ``None``, the agent's own values, :func:`q_values`.
 
     Returns:
         BoundParts: for the horizons ``0..K``.

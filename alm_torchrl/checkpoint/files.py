@@ -117,7 +117,8 @@ def read_state(directory: Path, map_location: object = None) -> Any:  # noqa: AN
 
     Args:
         directory: where the two files are.
-        map_location: device for the tensors. Default: the one they were saved from.
+        map_location: device for the tensors. Default: ``None``, the one they were
+            saved from.
 
     Raises:
         ValueError: if a file is damaged, foreign, or holds a pickle.

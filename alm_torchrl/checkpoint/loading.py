@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from tensordict import TensorDictBase
@@ -98,55 +98,71 @@ def build_loss(
 
     Returns:
         ALMLoss or BaselineLoss: that of the agent, freshly initialised.
+
+    Raises:
+        ValueError: if a setting is out of range.
+        KeyError: if one that every version of a run has is missing.
+
+    Example:
+        >>> from alm_torchrl.config import preset_config
+        >>> settings = preset_config("quick", agent="sac", gamma=0.9).to_dict()
+        >>> spaces = {"observation_dim": 3, "action_low": [-1.0], "action_high": [1.0]}
+        >>> build_loss(settings, spaces).agent
+        'sac'
     """
-    sizes = {
-        "observation_dim": spaces["observation_dim"],
-        "action_low": torch.tensor(spaces["action_low"]),
-        "action_high": torch.tensor(spaces["action_high"]),
-    }
-    common = {name: settings[name] for name in ("hidden_dim", "gamma")}
-    schedule = NoiseSchedule(
-        settings["noise_initial"], settings["noise_final"], settings["noise_steps"]
-    )
-    # A run of an earlier version lacks the settings that are looked up with get().
     agent = settings.get("agent", "alm")
+    if agent == "alm":
+        return _alm_loss(settings, spaces)
+    common = {**_sizes(spaces), "hidden_dim": settings["hidden_dim"]}
+    common["gamma"] = settings["gamma"]
     if agent == "sac":
-        return make_sac_loss(**sizes, **common)
+        return make_sac_loss(**common)
     if agent == "redq":
-        return make_redq_loss(**sizes, **common)
-    if agent == "td3":
-        return make_td3_loss(
-            **sizes,
-            **common,
-            noise_clip=settings["noise_clip"],
-            noise_schedule=schedule,
-        )
-    return make_alm_loss(
-        **sizes, **_alm_arguments(settings, spaces["observation_dim"], schedule)
+        return make_redq_loss(**common)
+    return make_td3_loss(
+        **common,
+        noise_clip=settings["noise_clip"],
+        noise_schedule=_noise_schedule(settings),
     )
 
 
-def _alm_arguments(
-    settings: Mapping[str, Any], observation_dim: int, schedule: NoiseSchedule
-) -> dict[str, Any]:
+def _alm_loss(settings: Mapping[str, Any], spaces: Mapping[str, Any]) -> ALMLoss:
+    # A run of an earlier version lacks the settings that are looked up with get().
     arguments = {n: settings[n] for n in _LOSS_ARGUMENTS if n in settings}
     if settings.get("entropy"):
         arguments["alpha_init"] = ALPHA_INIT
     else:
-        arguments["noise_schedule"] = schedule
-    if settings.get("encoder") == "identity":
-        arguments["latent_dim"] = observation_dim
-        arguments["encoder"] = make_identity_encoder(observation_dim)
-    if settings.get("model_objective") == "likelihood":
+        arguments["noise_schedule"] = _noise_schedule(settings)
+    if settings.get("encoder", "gaussian") == "identity":
+        arguments["latent_dim"] = spaces["observation_dim"]
+        arguments["encoder"] = make_identity_encoder(spaces["observation_dim"])
+    if settings.get("model_objective", "bound") == "likelihood":
         arguments.update(reward_coef=0.0, value_coef=0.0, reconstruction_coef=1.0)
     arguments["value_prediction"] = settings.get("value_prediction", "none")
-    log_reward = settings.get("log_reward")
+    log_reward = settings.get("log_reward", "none")
     if log_reward in ("model", "bound"):
         arguments["log_terms"] = log_reward
     elif log_reward in _REWARD_TRANSFORMS:
         arguments["reward_transform"] = _REWARD_TRANSFORMS[log_reward]
-    arguments["linear_classifier"] = settings.get("classifier") == "linear"
-    return arguments
+    return make_alm_loss(
+        **_sizes(spaces),
+        linear_classifier=settings.get("classifier") == "linear",
+        **arguments,
+    )
+
+
+def _sizes(spaces: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "observation_dim": spaces["observation_dim"],
+        "action_low": torch.tensor(spaces["action_low"]),
+        "action_high": torch.tensor(spaces["action_high"]),
+    }
+
+
+def _noise_schedule(settings: Mapping[str, Any]) -> NoiseSchedule:
+    return NoiseSchedule(
+        settings["noise_initial"], settings["noise_final"], settings["noise_steps"]
+    )
 
 
 def usable_checkpoints(
@@ -161,6 +177,18 @@ def usable_checkpoints(
 
     Warns:
         UserWarning: for each damaged one that is passed over, saying what is wrong.
+
+    Yields:
+        Path: each of them, checked when it is asked for.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for number in (2, 10):
+        ...         saved = VerifiedCheckpoint(net=torch.nn.Linear(2, 1))
+        ...         _ = saved.save(f"{folder}/checkpoint-{number}")
+        ...     [path.name for path in usable_checkpoints(Path(folder))]
+        ['checkpoint-10', 'checkpoint-2']
     """
     if not directory.is_dir():
         return
@@ -190,7 +218,8 @@ def find_checkpoint(
     Args:
         path: a checkpoint, or a run folder, which stands for its newest checkpoint
             that is not damaged.
-        components: those that will be loaded. Default: the networks.
+        components: those that will be loaded.
+            Default: ``("loss_module",)``, the networks.
 
     Returns:
         Path: the checkpoint.
@@ -198,6 +227,15 @@ def find_checkpoint(
     Raises:
         FileNotFoundError: if the path is missing, is neither of the two, or the run
             has no checkpoint that can be used.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     for number in (2, 10):
+        ...         saved = VerifiedCheckpoint(loss_module=torch.nn.Linear(2, 1))
+        ...         _ = saved.save(f"{run}/checkpoints/checkpoint-{number}")
+        ...     find_checkpoint(run).name
+        'checkpoint-10'
     """
     path = Path(path)
     if not path.exists():
@@ -221,9 +259,26 @@ def find_checkpoint(
 def checkpoint_metadata(path: Path) -> dict[str, Any]:
     """What a training run wrote beside its state: settings, spaces, progress.
 
+    Args:
+        path: a checkpoint.
+
+    Returns:
+        dict: ``settings`` (see :class:`alm_torchrl.config.TrainConfig`), ``spaces``
+        (see :func:`describe_spaces`), ``wall_time`` in seconds, and
+        ``collected_frames``, environment steps with the warm-up.
+
     Raises:
         CheckpointError: if the checkpoint is damaged, or holds no settings since it
             was not written by ``alm-torchrl train``.
+
+    Example:
+        >>> import tempfile
+        >>> metadata = {"settings": {"task": "Hopper-v5"}, "spaces": {}}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = VerifiedCheckpoint(net=torch.nn.Linear(2, 1))
+        ...     path = saved.save(f"{folder}/saved", metadata=metadata)
+        ...     checkpoint_metadata(path)["settings"]
+        {'task': 'Hopper-v5'}
     """
     metadata: dict[str, Any] = read_manifest(path)["metadata"]
     if "settings" not in metadata or "spaces" not in metadata:
@@ -313,7 +368,20 @@ def load_policy(
             action = policy(TensorDict(observation=observed))["action"].numpy()
             observation, reward, terminated, truncated, _ = env.step(action)
 
-        In a TorchRL environment: ``make_env(task).rollout(1000, policy)``.
+        In a TorchRL environment: ``make_env(task).rollout(1000, policy)``. From a
+        checkpoint with the settings and spaces of a run:
+
+        >>> import tempfile
+        >>> from tensordict import TensorDict
+        >>> from alm_torchrl.config import preset_config
+        >>> settings = preset_config("quick", hidden_dim=8).to_dict()
+        >>> spaces = {"observation_dim": 3, "action_low": [-1.0], "action_high": [1.0]}
+        >>> metadata = {"settings": settings, "spaces": spaces}
+        >>> saved = VerifiedCheckpoint(loss_module=build_loss(settings, spaces))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     policy = load_policy(saved.save(f"{folder}/one", metadata=metadata))
+        >>> policy(TensorDict(observation=torch.zeros(3)))["action"].shape
+        torch.Size([1])
     """
     checkpoint = find_checkpoint(path)
     metadata = checkpoint_metadata(checkpoint)
@@ -322,27 +390,58 @@ def load_policy(
     return ActingPolicy(loss.acting_policy(), deterministic=deterministic)
 
 
-def load_loss(path: str | Path, *, device: torch.device | str = "cpu") -> ALMLoss:
-    """The networks and losses of a trained ALM agent, to look into.
+@overload
+def load_loss(
+    path: str | Path,
+    *,
+    device: torch.device | str = ...,
+    baselines: Literal[False] = ...,
+) -> ALMLoss: ...
+
+
+@overload
+def load_loss(
+    path: str | Path, *, device: torch.device | str = ..., baselines: Literal[True]
+) -> ALMLoss | BaselineLoss: ...
+
+
+def load_loss(
+    path: str | Path, *, device: torch.device | str = "cpu", baselines: bool = False
+) -> ALMLoss | BaselineLoss:
+    """The networks and losses of a trained agent, to look into.
 
     Args:
         path: a run folder, which stands for its newest checkpoint, or a checkpoint.
 
     Keyword Args:
         device: where the networks go. Default: ``"cpu"``.
+        baselines: accept TD3, SAC and REDQ too, which have no latent model and no
+            bound. Default: ``False``.
 
     Returns:
-        ALMLoss: with the targets of the checkpoint.
+        ALMLoss or BaselineLoss: with the targets of the checkpoint.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        ValueError: if it holds another agent than ALM.
+        ValueError: if it holds an agent that is not accepted.
         torchrl.checkpoint.CheckpointError: if it is damaged or foreign.
+
+    Example:
+        >>> import tempfile
+        >>> from alm_torchrl.config import preset_config
+        >>> settings = preset_config("quick", hidden_dim=8).to_dict()
+        >>> spaces = {"observation_dim": 3, "action_low": [-1.0], "action_high": [1.0]}
+        >>> metadata = {"settings": settings, "spaces": spaces}
+        >>> saved = VerifiedCheckpoint(loss_module=build_loss(settings, spaces))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     loss = load_loss(saved.save(f"{folder}/one", metadata=metadata))
+        >>> loss.classifier_coef
+        0.1
     """
     checkpoint = find_checkpoint(path)
     metadata = checkpoint_metadata(checkpoint)
     agent = metadata["settings"].get("agent", "alm")
-    if agent != "alm":
+    if agent != "alm" and not baselines:
         raise ValueError(
             f"{checkpoint}: expected an agent of ALM, which has a latent model and a "
             f"lower bound, got {agent!r}"

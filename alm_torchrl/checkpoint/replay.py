@@ -59,6 +59,24 @@ class ReplayAdapter(CheckpointAdapter):
         TypeError: by ``save`` and ``load``, for another kind of buffer.
         ValueError: by ``load``, if the buffer has another capacity, or the files do
             not hold what their index says.
+
+    Examples:
+        >>> import tempfile
+        >>> from torchrl.checkpoint import Checkpoint
+        >>> from alm_torchrl import make_replay_buffer
+        >>> def checkpoint(buffer):
+        ...     adapter = ReplayAdapter(lambda: None)
+        ...     return Checkpoint().register("replay", buffer, adapter=adapter)
+        >>> one, other = (
+        ...     make_replay_buffer(9, batch_size=2, horizon=1) for _ in range(2)
+        ... )
+        >>> done = torch.tensor([[False], [True]])
+        >>> _ = one.extend(TensorDict({"next": {"done": done}}, [2]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = checkpoint(one).save(f"{folder}/saved")
+        ...     _ = checkpoint(other).load(path)
+        >>> len(other)
+        2
     """
 
     adapter_id = "alm_torchrl.replay"

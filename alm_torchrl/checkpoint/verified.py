@@ -262,6 +262,15 @@ def clear_leftovers(directory: Path) -> None:
 
     Args:
         directory: the directory; one that does not exist is empty.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     directory = Path(folder)
+        ...     (directory / ".checkpoint-7.stage-0b5e").mkdir()
+        ...     clear_leftovers(directory)
+        ...     list(directory.iterdir())
+        []
     """
     if not directory.is_dir():
         return

@@ -11,9 +11,10 @@ import torch
 from tensordict import TensorDictBase
 
 from alm_torchrl.diagnose.logged import TERMS, Logged
-from alm_torchrl.diagnostics.bias import ESTIMATES, normalised_bias
+from alm_torchrl.diagnostics import normalised_bias
 
 __all__ = [
+    "estimate_labels",
     "plot_bias",
     "plot_history",
     "plot_reliability",
@@ -21,12 +22,26 @@ __all__ = [
     "plot_terms",
 ]
 
-LABELS = {"bound": "bound", "qvalue": "min Q(z, a)"}
 NORMALISED = "(estimate - return) / |mean return|"
 QUANTILES = {"q10": 0.1, "median": 0.5, "q90": 0.9}
 """What is shown of the rollouts from several starts."""
 
 _DIMENSIONS = 3
+
+
+def estimate_labels(found: TensorDictBase) -> dict[str, str]:
+    """The estimates in pairs, or in their summary, and what to call them.
+
+    Args:
+        found: what :func:`~alm_torchrl.diagnostics.bound_bias` or
+            :func:`~alm_torchrl.diagnostics.bias_summary` returned.
+
+    Returns:
+        dict: labels by entry.
+    """
+    if "bound" in found:
+        return {"bound": "bound", "qvalue": "min Q(z, a)"}
+    return {"qvalue": "Q(s, a)"}
 
 
 def plot_bias(pairs: TensorDictBase, title: str, output: Path) -> Path:
@@ -46,27 +61,30 @@ def plot_bias(pairs: TensorDictBase, title: str, output: Path) -> Path:
     figure, (left, right) = _panels(1, 2, (9.0, 3.8), title)
     returns = pairs["monte_carlo"]
     biases = normalised_bias(pairs)
-    spread = torch.cat([biases[name]["overall"] for name in ESTIMATES])
+    labels = estimate_labels(pairs)
+    spread = torch.cat([biases[name]["overall"] for name in labels])
     # Not finite where all returns are zero: then there is nothing to normalise by.
     spread = spread[spread.isfinite()]
     ends = (spread.min().item(), spread.max().item()) if len(spread) else (-1.0, 1.0)
     edges = np.linspace(*ends, 41)
-    for name, color in zip(ESTIMATES, ("C0", "C1"), strict=True):
+    for index, (name, text) in enumerate(labels.items()):
+        color = f"C{index}"
         left.plot(returns, pairs[name], ".", markersize=3, alpha=0.5, color=color)
         bias = biases[name]["overall"]
         mean, std = bias.mean().item(), bias.std(correction=0).item()
-        label = f"{LABELS[name]}: {mean:.2f} $\\pm$ {std:.2f}"
+        label = f"{text}: {mean:.2f} $\\pm$ {std:.2f}"
         right.hist(
             bias[bias.isfinite()].numpy(), edges, alpha=0.5, color=color, label=label
         )
         if len(spread):
             right.axvline(mean, color=color, linewidth=1.5)
-        left.plot([], [], "o", color=color, label=LABELS[name])
+        left.plot([], [], "o", color=color, label=text)
     exact = [returns.min().item(), returns.max().item()]
     left.plot(exact, exact, "k--", linewidth=1, label="exact")
     left.set_xlabel("discounted Monte-Carlo return")
     left.set_ylabel("estimate")
     right.set_xlabel(NORMALISED)
+    right.locator_params(axis="x", nbins=6)
     right.set_ylabel(f"pairs, of {len(pairs):,}")
     _legend_above(left, 3)
     _legend_above(right, 2)
@@ -91,12 +109,11 @@ def plot_history(
         ImportError: if Matplotlib is missing.
     """
     figure, panels = _panels(1, 2, (9.0, 3.6), title)
+    labels = estimate_labels(next(iter(summaries.values())))
     for panel, what in zip(panels, ("mean", "std"), strict=True):
-        for name in ESTIMATES:
+        for name, text in labels.items():
             values = [s[name, "overall", what].item() for s in summaries.values()]
-            panel.plot(
-                list(summaries), values, marker="o", markersize=4, label=LABELS[name]
-            )
+            panel.plot(list(summaries), values, marker="o", markersize=4, label=text)
         _steps_axis(panel, "training steps")
     panels[0].axhline(0, color="k", linewidth=1, linestyle="--")
     panels[0].set_ylabel(f"mean of\n{NORMALISED}")

@@ -12,6 +12,7 @@ import numpy as np
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 
+from alm_torchrl.baselines import BaselineLoss
 from alm_torchrl.checkpoint import (
     checkpoint_metadata,
     find_checkpoint,
@@ -20,8 +21,8 @@ from alm_torchrl.checkpoint import (
 )
 from alm_torchrl.checks import check_integer
 from alm_torchrl.diagnose.figures import (
-    LABELS,
     QUANTILES,
+    estimate_labels,
     plot_bias,
     plot_history,
     plot_reliability,
@@ -36,13 +37,13 @@ from alm_torchrl.diagnostics import (
     latent_statistics,
     record_transitions,
 )
-from alm_torchrl.diagnostics.bias import ESTIMATES
 from alm_torchrl.objectives import ALMLoss
 
 __all__ = ["DiagnoseOptions", "run_diagnose"]
 
 Section = Literal["bias", "history", "rollout", "statistics", "terms"]
 SECTIONS: tuple[Section, ...] = ("bias", "rollout", "statistics", "terms")
+OF_BASELINES: tuple[Section, ...] = ("bias", "history")
 
 KINDS = {
     "bias": "estimate - return",
@@ -73,7 +74,8 @@ class DiagnoseOptions:
     output: Path = Path("diagnostics")
     """Folder for the tables (CSV) and pictures (PNG)."""
     which: tuple[Section, ...] = SECTIONS
-    """What to look into; history is the bias at every checkpoint of a run folder."""
+    """What to look into; history is the bias at every checkpoint of a run folder. TD3,
+    SAC and REDQ have bias and history only."""
     pairs: int = 1000
     """State-action pairs for the bias, and transitions for the statistics."""
     steps: int = 50
@@ -94,13 +96,13 @@ class DiagnoseOptions:
 class _Agent:
     """An agent and where it comes from."""
 
-    loss: ALMLoss
+    loss: ALMLoss | BaselineLoss
     settings: dict[str, Any]
     step: int
 
     @classmethod
     def load(cls, checkpoint: Path) -> _Agent:
-        loss = load_loss(checkpoint)
+        loss = load_loss(checkpoint, baselines=True)
         metadata = checkpoint_metadata(checkpoint)
         return cls(loss, metadata["settings"], _training_step(metadata))
 
@@ -109,6 +111,23 @@ class _Agent:
         noise = self.settings.get("dynamics_noise", 0.0)
         noisy = f", dynamics noise {noise:g}" if noise else ""
         return f"{self.settings['task']}{noisy}, training step {self.step:,}"
+
+    @property
+    def measured(self) -> str:
+        """Whose bias is measured: that of the bound of K steps, or of a baseline."""
+        if isinstance(self.loss, BaselineLoss):
+            return self.loss.agent.upper()
+        return f"K = {self.settings['horizon']}"
+
+    def require_alm(self) -> ALMLoss:
+        """The loss of an agent of ALM, for what no other has."""
+        if isinstance(self.loss, BaselineLoss):
+            raise ValueError(
+                f"which: expected some of {', '.join(OF_BASELINES)} for a run of "
+                f"{self.loss.agent}; the others need an agent of ALM, which has a "
+                "latent model"
+            )
+        return self.loss
 
     def bias(self, env: EnvBase, options: DiagnoseOptions) -> TensorDictBase:
         return bound_bias(
@@ -136,12 +155,16 @@ def run_diagnose(
     Raises:
         FileNotFoundError: if there is no checkpoint; or if nothing but the terms is
             asked for, and the run logged none.
-        ValueError: if the agent is not one of ALM, or a number is out of range.
+        ValueError: if something is asked for that only an agent of ALM has, and this
+            is another; or if a number is out of range.
         CheckpointError: if the checkpoint is damaged or foreign.
         ImportError: if a package for pictures or logs is missing.
     """
     checkpoint = find_checkpoint(options.checkpoint)
     agent = _Agent.load(checkpoint)
+    if not set(options.which) <= set(OF_BASELINES):
+        # Before anything is measured.
+        agent.require_alm()
     say(f"{agent.title}\n{checkpoint}")
     if "history" in options.which and not (options.checkpoint / "checkpoints").is_dir():
         raise ValueError(
@@ -170,20 +193,19 @@ def _bias(
     env: EnvBase, agent: _Agent, options: DiagnoseOptions, say: Say
 ) -> list[Path]:
     pairs = agent.bias(env, options)
-    horizon = agent.settings["horizon"]
     missing = pairs["missing"]
     lines = [
         f"\nBias: {len(pairs):,} pairs of {int(pairs['episode'].max()) + 1} episodes, "
-        f"K = {horizon}",
+        f"{agent.measured}",
         *_bias_table(bias_summary(pairs)),
         f"  Mean return {pairs['monte_carlo'].mean():.2f}. Weight of what the time "
         "limit cuts off:",
         f"  mean {missing.mean():.4f}, largest {missing.max():.4f}.",
     ]
     say("\n".join(lines))
-    columns = ("episode", "step", "monte_carlo", *ESTIMATES, "missing")
+    columns = ("episode", "step", "monte_carlo", *estimate_labels(pairs), "missing")
     values = zip(*(pairs[name].tolist() for name in columns), strict=True)
-    title = f"{agent.title}, K = {horizon}"
+    title = f"{agent.title}, {agent.measured}"
     return [
         _write(options.output / "bias.csv", columns, values),
         _write_summaries(
@@ -205,9 +227,10 @@ def _history(
     for step, checkpoint in sorted(by_step.items()):
         summary = bias_summary(_Agent.load(checkpoint).bias(env, options))
         summaries[step] = summary
-        cells = (f"{LABELS[name]} {_cell(summary, name)}" for name in ESTIMATES)
+        labels = estimate_labels(summary)
+        cells = (f"{text} {_cell(summary, name)}" for name, text in labels.items())
         say(f"  training step {step:>9,}   " + "   ".join(cells))
-    title = f"{agent.settings['task']}, K = {agent.settings['horizon']}"
+    title = f"{agent.settings['task']}, {agent.measured}"
     output = options.output
     return [
         _write_summaries(output / "bias_history.csv", summaries),
@@ -218,7 +241,8 @@ def _history(
 def _rollout(
     env: EnvBase, agent: _Agent, options: DiagnoseOptions, say: Say
 ) -> list[Path]:
-    rollout = latent_rollout(env, agent.loss, steps=options.steps, seed=options.seed)
+    loss = agent.require_alm()
+    rollout = latent_rollout(env, loss, steps=options.steps, seed=options.seed)
     starts, length = rollout.shape
     summary = {
         f"{name}_{quantile}": rollout[name].quantile(share, 0).tolist()
@@ -247,12 +271,13 @@ def _rollout(
 def _statistics(
     env: EnvBase, agent: _Agent, options: DiagnoseOptions, say: Say
 ) -> list[Path]:
+    loss = agent.require_alm()
     transitions = record_transitions(
-        env, agent.loss, transitions=options.pairs, seed=options.seed
+        env, loss, transitions=options.pairs, seed=options.seed
     )
-    found = latent_statistics(agent.loss, transitions, seed=options.seed)
+    found = latent_statistics(loss, transitions, seed=options.seed)
     values = {name: found[name].item() for name in STATISTICS if name in found}
-    of = f" (of {agent.loss.encode(transitions[:1]).mean.shape[-1]})"
+    of = f" (of {loss.encode(transitions[:1]).mean.shape[-1]})"
     say(f"\nLatents and classifier: {len(transitions):,} transitions")
     for name, value in values.items():
         text = STATISTICS[name] + (of if name == "effective_dim" else "")
@@ -317,9 +342,10 @@ def _training_step(metadata: Mapping[str, Any]) -> int:
 
 
 def _bias_table(summary: TensorDictBase) -> list[str]:
-    lines = [f"  {'mean and deviation':24}" + _columns(LABELS[n] for n in ESTIMATES)]
+    labels = estimate_labels(summary)
+    lines = [f"  {'mean and deviation':24}" + _columns(labels.values())]
     for kind, text in KINDS.items():
-        cells = (_cell(summary, name, kind) for name in ESTIMATES)
+        cells = (_cell(summary, name, kind) for name in labels)
         lines.append(f"  {text:24}" + _columns(cells))
     return lines
 
@@ -337,7 +363,7 @@ def _write_summaries(path: Path, summaries: Mapping[int, TensorDictBase]) -> Pat
     rows = (
         (step, name, kind, *(summary[name, kind, s].item() for s in ("mean", "std")))
         for step, summary in summaries.items()
-        for name in ESTIMATES
+        for name in estimate_labels(summary)
         for kind in KINDS
     )
     return _write(path, ("training_step", "estimate", "bias", "mean", "std"), rows)

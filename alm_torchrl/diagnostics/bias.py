@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 from torchrl.envs import EnvBase
 
 from alm_torchrl import functional
+from alm_torchrl.baselines import BaselineLoss
 from alm_torchrl.checks import check_integer
 from alm_torchrl.diagnostics.recording import (
     check_agent,
@@ -18,14 +20,14 @@ from alm_torchrl.objectives import ALMLoss
 __all__ = ["ESTIMATES", "bias_summary", "bound_bias", "normalised_bias"]
 
 ESTIMATES = ("bound", "qvalue")
-"""Entries of :func:`bound_bias` that are estimates of the return."""
+"""Entries of :func:`bound_bias` that are estimates of the return, where present."""
 
 _SMALLEST_RETURN = 10.0
 
 
 def bound_bias(
     env: EnvBase,
-    loss: ALMLoss,
+    loss: ALMLoss | BaselineLoss,
     *,
     horizon: int = 3,
     pairs: int = 1000,
@@ -41,25 +43,35 @@ def bound_bias(
     ``gamma^(steps left)`` is given as ``missing``. (With the paper's tasks, 1000 steps
     and ``gamma = 0.99``, it is at most 0.0015 at the default cutoff.)
 
+    A baseline has no bound; its critics are measured in the same way. SAC's and REDQ's
+    are soft values: in them is the entropy bonus of all later steps of the *stochastic*
+    policy, whereas the return is here, as for ALM, of rewards only and of the policy
+    without noise. So part of their bias is that bonus. (REDQ's own study,
+    https://arxiv.org/abs/2101.05982, draws the actions and adds the bonus to the
+    return.)
+
     Args:
         env: environment without batch dimensions whose episodes end; its rewards are
             those that the agent was trained on.
         loss: the agent.
 
     Keyword Args:
-        horizon: steps K of the bound. Default: ``3``.
+        horizon: steps K of ALM's bound. Default: ``3``.
         pairs: fewest pairs to find; an episode's are kept together. Default: ``1000``.
         cutoff: steps at the start of an episode that count. Default: ``350``.
         seed: of the environment and of the latent samples. Default: ``0``.
 
     Returns:
         TensorDict: ``[N]`` with N at least ``pairs``, on the CPU, float64:
-        ``monte_carlo``; ``bound`` (:meth:`~alm_torchrl.ALMLoss.lower_bound`);
-        ``qvalue``, ``min Q(z, a)`` with ``z ~ e'(s)``; ``missing``, 0 where the episode
-        terminated; and int64 ``episode`` and ``step``, both from 0.
+        ``monte_carlo``; of ALM only, ``bound``
+        (:meth:`~alm_torchrl.ALMLoss.lower_bound`); ``qvalue``: of ALM ``min Q(z, a)``
+        with ``z ~ e'(s)``, of TD3 and SAC ``min Q(s, a)``, of REDQ the mean over its
+        critics, as in its own study; ``missing``, 0 where the episode terminated; and
+        int64 ``episode`` and ``step``, both from 0.
 
     Raises:
-        TypeError: if ``env`` is no TorchRL environment or ``loss`` no ``ALMLoss``.
+        TypeError: if ``env`` is no TorchRL environment, or ``loss`` neither an
+            ``ALMLoss`` nor a ``BaselineLoss``.
         ValueError: if a number is out of range, or ``env`` has batch dimensions.
 
     Example:
@@ -72,28 +84,24 @@ def bound_bias(
         >>> round(found["missing"][0].item(), 3)  # 200 steps are few for gamma = 0.99
         0.134
     """
-    check_agent(env, loss, seed)
+    check_agent(env, loss, seed, (ALMLoss, BaselineLoss))
     for name, number in (("horizon", horizon), ("pairs", pairs), ("cutoff", cutoff)):
         check_integer(name, number)
     returns: list[TensorDictBase] = []
     rows: list[TensorDictBase] = []
-    action_key = loss.tensor_keys.action
+    taken_keys = (*loss.acting_policy().in_keys, loss.tensor_keys.action)
     with undisturbed_loss(loss, seed):
         env.set_seed(seed)
         for number, episode in enumerate(evaluation_episodes(env, loss)):
             returns.append(_returns(episode, env, loss, number)[:cutoff])
-            rows.append(episode.select(*loss.encoder.in_keys, action_key)[:cutoff])
+            rows.append(episode.select(*taken_keys)[:cutoff])
             if sum(map(len, rows)) >= pairs:
                 break
         device = next(loss.parameters()).device
         taken = torch.cat(rows).to(device)
-        latent = loss.sample(loss.encode(taken))
-        value = loss.state_action_value(latent, taken[action_key]).amin(-1)
-        bound = loss.lower_bound(taken, horizon)
+        estimates = _estimates(loss, taken, horizon)
     found: TensorDict = torch.cat(returns)
-    found["bound"] = bound.double().cpu()
-    found["qvalue"] = value.double().cpu()
-    return found
+    return found.update({k: v.double().cpu() for k, v in estimates.items()})
 
 
 def normalised_bias(pairs: TensorDictBase) -> TensorDict:
@@ -103,10 +111,11 @@ def normalised_bias(pairs: TensorDictBase) -> TensorDict:
         pairs: ``[N]``, what :func:`bound_bias` returned.
 
     Returns:
-        TensorDict: ``[N]``; under ``bound`` and ``qvalue`` each ``bias``, the estimate
-        minus the return; ``per_pair``, divided by ``max(|return|, 10)`` of that pair,
-        as the authors' code does (which has the opposite sign); ``overall``, divided
-        by ``|mean return|``, as the paper's appendix E does.
+        TensorDict: ``[N]``; under ``bound``, where there is one, and ``qvalue`` each
+        ``bias``, the estimate minus the return; ``per_pair``, divided by
+        ``max(|return|, 10)`` of that pair, as the authors' code does (which has the
+        opposite sign); ``overall``, divided by ``|mean return|``, as the paper's
+        appendix E does.
 
     Example:
         >>> pairs = TensorDict(
@@ -121,7 +130,7 @@ def normalised_bias(pairs: TensorDictBase) -> TensorDict:
     """
     target = pairs["monte_carlo"]
     biases = {}
-    for name in ESTIMATES:
+    for name in (name for name in ESTIMATES if name in pairs):
         bias = pairs[name] - target
         biases[name] = {
             "bias": bias,
@@ -158,18 +167,31 @@ def bias_summary(pairs: TensorDictBase) -> TensorDict:
                 for kind, column in biases[name].items()
             }
             for name in ESTIMATES
+            if name in biases
         }
     )
 
 
+def _estimates(
+    loss: ALMLoss | BaselineLoss, taken: TensorDictBase, horizon: int
+) -> dict[str, Tensor]:
+    """What an agent expects to follow on the actions taken, ``[N]`` each."""
+    if isinstance(loss, BaselineLoss):
+        return {"qvalue": loss.qvalue_estimate(taken)}
+    latent = loss.sample(loss.encode(taken))
+    value = loss.state_action_value(latent, taken[loss.tensor_keys.action]).amin(-1)
+    return {"bound": loss.lower_bound(taken, horizon), "qvalue": value}
+
+
 def _returns(
-    episode: TensorDictBase, env: EnvBase, loss: ALMLoss, number: int
+    episode: TensorDictBase, env: EnvBase, loss: ALMLoss | BaselineLoss, number: int
 ) -> TensorDict:
     """Discounted return from each step of an episode, ``[T]``, on the CPU."""
     length = len(episode)
     following = episode["next"]
     reward = following[env.reward_key].reshape(length).double().cpu()
-    gamma = loss.gamma.item()
+    baseline = isinstance(loss, BaselineLoss)
+    gamma = (loss.value_estimator.gamma if baseline else loss.gamma).item()
     # With lmbda = 1 and no value at the end: the sum of the discounted rewards.
     returns = functional.lambda_return(reward, torch.zeros_like(reward), gamma, 1.0)
     step = torch.arange(length)

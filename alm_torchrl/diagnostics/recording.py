@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.envs import EnvBase
 
+from alm_torchrl.baselines import BaselineLoss
 from alm_torchrl.checks import check_integer, check_type
 from alm_torchrl.evaluation import check_env, undisturbed
 from alm_torchrl.objectives import ALMLoss
@@ -18,31 +19,42 @@ from alm_torchrl.objectives.networks import PARTS
 __all__ = ["evaluation_episodes", "record_transitions", "undisturbed_loss"]
 
 
-def check_agent(env: EnvBase, loss: ALMLoss, seed: int) -> None:
+def check_agent(
+    env: EnvBase,
+    loss: ALMLoss | BaselineLoss,
+    seed: int,
+    expected: type | tuple[type, ...] = ALMLoss,
+) -> None:
     """Checks what every diagnostic of an agent in an environment is given.
 
     Raises:
-        TypeError: if ``env`` is no TorchRL environment or ``loss`` no ``ALMLoss``.
+        TypeError: if ``env`` is no TorchRL environment or ``loss`` not as ``expected``.
         ValueError: if ``env`` has batch dimensions or more than one reward, or the
             seed is out of range.
     """
     check_env(env)
-    check_type("loss", loss, ALMLoss)
+    check_type("loss", loss, expected)
     check_integer("seed", seed, 0, 2**32 - 1)
 
 
-def undisturbed_loss(loss: ALMLoss, seed: int) -> AbstractContextManager[None]:
+def undisturbed_loss(
+    loss: ALMLoss | BaselineLoss, seed: int
+) -> AbstractContextManager[None]:
     """A random stream and the evaluation mode for all networks of a loss.
 
     Args:
         loss: the networks.
         seed: of the stream.
     """
+    if isinstance(loss, BaselineLoss):
+        return undisturbed(loss.actor_network, loss.qvalue_network, seed=seed)
     networks = (getattr(loss, part) for part in PARTS)
     return undisturbed(*networks, seed=seed)
 
 
-def evaluation_episodes(env: EnvBase, loss: ALMLoss) -> Iterator[TensorDictBase]:
+def evaluation_episodes(
+    env: EnvBase, loss: ALMLoss | BaselineLoss
+) -> Iterator[TensorDictBase]:
     """Whole episodes of the agent without action noise, one after the other.
 
     Args:

@@ -12,7 +12,16 @@ from typing import Any, Literal
 
 from alm_torchrl.config import TrainConfig, preset_config
 
-__all__ = ["EXPERIMENTS", "SCALES", "Experiment", "Planned", "Scale", "Variant", "plan"]
+__all__ = [
+    "EXPERIMENTS",
+    "SCALES",
+    "Experiment",
+    "Planned",
+    "Scale",
+    "ScaleName",
+    "Variant",
+    "plan",
+]
 
 Kind = Literal["curves", "bias", "rollout"]
 ScaleName = Literal["smoke", "small", "paper"]
@@ -20,7 +29,12 @@ ScaleName = Literal["smoke", "small", "paper"]
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of a figure: a name and the settings that make it."""
+    """One line of a figure: a name and the settings that make it.
+
+    Example:
+        >>> ALM.label, Variant("short", "ALM(1)", {"horizon": 1}).changes
+        ('ALM(3)', {'horizon': 1})
+    """
 
     name: str
     """Used in file names."""
@@ -37,12 +51,18 @@ REDQ = Variant("redq", "REDQ", {"agent": "redq"})
 NO_KL = Variant("alm-no-kl", "no KL", {"kl_coef": 0.0})
 
 MUJOCO = ("Humanoid-v5", "Ant-v5", "HalfCheetah-v5", "Walker2d-v5", "Hopper-v5")
-TRUNCATED = ("T-Humanoid", "T-Ant", *MUJOCO[2:])
+TRUNCATED = ("T-Humanoid-v5", "T-Ant-v5", *MUJOCO[2:])
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A table or figure of the paper, as runs to make and something to draw."""
+    """A table or figure of the paper, as runs to make and something to draw.
+
+    Example:
+        >>> one = EXPERIMENTS["table1"]
+        >>> one.source, one.steps, one.tasks[0]
+        ('Table 1', 200000, 'T-Humanoid-v5')
+    """
 
     name: str
     """What ``alm-torchrl reproduce`` calls it."""
@@ -90,13 +110,13 @@ _LISTED = (
         "ALM-ENT: stochastic actor with SAC's entropy bonus",
         "T-Humanoid 4747+-900, T-Ant 4921+-128 after 200,000 steps",
         (ALM, Variant("alm-ent", "ALM-ENT(3)", {"entropy": True})),
-        tasks=("T-Humanoid", "T-Ant"),
+        tasks=("T-Humanoid-v5", "T-Ant-v5"),
         steps=200_000,
     ),
     Experiment(
         "fig3",
         "Fig. 3, 9",
-        "return against steps and wall clock, next to REDQ, SAC and TD3 (MBPO: not here)",
+        "return against steps and time, next to REDQ, SAC and TD3 (MBPO: not here)",
         "near REDQ per step in a sixth of its time; SAC's return in half the time",
         (ALM, REDQ, SAC, TD3),
         tasks=(*TRUNCATED, "Ant-v5", "Humanoid-v5"),
@@ -106,7 +126,7 @@ _LISTED = (
         "Fig. 4, 8",
         "normalised bias of the bound and of Q during training (SAC-AVG: not here)",
         "the deviation of the bias is below REDQ's and SAC-AVG's",
-        (ALM,),
+        (ALM, REDQ, SAC),
         tasks=TRUNCATED,
         kind="bias",
     ),
@@ -138,7 +158,7 @@ _LISTED = (
             ALM,
             Variant(
                 "alm-td3-actor",
-                "ALM(3), TD3's actor loss",
+                "ALM(3), TD3 actor",
                 {"actor_objective": "qvalue", "classifier_coef": 0.0},
             ),
             TD3,
@@ -164,13 +184,11 @@ _LISTED = (
         "fig12",
         "Fig. 6, 12",
         "log-transformed rewards (A.8)",
-        "plain log much worse; for encoder and model only: no effect; a = 10000: no harm",
+        "plain log much worse; encoder and model only: no effect; a = 10000: no harm",
         (
             ALM,
             Variant("alm-log", "log R", {"log_reward": "plain"}),
-            Variant(
-                "alm-log-model", "log r, encoder and model", {"log_reward": "model"}
-            ),
+            Variant("alm-log-model", "log r in the model", {"log_reward": "model"}),
             Variant("alm-log-shifted", "a log(1 + R/a)", {"log_reward": "shifted"}),
         ),
     ),
@@ -237,7 +255,7 @@ _LISTED = (
             ALM,
             Variant(
                 "alm-value-model",
-                "encoder and model predict Q",
+                "both predict Q",
                 {"value_prediction": "model"},
             ),
         ),
@@ -250,7 +268,12 @@ EXPERIMENTS: dict[str, Experiment] = {one.name: one for one in _LISTED}
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of an experiment to do."""
+    """How much of an experiment to do.
+
+    Example:
+        >>> SCALES["paper"].seeds, sorted(SCALES["small"].tasks)
+        (5, ['HalfCheetah-v5', 'Pendulum-v1'])
+    """
 
     note: str
     """What every output says about it."""
@@ -260,6 +283,10 @@ class Scale:
     """Fields of :class:`~alm_torchrl.config.TrainConfig` for all runs."""
     tasks: Mapping[str, Mapping[str, Any]] | None = None
     """Tasks, each with settings of its own; None: those of the experiment."""
+    pairs: int = 1000
+    """State-action pairs on which a bias is measured."""
+    rollout: int = 50
+    """Steps that the latent model predicts."""
 
 
 _TINY = {
@@ -282,7 +309,9 @@ SCALES: dict[ScaleName, Scale] = {
         "smoke test: the numbers mean nothing",
         seeds=2,
         settings=_TINY,
-        tasks={"InvertedPendulum-v5": {}},
+        tasks={"InvertedPendulum-v5": {"action_bounds": "rescale"}},
+        pairs=20,
+        rollout=3,
     ),
     "small": Scale(
         "reduced: small networks, few steps, other settings than the paper's",
@@ -305,7 +334,13 @@ SCALES: dict[ScaleName, Scale] = {
 
 @dataclass(frozen=True)
 class Planned:
-    """A run of an experiment."""
+    """A run of an experiment.
+
+    Example:
+        >>> first = plan(EXPERIMENTS["fig3"], "paper")[0]
+        >>> first.variant.label, first.config.task, first.config.total_steps
+        ('ALM(3)', 'T-Humanoid-v5', 300000)
+    """
 
     variant: Variant
     """The line it belongs to."""
@@ -331,7 +366,7 @@ def plan(
     Keyword Args:
         seeds: number of seeds. Default: ``None``, the scale's.
         steps: training steps. Default: ``None``, the scale's or the experiment's.
-        tasks: some of the tasks. Default: all.
+        tasks: some of the tasks. Default: ``()``, all.
         settings: fields of :class:`~alm_torchrl.config.TrainConfig` for all runs, in
             place of the scale's. Default: ``None``.
 

@@ -18,42 +18,19 @@ from alm_torchrl.objectives.inputs import masked_mean
 from alm_torchrl.objectives.model_terms import ModelTerms
 from alm_torchrl.objectives.networks import PARTS
 from alm_torchrl.objectives.one_step import Metadata
+from alm_torchrl.objectives.outputs import present_keys
 
-# Metrics of the terms of ``loss_model``, one each.
-MODEL_KEYS = (
-    "kl",
-    "model_reward",
-    "terminal_value",
-    "reconstruction",
-    "value_prediction",
-)
-
-# Metrics of the policy's rollouts.
-IMAGINED_KEYS = (
-    "imagined_reward",
-    "imagined_log_ratio",
-    "imagined_value",
-    "lambda_return",
-)
-
-# Metrics of the entropy bonus.
-ENTROPY_KEYS = ("alpha", "entropy")
-
-OUT_KEYS = (
-    "loss_model",
-    "loss_reward",
-    "loss_classifier",
-    "loss_qvalue",
-    "loss_actor",
-    "loss_alpha",
-    *MODEL_KEYS,
-    "classifier_accuracy",
-    "pred_value",
-    "target_value",
-    "td_error",
-    *IMAGINED_KEYS,
-    *ENTROPY_KEYS,
-)
+# Arguments that are shown where they are not these defaults.
+VARIANTS = {
+    "reward_coef": 1.0,
+    "reconstruction_coef": 0.0,
+    "log_terms": "none",
+    "value_prediction": "none",
+    "value_prediction_coef": 1.0,
+    "actor_objective": "bound",
+    "alpha_init": None,
+    "target_entropy": None,
+}
 
 
 class ALMLoss(ModelTerms):
@@ -314,22 +291,7 @@ class ALMLoss(ModelTerms):
             self._check_stochastic()
             log_alpha = nn.Parameter(torch.tensor(math.log(alpha_init)))
         self.register_parameter("log_alpha", log_alpha)
-        absent = {"loss_classifier", "classifier_accuracy", "imagined_log_ratio"}
-        absent = absent if self.classifier is None else set()
-        absent |= {"kl"} if kl_coef == 0 else set()
-        absent |= {"terminal_value"} if value_coef == 0 else set()
-        absent |= set(IMAGINED_KEYS) if actor_objective == "qvalue" else set()
-        absent |= {"loss_alpha", *ENTROPY_KEYS} if alpha_init is None else set()
-        absent |= {"model_reward"} if reward_coef == 0 else set()
-        absent |= {"reconstruction"} if reconstruction_coef == 0 else set()
-        if value_prediction == "none" or value_prediction_coef == 0:
-            absent |= {"value_prediction"}
-        if absent >= set(MODEL_KEYS):
-            raise ValueError(
-                "kl_coef, reward_coef, value_coef, reconstruction_coef: expected one "
-                "that is not 0, or a value_prediction, or loss_model is empty, got 0."
-            )
-        self.out_keys = [key for key in OUT_KEYS if key not in absent]
+        self.out_keys = present_keys(self)
 
     def _check_stochastic(self) -> None:
         got = None
@@ -372,7 +334,7 @@ class ALMLoss(ModelTerms):
         """Sets ``gamma`` and ``lmbda`` in TorchRL's way.
 
         Args:
-            value_type (ValueEstimators, optional): only ``TDLambda``, the default.
+            value_type (ValueEstimators, optional): ``TDLambda``. Default: ``None``.
             **hyperparams (float): ``gamma`` and ``lmbda``.
 
         Raises:
@@ -481,17 +443,15 @@ class ALMLoss(ModelTerms):
         settings = (
             f"gamma={self.gamma.item():g}, lmbda={self.lmbda.item():g}, "
             f"classifier_coef={self.classifier_coef:g}, kl_coef={self.kl_coef:g}, "
-            f"value_coef={self.value_coef:g}, reward_coef={self.reward_coef:g}, "
-            f"reconstruction_coef={self.reconstruction_coef:g}, "
-            f"reward_transform={self.reward_transform}, "
-            f"log_terms={self.log_terms!r}, "
-            f"value_prediction={self.value_prediction!r}, "
-            f"value_prediction_coef={self.value_prediction_coef:g}, "
-            f"noise_clip={self.noise_clip}, "
-            f"actor_objective={self.actor_objective!r}, alpha_init={self.alpha_init}, "
-            f"target_entropy={self.target_entropy}, "
+            f"value_coef={self.value_coef:g}, noise_clip={self.noise_clip}, "
             f"discount_model_loss={self.discount_model_loss}"
         )
+        if self.reward_transform is not None:
+            name = getattr(self.reward_transform, "__name__", self.reward_transform)
+            settings += f", reward_transform={name}"
+        for variant, default in VARIANTS.items():
+            if (value := getattr(self, variant)) != default:
+                settings += f", {variant}={value}"
         return "\n".join([f"{type(self).__name__}(", *lines, f"    {settings}", ")"])
 
 

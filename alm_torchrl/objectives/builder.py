@@ -53,9 +53,11 @@ def make_alm_loss(
 
     Keyword Args:
         observation_dim (int, optional): size of the observation, without ``env``.
+            Default: ``None``.
         action_low (Tensor or sequence of float, optional): lower bounds of the
-            action, ``[A]``, without ``env``.
+            action, ``[A]``, without ``env``. Default: ``None``.
         action_high (Tensor or sequence of float, optional): upper bounds, likewise.
+            Default: ``None``.
         latent_dim (int): size of the latent, L. Default: ``50``.
         hidden_dim (int): width of all networks but the model. Default: ``512``.
         model_hidden_dim (int): width of the latent model. Default: ``1024``.

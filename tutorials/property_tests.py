@@ -1,0 +1,357 @@
+"""Property-based tests for a loss of your own.
+
+**What you will learn**
+
+- to write a variant of `ALMLoss` that changes one formula and nothing else;
+- to let `alm_torchrl.testing` check that the variant keeps the contract of the loss:
+  keys, gradients, reductions, an untouched batch;
+- to state properties of your own formula, and have Hypothesis look for problems of
+  any size where they fail;
+- to find out whether your tests are worth anything: break the variant on purpose, and
+  see who notices.
+
+It assumes that you know the terms of the loss (`loss_and_gradients.py`). The tutorial
+before it, `replace_a_part.py`, changes networks; this one changes the mathematics.
+
+Run it as `python tutorials/property_tests.py`: under a minute on one processor core. It
+needs the test extra (`pip install 'alm_torchrl[cli,test]'`). The figure goes to
+`runs/tutorial-property-tests`, or to the folder in `ALM_OUTPUT`. `ALM_SMOKE=1` tries a
+few problems only, to see that it runs.
+"""
+
+# %%
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import Phase, find, given, settings
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from alm_torchrl import ALMLoss, functional
+from alm_torchrl.testing import (
+    Sizes,
+    cases,
+    check_loss,
+    make_loss,
+    make_two_draw_batch,
+    problem_sizes,
+)
+
+torch.set_num_threads(1)
+SMOKE = os.environ.get("ALM_SMOKE") == "1"
+OUTPUT = Path(os.environ.get("ALM_OUTPUT", "runs/tutorial-property-tests"))
+OUTPUT.mkdir(parents=True, exist_ok=True)
+EXAMPLES = 1 if SMOKE else 12
+
+# %% [markdown]
+# ## A variant
+#
+# The critics of ALM learn from a target that takes the smaller of two values (Eq. 10),
+# which errs on the low side. Let us make the caution a number: 1 is the minimum of the
+# critics, 0 their mean, and in between lies in between. One method has to change. It is
+# written in the verbs of the loss: `encode`, `sample`, `act`, `state_action_value`.
+
+
+# %%
+class CautiousTargets(ALMLoss):
+    """Targets between the mean of the critics (0) and their minimum (1)."""
+
+    def __init__(self, *, caution: float = 0.5, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.caution = caution
+
+    def blend(self, values: Tensor) -> Tensor:
+        """One value from those of all critics, `[*, N]` to `[*]`."""
+        return torch.lerp(values.mean(-1), values.amin(-1), self.caution)
+
+    @torch.no_grad()
+    def td_target(self, transitions: TensorDictBase) -> Tensor:
+        """`R + gamma (1 - terminated) blend(Q'(z', pi(z')))`."""
+        following = transitions["next"]
+        latent = self.sample(self.encode(following))
+        values = self.state_action_value(latent, self.act(latent), "target")
+        reward = following["reward"].squeeze(-1)
+        live = 1 - following["terminated"].squeeze(-1).to(reward.dtype)
+        return functional.td_target(reward, self.gamma * live, self.blend(values))
+
+
+# %% [markdown]
+# ## The contract
+#
+# A loss promises more than a number. Each term trains its own part and no other, no
+# gradient passes through a target network, `forward` returns the keys that it
+# announces, the batch comes back as it was, the reductions agree with each other, and
+# the order of the rows does not matter. `check_loss` asks for all of it, on a small
+# problem that `make_loss` and `make_two_draw_batch` make up:
+
+# %%
+check_loss(make_loss(Sizes(), CautiousTargets), make_two_draw_batch(Sizes()))
+
+# %% [markdown]
+# One problem is an anecdote. A *property* is a statement about all of them, and
+# Hypothesis draws the problems: `cases` gives batches of one row, latents of one
+# dimension, horizons of one step, and what else is seldom thought of. Arguments that
+# are not given in `@given`, here the class, are left to the caller.
+
+# %%
+SETTINGS = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    database=None,
+    derandomize=True,  # the same examples in each run
+    phases=[Phase.generate],  # no search for a simpler example: see below
+)
+
+
+@SETTINGS
+@given(data=st.data())
+def keeps_the_contract(loss_class: type[ALMLoss], data: st.DataObject) -> None:
+    """The loss passes every check on any problem."""
+    loss, batch = data.draw(cases(loss_class))
+    check_loss(loss, batch)
+
+
+keeps_the_contract(CautiousTargets)
+
+# %% [markdown]
+# ## Properties of the formula
+#
+# The contract says nothing about what a target should be. That is yours to say. Three
+# kinds of statement nearly always exist:
+#
+# - a **limit**: at one end of the new argument the old loss must come back, in all of
+#   its terms;
+# - an **order**: more caution never gives a higher target;
+# - a **special case** whose answer is known: after a termination nothing follows, so
+#   the target is the reward, whatever the critics say.
+#
+# The same seed before both calls makes them draw the same noise.
+
+# %%
+SEEDS = st.integers(0, 2**31)
+CAUTION = st.floats(0, 1)
+
+
+@SETTINGS
+@given(sizes=problem_sizes(), seed=SEEDS)
+def contains_the_original(
+    loss_class: type[CautiousTargets], sizes: Sizes, seed: int
+) -> None:
+    """With a caution of 1 every term is that of ALMLoss."""
+    batch = make_two_draw_batch(sizes, seed=seed)
+    torch.manual_seed(seed)
+    expected = make_loss(sizes, seed=seed)(batch.clone())
+    torch.manual_seed(seed)
+    found = make_loss(sizes, loss_class, seed=seed, caution=1.0)(batch)
+    for term, value in expected.items():
+        assert found[term].allclose(value, atol=1e-5), f"{term} is another"
+
+
+@SETTINGS
+@given(sizes=problem_sizes(), seed=SEEDS, first=CAUTION, second=CAUTION)
+def caution_lowers_the_target(
+    loss_class: type[CautiousTargets],
+    sizes: Sizes,
+    seed: int,
+    first: float,
+    second: float,
+) -> None:
+    """The target falls, or stays, as the caution grows."""
+    batch = make_two_draw_batch(sizes, seed=seed)["transition"]
+    loss, targets = make_loss(sizes, loss_class, seed=seed), []
+    for caution in sorted((first, second)):
+        loss.caution = caution
+        torch.manual_seed(seed)
+        targets.append(loss.td_target(batch.clone()))
+    assert bool((targets[1] <= targets[0] + 1e-5).all()), "the target has grown"
+
+
+@SETTINGS
+@given(sizes=problem_sizes(), seed=SEEDS, caution=CAUTION)
+def nothing_follows_a_termination(
+    loss_class: type[CautiousTargets], sizes: Sizes, seed: int, caution: float
+) -> None:
+    """The target of a terminated transition is its reward."""
+    batch = make_two_draw_batch(sizes, seed=seed)["transition"]
+    batch["next", "terminated"].fill_(True)
+    loss = make_loss(sizes, loss_class, seed=seed, caution=caution)
+    reward = batch["next", "reward"].squeeze(-1).clone()
+    assert loss.td_target(batch).allclose(reward), "a value follows the end"
+
+
+PROPERTIES: dict[str, Callable[[type[CautiousTargets]], None]] = {
+    "contract": keeps_the_contract,
+    "limit": contains_the_original,
+    "order": caution_lowers_the_target,
+    "special case": nothing_follows_a_termination,
+}
+for check in PROPERTIES.values():
+    check(CautiousTargets)
+
+# %% [markdown]
+# ## Is anybody watching?
+#
+# Tests that pass may be blind. So break the variant, in ways that happen: the branches
+# of the blend swapped, the termination forgotten, `no_grad` lost, rewards clipped in
+# place. None of them raises an error, and each would train.
+
+
+# %%
+class SwapsTheEnds(CautiousTargets):
+    """Caution 0 is the minimum."""
+
+    def blend(self, values: Tensor) -> Tensor:  # noqa: D102
+        return torch.lerp(values.amin(-1), values.mean(-1), self.caution)
+
+
+class ForgetsTheEnd(CautiousTargets):
+    """A value follows a termination."""
+
+    @torch.no_grad()
+    def td_target(self, transitions: TensorDictBase) -> Tensor:  # noqa: D102
+        latent = self.sample(self.encode(transitions["next"]))
+        values = self.state_action_value(latent, self.act(latent), "target")
+        reward = transitions["next", "reward"].squeeze(-1)
+        return functional.td_target(reward, self.gamma, self.blend(values))
+
+
+class LosesNoGrad(CautiousTargets):
+    """The gradient of the critics' loss passes through their target."""
+
+    def td_target(self, transitions: TensorDictBase) -> Tensor:  # noqa: D102
+        with torch.enable_grad():
+            return CautiousTargets.td_target.__wrapped__(self, transitions)
+
+
+class ClipsInPlace(CautiousTargets):
+    """The rewards of the batch, and so of the replay, are other ones afterwards."""
+
+    def td_target(self, transitions: TensorDictBase) -> Tensor:  # noqa: D102
+        transitions["next", "reward"].clamp_(-0.1, 0.1)
+        return super().td_target(transitions)
+
+
+def complaint(
+    check: Callable[[type[CautiousTargets]], None], loss_class: type[CautiousTargets]
+) -> str:
+    """What a property says against a class; empty where it holds."""
+    try:
+        check(loss_class)
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+# %% [markdown]
+# A complaint names the term and the parameter or entry at fault:
+
+# %%
+told = complaint(keeps_the_contract, LosesNoGrad)
+if not SMOKE:
+    assert told.startswith("loss_qvalue has a gradient through target_")
+told = complaint(keeps_the_contract, ClipsInPlace)
+if not SMOKE:
+    assert "'next', 'reward'" in told
+
+# %% [markdown]
+# All properties against all variants. A wrong sign is invisible to the contract, which
+# knows the form of a loss only, and a lost `no_grad` to the properties of the formula,
+# which look at values only. Both kinds are needed.
+
+# %%
+VARIANTS = (CautiousTargets, SwapsTheEnds, ForgetsTheEnd, LosesNoGrad, ClipsInPlace)
+caught = {
+    variant: {name for name, check in PROPERTIES.items() if complaint(check, variant)}
+    for variant in VARIANTS
+}
+assert not caught[CautiousTargets]
+if not SMOKE:
+    assert caught[SwapsTheEnds] == {"limit", "order"}
+    assert caught[ForgetsTheEnd] == {"limit", "special case"}
+    assert caught[LosesNoGrad] == {"contract"}
+    assert caught[ClipsInPlace] == {"contract", "limit", "special case"}
+
+# %%
+figure = Figure(figsize=(7.0, 2.9), layout="constrained")
+axes = figure.subplots()
+for row, variant in enumerate(VARIANTS):
+    for column, name in enumerate(PROPERTIES):
+        fails = name in caught[variant]
+        axes.text(
+            column,
+            row,
+            "fails" if fails else "holds",
+            ha="center",
+            va="center",
+            color="white" if fails else "0.35",
+            bbox={
+                "boxstyle": "square,pad=0.45",
+                "facecolor": "#d55e00" if fails else "0.93",
+                "edgecolor": "none",
+            },
+        )
+axes.set_xlim(-0.6, len(PROPERTIES) - 0.4)
+axes.set_ylim(len(VARIANTS) - 0.5, -0.5)
+axes.set_xticks(range(len(PROPERTIES)), list(PROPERTIES))
+axes.set_yticks(range(len(VARIANTS)), [variant.__name__ for variant in VARIANTS])
+axes.tick_params(length=0, labeltop=True, labelbottom=False)
+axes.spines[:].set_visible(False)
+figure.suptitle(f"Which property notices, {EXAMPLES} problems each")
+figure.savefig(OUTPUT / "caught.png", dpi=150)
+
+# %% [markdown]
+# ## The smallest batch that fails
+#
+# What fails on a large problem is tedious to read. Hypothesis makes it smaller as long
+# as it still fails, if it is let (above, `phases` forbids it to save time; leave that
+# line out in tests of your own). `find` does so for any predicate. Which ends of which
+# rows make the broken variant differ from the sound one? One row that ends is enough,
+# and without an end they never differ:
+
+# %%
+GOOD, BAD = make_loss(Sizes(), CautiousTargets), make_loss(Sizes(), ForgetsTheEnd)
+
+
+def differ(ends: list[bool]) -> bool:
+    """Whether the two targets differ on a batch with given terminations."""
+    batch = make_two_draw_batch(Sizes(batch=len(ends)))["transition"]
+    batch["next", "terminated"] = torch.tensor(ends).unsqueeze(-1)
+    targets = []
+    for loss in (GOOD, BAD):
+        torch.manual_seed(0)
+        targets.append(loss.td_target(batch))
+    return not targets[0].allclose(targets[1])
+
+
+BATCHES = st.lists(st.booleans(), min_size=1, max_size=32)
+assert find(BATCHES, differ, settings=settings(SETTINGS, phases=Phase)) == [True]
+assert not differ([False] * 32)
+
+# %% [markdown]
+# ## Conclusion
+#
+# A variant of one formula took twelve lines. The contract came with the library, three
+# properties said what the formula means, and breaking it on purpose showed that none of
+# the four can be left out.
+#
+# **In a test suite of your own**, the same functions are tests of pytest. Give the
+# class by its name in place of the argument:
+#
+#     @given(cases(CautiousTargets))
+#     def test_contract(case):
+#         check_loss(*case)
+#
+# **Next steps**
+#
+# - A variant with one term more says which parts it trains: give `check_loss` the
+#   argument `routes={**ROUTES, "loss_mine": ("encoder",)}`.
+# - Compare your formula with a slow loop in float64 (`loss.double()`), row by row.
+# - `CONTRIBUTING.md`, "Add a variant of the loss", lists what else a variant needs.
+# - What a variant does to an agent: `look_inside.py` opens a trained one.
