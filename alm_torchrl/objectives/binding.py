@@ -32,7 +32,8 @@ class Loan:
         >>> from tensordict.nn import TensorDictParams
         >>> from tensordict import TensorDict
         >>> layer = nn.Linear(1, 1)
-        >>> zeros = TensorDictParams(TensorDict.from_module(layer).detach() * 0)
+        >>> held = TensorDict.from_module(layer).detach()
+        >>> zeros = TensorDictParams(held.apply(torch.zeros_like))
         >>> with Loan(layer, zeros):
         ...     layer(torch.ones(1)).item()
         0.0
