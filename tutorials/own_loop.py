@@ -13,7 +13,7 @@ are those of `trainer.py`, which says why.
 Run it as `python tutorials/own_loop.py`: under a minute on one processor core. The
 figure goes to `runs/tutorial-own-loop`, or to the folder in `ALM_OUTPUT`. `ALM_SMOKE=1`
 makes everything small, to see that it runs; nothing is learned then. Before:
-`trainer.py`. Next: `replace_a_part.py`.
+`trainer.py`. Next: `property_tests.py`.
 """
 
 # %%
@@ -257,7 +257,7 @@ figure.savefig(OUTPUT / "own_loop.png", dpi=150)
 #
 # - It stops at the first loss, gradient, observation or reward that is not finite, and
 #   names it. Here, a NaN would spread.
-# - It saves checkpoints from which a run continues exactly (`stop_resume_act.py`), and
+# - It saves checkpoints from which a run continues exactly, and
 #   keeps the best policy.
 # - It logs, evaluates and shows progress.
 # - On a GPU it captures the whole update as one CUDA graph.
@@ -274,4 +274,4 @@ figure.savefig(OUTPUT / "own_loop.png", dpi=150)
 # - Replace the four optimizers by one on the sum of `loss(batch)`: the same gradients,
 #   but each term then sees the others as they were before the update.
 # - Step several environments, or several updates per step.
-# - `replace_a_part.py`: other networks in the same loss.
+# - Give the loss other networks: any TensorDictModule with the same keys.
