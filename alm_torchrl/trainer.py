@@ -392,5 +392,8 @@ def _check_fit(name: str, env: EnvBase, loss: ALMLoss | BaselineLoss) -> None:
 def _act(loss: ALMLoss | BaselineLoss, observation: TensorDictBase) -> Tensor:
     if isinstance(loss, BaselineLoss):
         return loss.act(observation)
-    loss.encode(observation, "live")  # has the better errors
-    return loss.acting_policy()(observation)[loss.tensor_keys.action]
+    # The methods of the loss have the better errors.
+    encoded = loss.encode(observation, "live")
+    policy = loss.acting_policy()
+    loss.act(loss.sample(encoded))
+    return policy(observation)[loss.tensor_keys.action]

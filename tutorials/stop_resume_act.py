@@ -1,0 +1,287 @@
+"""Stop a run, continue it exactly, and let the agent act.
+
+**What you will learn**
+
+- to have a Trainer write checkpoints, to stop it at any step, and to continue it as if
+  it had never stopped, bit for bit;
+- what such a checkpoint holds, and what happens when one is damaged;
+- to make a run longer than it was meant to be;
+- to load the networks alone, with and without the code that made them;
+- to act with them, in a TorchRL environment and in a plain Gymnasium loop, and to film
+  it.
+
+It assumes that you know the Trainer (`trainer.py`). The tutorial before it,
+`look_inside.py`, asks what such an agent has learned; this is the last one.
+
+Run it as `python tutorials/stop_resume_act.py`: about a minute on one processor core.
+It needs pygame, which comes with the cli extra. The checkpoints and the film go to
+`runs/tutorial-stop-resume-act`, or to the folder in `ALM_OUTPUT`; runs that an earlier
+start of this script left there are removed. `ALM_SMOKE=1` makes everything small, to
+see that it works.
+"""
+
+# %%
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import gymnasium
+import torch
+from tensordict import TensorDict
+from torchrl.checkpoint import CheckpointError
+
+from alm_torchrl import (
+    ALMLoss,
+    ALMTrainer,
+    NoiseSchedule,
+    VerifiedCheckpoint,
+    evaluate_policy,
+    load_policy,
+    make_alm_loss,
+    make_env,
+    make_trainer,
+    random_policy,
+)
+from alm_torchrl.checkpoint import ActingPolicy, describe_spaces, find_checkpoint
+from alm_torchrl.rendering import film_policy
+
+torch.set_num_threads(1)
+SMOKE = os.environ.get("ALM_SMOKE") == "1"
+OUTPUT = Path(os.environ.get("ALM_OUTPUT", "runs/tutorial-stop-resume-act"))
+for run in ("straight", "run", "damaged"):
+    shutil.rmtree(OUTPUT / run, ignore_errors=True)
+WARMUP = 70 if SMOKE else 500
+SHORT = 12 if SMOKE else 60
+LONG = 16 if SMOKE else 900
+EPISODES = 1 if SMOKE else 5
+FILM = 6 if SMOKE else 120
+
+# %% [markdown]
+# ## A run with checkpoints
+#
+# Whoever continues a run has to make its parts again: task, networks, settings. So let
+# one function make them all. A `checkpoint_dir` is what turns checkpoints on. They are
+# written every `checkpoint_interval` steps and at the end; here the end is enough.
+#
+# The metadata is for later. It says how the networks are made, by the names that the
+# command line has for it.
+
+# %%
+NETWORKS = {"latent_dim": 16, "hidden_dim": 64, "model_hidden_dim": 64, "gamma": 0.95}
+NOISE = {"noise_initial": 1.0, "noise_final": 0.1, "noise_steps": LONG}
+
+
+def make_loss() -> ALMLoss:
+    """The networks, small ones, and the loss over them."""
+    torch.manual_seed(0)
+    return make_alm_loss(
+        make_env("Pendulum-v1", action_bounds="rescale"),
+        noise_schedule=NoiseSchedule(*NOISE.values()),
+        **NETWORKS,
+    )
+
+
+def make_run(folder: Path, steps: int) -> ALMTrainer:
+    """A Trainer at its start, which keeps its checkpoints in a folder."""
+    env = make_env("Pendulum-v1", action_bounds="rescale")
+    metadata = {"settings": {**NETWORKS, **NOISE}, "spaces": describe_spaces(env)}
+    return make_trainer(
+        env,
+        make_loss(),
+        total_steps=steps,
+        warmup_steps=WARMUP,
+        batch_size=64,
+        capacity=10_000,
+        lr=5e-3,
+        tau=0.1,
+        checkpoint_dir=folder / "checkpoints",
+        checkpoint_metadata=lambda: metadata,
+    )
+
+
+# %% [markdown]
+# First the run to compare with, which nothing stops:
+
+# %%
+straight = make_run(OUTPUT / "straight", SHORT)
+straight.train()
+
+# %% [markdown]
+# ## Stop
+#
+# `request_stop` ends a run after the step that it is in, and saves it. The command line
+# calls it at Ctrl-C; a hook may call it for reasons of its own. Here it is half of the
+# steps, in the middle of an episode.
+
+# %%
+stopped = make_run(OUTPUT / "run", SHORT)
+
+
+def stop_halfway() -> None:
+    """A hook that runs after each step."""
+    if stopped.collected_frames == WARMUP + SHORT // 2:
+        stopped.request_stop("half is enough")
+
+
+stopped.register_op("post_steps", stop_halfway)
+stopped.train()
+assert stopped.optimization_stepper.optimizer_step_count == SHORT // 2
+
+# %% [markdown]
+# A checkpoint is a folder of arrays and JSON; nothing in it is pickled. It holds all
+# that the next step depends on. `collector` is the simulator in mid-episode: for an
+# environment of your own, too, if its state is in plain attributes (the docstring of
+# `alm_torchrl.environment_state` has the rest).
+
+# %%
+checkpoint = find_checkpoint(OUTPUT / "run", components=None)
+manifest = VerifiedCheckpoint().verify(checkpoint)
+assert {
+    "collector",
+    "loss_module",
+    "replay_buffer",
+    "rng",
+    "target_updater",
+    "trainer_module.optimization_stepper",
+    "trainer_state",
+} <= set(manifest["components"])
+
+# %% [markdown]
+# ## Continue
+#
+# All parts are made anew, as another process would, and the random generators are
+# somewhere else. `load_from_file` puts everything where it was.
+
+# %%
+torch.manual_seed(12345)
+resumed = make_run(OUTPUT / "run", SHORT)
+resumed.load_from_file(checkpoint)
+assert resumed.collected_frames == WARMUP + SHORT // 2
+resumed.train()
+
+# %% [markdown]
+# Equal means equal here, not close: each parameter, each target, each transition in the
+# replay. (It is promised for the same versions and number of threads on the same kind
+# of CPU. A GPU adds numbers up in another order.)
+
+# %%
+parameters = straight.loss_module.state_dict()
+for name, value in resumed.loss_module.state_dict().items():
+    assert torch.equal(value, parameters[name]), name
+assert len(resumed.replay_buffer) == WARMUP + SHORT
+assert bool((resumed.replay_buffer[:] == straight.replay_buffer[:]).all())
+
+# %% [markdown]
+# ## Damage
+#
+# The manifest has the SHA-256 of each file. One flipped bit, and nothing is loaded:
+
+# %%
+shutil.copytree(checkpoint, OUTPUT / "damaged")
+record = manifest["components"]["loss_module"]
+file = OUTPUT / "damaged" / record["path"] / "tensors.npz"
+content = bytearray(file.read_bytes())
+content[len(content) // 2] ^= 1
+file.write_bytes(content)
+before = make_loss()
+refusal = ""
+try:
+    VerifiedCheckpoint(loss_module=before).load(OUTPUT / "damaged")
+except CheckpointError as error:
+    refusal = str(error)
+assert "tensors.npz is damaged: expected SHA-256" in refusal
+for name, value in make_loss().state_dict().items():
+    assert torch.equal(value, before.state_dict()[name]), name
+
+# %% [markdown]
+# ## Go on for longer
+#
+# `total_steps` is no part of the state, so a run that is complete can be made longer.
+# (Other settings are not compared here. `alm-torchrl train --resume` does, and refuses
+# what would make it another run.)
+
+# %%
+longer = make_run(OUTPUT / "run", LONG)
+longer.load_from_file(find_checkpoint(OUTPUT / "run", components=None))
+longer.train()
+assert longer.optimization_stepper.optimizer_step_count == LONG
+
+# %% [markdown]
+# ## Act
+#
+# To act, the networks are enough: no replay, no optimizers, no Trainer. If you have the
+# code that makes them, load the checkpoint's `loss_module` into them. `ActingPolicy`
+# says once and for all whether there is noise on the actions.
+
+# %%
+loss = make_loss()
+newest = find_checkpoint(OUTPUT / "run")
+VerifiedCheckpoint(loss_module=loss).load(newest)
+policy = ActingPolicy(loss.acting_policy(), deterministic=True)
+test_env = make_env("Pendulum-v1", action_bounds="rescale")
+random = evaluate_policy(test_env, random_policy(test_env), episodes=EPISODES)
+trained = evaluate_policy(test_env, policy, episodes=EPISODES)
+if not SMOKE:
+    # Random actions cost about 1200. To hang costs 1000, to swing up at once 150.
+    assert random["return"].mean() < -800
+    assert trained["return"].mean() > -600
+
+# %% [markdown]
+# If you do not, `load_policy` makes them from the metadata. It is what serves the runs
+# of `alm-torchrl train`, which write it, too. The latent is a sample in both, so the
+# actions are the same for the same random numbers:
+
+# %%
+loaded = load_policy(OUTPUT / "run")
+observation = TensorDict(observation=torch.tensor([0.0, 1.0, 0.5]))
+actions = []
+for acting in (policy, loaded):
+    torch.manual_seed(0)
+    actions.append(acting(observation.clone())["action"])
+assert torch.equal(*actions)
+
+# %% [markdown]
+# Without TorchRL, in the loop of Gymnasium's own documentation. The agent was trained
+# with `rescale`, so its actions in [-1, 1] have to be mapped to those of the task,
+# torques from -2 to 2:
+
+# %%
+task = gymnasium.make("Pendulum-v1")
+observed, _ = task.reset(seed=0)
+total, over = 0.0, False
+while not over:
+    tensordict = TensorDict(observation=torch.as_tensor(observed))
+    action = loaded(tensordict)["action"].numpy()
+    observed, reward, terminated, truncated, _ = task.step(2 * action)
+    total += float(reward)
+    over = terminated or truncated
+if not SMOKE:
+    assert total > -600
+
+# %% [markdown]
+# ## Film
+#
+# Any environment that can draw will do. `.mp4` works as well as `.gif`.
+
+# %%
+stage = make_env("Pendulum-v1", action_bounds="rescale", render_mode="rgb_array")
+film = film_policy(stage, loaded, OUTPUT / "pendulum.gif", seed=0, max_steps=FILM)
+assert (film.steps, film.frames) == (FILM, FILM + 1)
+
+# %% [markdown]
+# ## Conclusion
+#
+# A stopped run is not a lost run. What another process needs is the function that makes
+# the parts, and the folder; what an acting agent needs is the folder.
+#
+# **Next steps**
+#
+# - On the command line, all of this is `alm-torchrl train`, Ctrl-C, the same command
+#   again, `alm-torchrl evaluate RUN` and `alm-torchrl render RUN --output film.gif`.
+# - Give `make_trainer` an `eval_env`: `checkpoints/best` then keeps the networks that
+#   scored best, for `load_policy(RUN / "checkpoints" / "best")`.
+# - Write an environment with state that is not plain, such as a socket, and give it
+#   `checkpoint_state()` and `load_checkpoint_state(state)`.
+# - Look into what you have trained: `look_inside.py`.
