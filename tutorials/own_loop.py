@@ -257,7 +257,7 @@ figure.savefig(OUTPUT / "own_loop.png", dpi=150)
 #
 # - It stops at the first loss, gradient, observation or reward that is not finite, and
 #   names it. Here, a NaN would spread.
-# - It saves checkpoints from which a run continues exactly, and
+# - It saves checkpoints from which a run continues exactly (`stop_resume_act.py`), and
 #   keeps the best policy.
 # - It logs, evaluates and shows progress.
 # - On a GPU it captures the whole update as one CUDA graph.

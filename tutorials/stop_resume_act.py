@@ -10,8 +10,7 @@
 - to act with them, in a TorchRL environment and in a plain Gymnasium loop, and to film
   it.
 
-It assumes that you know the Trainer (`trainer.py`). The tutorial before it,
-`look_inside.py`, asks what such an agent has learned; this is the last one.
+It assumes that you know the Trainer (`trainer.py`).
 
 Run it as `python tutorials/stop_resume_act.py`: about a minute on one processor core.
 It needs pygame, which comes with the cli extra. The checkpoints and the film go to
@@ -284,4 +283,4 @@ assert (film.steps, film.frames) == (FILM, FILM + 1)
 #   scored best, for `load_policy(RUN / "checkpoints" / "best")`.
 # - Write an environment with state that is not plain, such as a socket, and give it
 #   `checkpoint_state()` and `load_checkpoint_state(state)`.
-# - Look into what you have trained: `look_inside.py`.
+# - Look into what you have trained: `alm-torchrl diagnose RUN`.

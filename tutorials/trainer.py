@@ -271,4 +271,5 @@ if not SMOKE:
 #   --total-steps 500 --latent-dim 16 --hidden-dim 64 --model-hidden-dim 64
 #   --batch-size 256 --gamma 0.9 --lr 0.003 --tau 0.05 --noise-steps 400`
 # - `own_loop.py`: what the Trainer does, in a loop of your own.
+# - `stop_resume_act.py`: checkpoints, and policies that act.
 # - `alm-torchrl train` without arguments: HalfCheetah in a few minutes.
