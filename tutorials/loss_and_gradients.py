@@ -452,5 +452,5 @@ assert {"loss_classifier", "kl"} <= set(losses.keys())
 # **Next steps**
 #
 # - `trainer.py`: the whole agent learns to swing the pendulum up.
-# - `alm-torchrl diagnose`: the same quantities in a trained agent.
+# - `look_inside.py`: the same quantities in a trained agent.
 # - `theory.py`: why the KL makes the objective a lower bound.

@@ -13,7 +13,7 @@ are those of `trainer.py`, which says why.
 Run it as `python tutorials/own_loop.py`: under a minute on one processor core. The
 figure goes to `runs/tutorial-own-loop`, or to the folder in `ALM_OUTPUT`. `ALM_SMOKE=1`
 makes everything small, to see that it runs; nothing is learned then. Before:
-`trainer.py`. Next: `property_tests.py`.
+`trainer.py`. Next: `replace_a_part.py`.
 """
 
 # %%
@@ -274,4 +274,4 @@ figure.savefig(OUTPUT / "own_loop.png", dpi=150)
 # - Replace the four optimizers by one on the sum of `loss(batch)`: the same gradients,
 #   but each term then sees the others as they were before the update.
 # - Step several environments, or several updates per step.
-# - Give the loss other networks: any TensorDictModule with the same keys.
+# - `replace_a_part.py`: other networks in the same loss.

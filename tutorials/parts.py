@@ -102,7 +102,7 @@ assert td["logits"].shape == (5, 2)  # imagined, encoded
 
 # %% [markdown]
 # The keys are the whole contract between the parts. A module of yours with the same
-# keys can take the place of any of them.
+# keys can take the place of any of them; `replace_a_part.py` does so.
 
 # %%
 columns: list[str | tuple[str, ...]] = ["observation"]
@@ -366,4 +366,5 @@ assert evaluate(unread) == evaluate(batch)
 # **Next steps**
 #
 # - `loss_and_gradients.py`: what each term computes, and who learns from it.
+# - `replace_a_part.py`: a part of your own.
 # - `loss.set_keys(reward="my_reward")`: batches with other names.

@@ -10,8 +10,8 @@
 - to find out whether your tests are worth anything: break the variant on purpose, and
   see who notices.
 
-It assumes that you know the terms of the loss (`loss_and_gradients.py`). It
-leaves the networks as they are, and changes the mathematics.
+It assumes that you know the terms of the loss (`loss_and_gradients.py`). The tutorial
+before it, `replace_a_part.py`, changes networks; this one changes the mathematics.
 
 Run it as `python tutorials/property_tests.py`: under a minute on one processor core. It
 needs the test extra (`pip install 'alm_torchrl[cli,test]'`). The figure goes to
@@ -355,4 +355,4 @@ assert not differ([False] * 32)
 #   argument `routes={**ROUTES, "loss_mine": ("encoder",)}`.
 # - Compare your formula with a slow loop in float64 (`loss.double()`), row by row.
 # - `CONTRIBUTING.md`, "Add a variant of the loss", lists what else a variant needs.
-# - What a variant does to an agent: `alm-torchrl diagnose` looks into a trained one.
+# - What a variant does to an agent: `look_inside.py` opens a trained one.

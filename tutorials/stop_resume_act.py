@@ -10,7 +10,7 @@
 - to act with them, in a TorchRL environment and in a plain Gymnasium loop, and to film
   it.
 
-It assumes that you know the Trainer (`trainer.py`).
+It assumes that you know the Trainer (`trainer.py`). Before: `look_inside.py`.
 
 Run it as `python tutorials/stop_resume_act.py`: about a minute on one processor core.
 It needs pygame, which comes with the cli extra. The checkpoints and the film go to
