@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from numbers import Integral, Real
+from pathlib import Path
 
 import torch
 
@@ -13,6 +15,7 @@ __all__ = [
     "check_device",
     "check_integer",
     "check_number",
+    "check_output",
     "check_steps",
     "check_type",
 ]
@@ -221,3 +224,32 @@ def check_device(name: str, value: object) -> torch.device:
             f"devices that PyTorch finds here, got {str(device)!r}."
         )
     return device
+
+
+def check_output(name: str, path: Path) -> None:
+    """Checks that a file or folder can be written, before a long computation.
+
+    Args:
+        name (str): what the error calls it.
+        path (Path): where it will be; folders that are missing can be made.
+
+    Raises:
+        PermissionError: if nothing can be written there.
+        NotADirectoryError: if a part of the path is a file.
+
+    Examples:
+        >>> import tempfile
+        >>> check_output("output", Path(tempfile.gettempdir()) / "new" / "film.gif")
+    """
+    path = path.absolute()
+    place = next(place for place in path.parents if place.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(
+            f"{name}: expected a path that can be made, got {str(path)!r}, but "
+            f"{str(place)!r} is a file."
+        )
+    if not os.access(path if path.exists() else place, os.W_OK):
+        raise PermissionError(
+            f"{name}: expected a place that can be written to, got {str(path)!r} "
+            "(no permission)."
+        )

@@ -13,6 +13,7 @@ from torchrl.envs import TransformedEnv
 
 from alm_torchrl.bench.suite import BenchOptions, run_bench
 from alm_torchrl.checkpoint import checkpoint_metadata, find_checkpoint, load_policy
+from alm_torchrl.checks import check_output
 from alm_torchrl.diagnose.suite import DiagnoseOptions, run_diagnose
 from alm_torchrl.envs import TASKS, make_env
 from alm_torchrl.evaluation import evaluate_policy
@@ -48,6 +49,9 @@ def bench(options: BenchOptions) -> int:
     """
     torchrl_logger.setLevel(logging.WARNING)
     with mistakes():
+        for name, path in (("json", options.json), ("plot", options.plot)):
+            if path is not None:
+                check_output(name, path)
         run_bench(
             options, find_device(options.device), lambda text: print(text, flush=True)
         )
@@ -63,6 +67,7 @@ def diagnose(options: DiagnoseOptions) -> int:
         UserError: if there is no checkpoint, or it has not what is asked for.
     """
     with mistakes():
+        check_output("output", options.output)
         run_diagnose(options, _env, lambda text: print(text, flush=True))
     return 0
 
@@ -107,6 +112,7 @@ def plot(runs: Sequence[Path], output: Path, reference: Sequence[Path] = ()) -> 
     with mistakes():
         if not runs:
             raise ValueError("plot needs at least one run folder")
+        check_output("output", output)
         references = [reference_curve(path) for path in reference]
         print(plot_runs([read_run(path) for path in runs], output, references))
     return 0
@@ -121,6 +127,7 @@ def reproduce(name: str, options: ReproduceOptions) -> int:
     torchrl_logger.setLevel(logging.WARNING)
     try:
         with mistakes():
+            check_output("output", options.output)
             return _reproduce(name, options, lambda text: print(text, flush=True))
     except KeyboardInterrupt:
         print("\nInterrupted; the runs are saved. The same command continues them.")
@@ -136,6 +143,7 @@ def render(checkpoint: Path, output: Path, seed: int, steps: int | None) -> int:
     render_headless()
     with mistakes():
         check_film_name(output)
+        check_output("output", output)
         file = find_checkpoint(checkpoint)
         settings = checkpoint_metadata(file)["settings"]
         env = _env(settings, render_mode="rgb_array")

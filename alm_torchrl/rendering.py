@@ -51,14 +51,15 @@ class Film:
 
 
 def render_headless() -> None:
-    """Let MuJoCo draw without a display where there is none (Linux, EGL).
+    """Let MuJoCo and pygame draw without a display where there is none (Linux).
 
-    It has to be called before MuJoCo is first imported. A ``MUJOCO_GL`` that is
-    already set stays as it is.
+    It has to be called before MuJoCo is first imported. A ``MUJOCO_GL`` or a
+    ``SDL_VIDEODRIVER`` that is already set stays as it is.
     """
     display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if sys.platform == "linux" and not display:
         os.environ.setdefault("MUJOCO_GL", "egl")
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 
 def check_film_name(output: Path) -> None:

@@ -345,6 +345,34 @@ def test_render_knows_its_formats(capsys, tmp_path, inverted):
     assert ".gif or .mp4" in message
 
 
+OUTPUTS = {
+    "plot": "--output a.png",
+    "render": "--output a.gif",
+    "diagnose": "--output a",
+    "reproduce": "fig5a --scale smoke --output a",
+    "bench": "--json a.json",
+}
+
+
+@pytest.mark.parametrize("command", OUTPUTS)
+def test_where_nothing_can_be_written_nothing_is_computed(
+    capsys, tmp_path, inverted, monkeypatch, command
+):
+    run = [inverted[0]] if command in ("plot", "render", "diagnose") else []
+    monkeypatch.chdir(tmp_path)
+    arguments = OUTPUTS[command].split()
+    with monkeypatch.context() as context:
+        # The super-user may write anywhere, so the permission is taken like this.
+        context.setattr(os, "access", lambda *_: False)
+        message = _fails(capsys, command, *run, *arguments)
+    name = arguments[-2].removeprefix("--")
+    assert f"{name}: expected a place that can be written to" in message
+    (tmp_path / "file").touch()
+    arguments[-1] = f"file/{arguments[-1]}"
+    assert "file' is a file" in _fails(capsys, command, *run, *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_tasks_lists_the_papers(capsys):
     assert main(["tasks"]) == 0
     text = capsys.readouterr().out
