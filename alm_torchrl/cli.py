@@ -218,6 +218,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             standard error stream; with 0 after ``--help``.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if "" not in sys.path:
+        sys.path.append("")  # a task's module may lie in the working directory
     try:
         command = tyro.cli(
             _commands(_train_defaults(arguments)),

@@ -7,6 +7,7 @@ Importing this module registers the paper's two truncated tasks, ``T-Ant-v5`` an
 from __future__ import annotations
 
 import difflib
+import importlib
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, SupportsFloat
@@ -240,8 +241,17 @@ def make_env(
 
 def _make_gym_env(task: str, gym_kwargs: dict[str, Any]) -> gymnasium.Env[Any, Any]:
     hint = "`alm-torchrl tasks` lists the paper's tasks"
+    module, colon, name = str(task).rpartition(":")
+    if colon:  # gymnasium.spec does not import the module
+        try:
+            importlib.import_module(module)
+        except (ModuleNotFoundError, TypeError, ValueError) as error:
+            raise ValueError(
+                "task: expected a module that can be imported before the colon, got "
+                f"{task!r} ({error}); {hint}"
+            ) from error
     try:
-        gymnasium.spec(task)
+        gymnasium.spec(name if colon else task)
     except (gymnasium.error.Error, ModuleNotFoundError, TypeError) as error:
         near = " or ".join(difflib.get_close_matches(str(task), gymnasium.registry))
         raise ValueError(

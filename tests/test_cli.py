@@ -345,6 +345,31 @@ def test_render_knows_its_formats(capsys, tmp_path, inverted):
     assert ".gif or .mp4" in message
 
 
+def test_a_task_may_be_in_a_module_in_the_working_directory(tmp_path):
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "own_tasks.py").write_text(
+        "import gymnasium\n"
+        "spec = gymnasium.spec('Pendulum-v1')\n"
+        "gymnasium.register('Own-v0', spec.entry_point, max_episode_steps=9)\n"
+    )
+    # An installed command finds its own folder on the path, not the working directory.
+    script = tmp_path / "alm-torchrl"
+    script.write_text("from alm_torchrl.cli import main\nraise SystemExit(main())\n")
+    train = ["train", "own_tasks:Own-v0", *RESCALE, *TINY, "--total-steps", "3"]
+    for command in ([*train, "--run-dir", "run"], ["evaluate", "run"]):
+        done = subprocess.run(
+            [sys.executable, script, *command],
+            cwd=here,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert "length      mean 9.0" in done.stdout
+
+
 OUTPUTS = {
     "plot": "--output a.png",
     "render": "--output a.gif",

@@ -343,6 +343,20 @@ def test_unknown_tasks(task):
     assert repr(task) in str(error.value)
 
 
+def test_a_colon_imports_the_module_first(tmp_path, monkeypatch):
+    (tmp_path / "own_tasks.py").write_text(
+        "import gymnasium\n"
+        "spec = gymnasium.spec('Pendulum-v1')\n"
+        "gymnasium.register('Own-v0', spec.entry_point, max_episode_steps=7)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        env = make_env("own_tasks:Own-v0", action_bounds="rescale")
+    finally:
+        gymnasium.registry.pop("Own-v0", None)
+    assert env.rollout(20).batch_size == (7,)
+
+
 @pytest.mark.filterwarnings("ignore:.*The environment Ant-v2 is out of date")
 def test_tasks_that_moved_away():
     with pytest.raises(ImportError, match=r"'Ant-v2' cannot be built.*alm-torchrl tas"):
