@@ -106,9 +106,13 @@ class SignedLoss(ALMLoss):
         value, metadata = super().model_loss(tensordict)
         return self._signed("loss_model", value), metadata
 
-    def _reward_classifier(self, tensordict):
-        losses, metadata = super()._reward_classifier(tensordict)
-        return {k: self._signed(k, v) for k, v in losses.items()}, metadata
+    def reward_loss(self, tensordict):
+        value, metadata = super().reward_loss(tensordict)
+        return self._signed("loss_reward", value), metadata
+
+    def classifier_loss(self, tensordict):
+        value, metadata = super().classifier_loss(tensordict)
+        return self._signed("loss_classifier", value), metadata
 
     def qvalue_loss(self, tensordict):
         value, metadata = super().qvalue_loss(tensordict)

@@ -34,6 +34,8 @@ from torch.testing import assert_close
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import IndependentNormal
 
+from alm_torchrl import ALMLoss
+
 equal = partial(assert_close, rtol=0, atol=0)
 
 
@@ -92,6 +94,25 @@ class TestTerms:
         assert not any(metric.requires_grad for metric in metadata.values())
         bare = variant(loss, classifier_coef=0.0)
         equal(bare.reward_classifier_loss(batch)[0], values["loss_reward"])
+
+    @pytest.mark.parametrize("term", METHODS)
+    def test_a_subclass_may_have_a_term_of_its_own(self, batch, term):
+        loss = make_loss(deterministic=True)
+        method = METHODS[term]
+
+        def doubled(self, tensordict):
+            value, metadata = getattr(ALMLoss, method)(self, tensordict)
+            return 2 * value, {**metadata, "own": value.detach()}
+
+        plain = loss(batch)
+        together, parts = loss.reward_classifier_loss(batch)
+        loss.__class__ = type("Own", (ALMLoss,), {method: doubled})
+        equal(loss(batch)[term], 2 * plain[term])
+        equal(loss(batch)["own"], plain[term])
+        if term in parts:
+            changed, seen = loss.reward_classifier_loss(batch)
+            assert_close(changed, together + plain[term])
+            equal(seen["own"], plain[term])
 
     def test_plain_slices_are_windows_and_all_their_transitions(self):
         loss = make_loss(deterministic=True)

@@ -165,6 +165,9 @@ class UnknownMetadata(ALMLoss):
         value, metadata = super().reward_loss(tensordict)
         return value, {**metadata, "reward_error": value.detach()}
 
+    def forward(self, tensordict):
+        return super().forward(tensordict).exclude("reward_error")
+
 
 class NotFinite(ALMLoss):
     def td_target(self, transitions):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
@@ -146,7 +148,8 @@ class OneStepTerms(ALMRollouts):
     def _encoded(self, transitions: TensorDictBase) -> tuple[Distribution, Tensor]:
         """The target encoder's distribution of ``z``, and a sample of it."""
         dist = self._target_encoding(transitions)
-        return dist, self._sample(dist)
+        latent = transitions.get((ENCODED, "latent"), default=None)
+        return dist, self._sample(dist) if latent is None else latent
 
     @torch.no_grad()
     def encode_transitions(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -163,7 +166,6 @@ class OneStepTerms(ALMRollouts):
             input itself if the encoder's distribution is no
             :class:`torchrl.modules.IndependentNormal`.
         """
-        key = self.tensor_keys.transition
         transitions, _, shape = self._transitions(tensordict)
         dists = {
             "now": self._target_encoding(transitions),
@@ -172,14 +174,25 @@ class OneStepTerms(ALMRollouts):
         if any(type(dist) is not IndependentNormal for dist in dists.values()):
             return tensordict
         encoded = {
-            when: {
-                "loc": dist.mean.reshape(*shape, -1),
-                "scale": dist.stddev.reshape(*shape, -1),
-            }
+            when: TensorDict(
+                {
+                    "loc": dist.mean.reshape(*shape, -1),
+                    "scale": dist.stddev.reshape(*shape, -1),
+                },
+                batch_size=shape,
+            )
             for when, dist in dists.items()
         }
+        return self._with_encoded(tensordict, encoded)
+
+    def _with_encoded(
+        self, tensordict: TensorDictBase, entries: Mapping[str, Tensor | TensorDict]
+    ) -> TensorDictBase:
+        """A shallow copy whose transitions hold more for the terms to read."""
+        key = self.tensor_keys.transition
         rows = self._read(tensordict, key)[0].copy()
-        rows.set(ENCODED, TensorDict(encoded, batch_size=shape))
+        for name, entry in entries.items():
+            rows.set((ENCODED, name), entry)
         if tensordict.get(key, default=None) is None:
             return rows
         return tensordict.copy().set(key, rows)
@@ -231,6 +244,9 @@ class OneStepTerms(ALMRollouts):
     ) -> tuple[Tensor, Metadata]:
         """Reward and classifier loss together, on one latent as in the authors' code.
 
+        They come from :meth:`reward_loss` and :meth:`classifier_loss`, so a subclass
+        that overrides one of these changes it here and in :meth:`forward` too.
+
         Args:
             tensordict (TensorDictBase): two-draw batch, slices or transitions.
 
@@ -246,17 +262,15 @@ class OneStepTerms(ALMRollouts):
     def _reward_classifier(
         self, tensordict: TensorDictBase
     ) -> tuple[dict[str, Tensor], Metadata]:
-        transitions, mask, shape = self._transitions(tensordict)
-        encoded, latent = self._encoded(transitions)
-        reward = self._reward_term(transitions, latent)
-        losses = {"loss_reward": self._reduce(reward, mask, shape)}
+        transitions, _, shape = self._transitions(tensordict)
+        latent = self._encoded(transitions)[1].reshape(*shape, -1)
+        tensordict = self._with_encoded(tensordict, {"latent": latent})
+        reward, metadata = self.reward_loss(tensordict)
         if self.classifier is None:
-            return losses, {}
-        loss, correct = self._classifier_term(transitions, encoded, latent)
-        losses["loss_classifier"] = self._reduce(loss, mask, shape)
-        return losses, {
-            "classifier_accuracy": masked_mean(correct.reshape(shape), mask)
-        }
+            return {"loss_reward": reward}, metadata
+        classifier, more = self.classifier_loss(tensordict)
+        losses = {"loss_reward": reward, "loss_classifier": classifier}
+        return losses, {**metadata, **more}
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
         """Squared TD error of the critics, averaged over them (Eq. 10).
