@@ -146,7 +146,10 @@ def render(checkpoint: Path, output: Path, seed: int, steps: int | None) -> int:
         check_output("output", output)
         file = find_checkpoint(checkpoint)
         settings = checkpoint_metadata(file)["settings"]
-        env = _env(settings, render_mode="rgb_array")
+        try:
+            env = _env(settings, render_mode="rgb_array")
+        except ValueError as error:
+            raise ValueError(f"{settings['task']} cannot be filmed: {error}") from error
         policy = load_policy(file)
         print(f"Filming {file}", flush=True)
         film = film_policy(env, policy, output, seed=seed, max_steps=steps)
@@ -174,10 +177,10 @@ def tasks() -> int:
     return 0
 
 
-def _env(settings: Mapping[str, Any], render_mode: str | None = None) -> TransformedEnv:
+def _env(settings: Mapping[str, Any], **gym_kwargs: str) -> TransformedEnv:
     return make_env(
         settings["task"],
         action_bounds=settings["action_bounds"],
         dynamics_noise=settings.get("dynamics_noise", 0.0),
-        render_mode=render_mode,
+        **gym_kwargs,
     )

@@ -350,15 +350,19 @@ def test_a_task_may_be_in_a_module_in_the_working_directory(tmp_path):
     here.mkdir()
     (here / "own_tasks.py").write_text(
         "import gymnasium\n"
-        "spec = gymnasium.spec('Pendulum-v1')\n"
-        "gymnasium.register('Own-v0', spec.entry_point, max_episode_steps=9)\n"
+        "from gymnasium.envs.classic_control import PendulumEnv\n"
+        "class Own(PendulumEnv):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "gymnasium.register('Own-v0', Own, max_episode_steps=9)\n"
     )
     # An installed command finds its own folder on the path, not the working directory.
     script = tmp_path / "alm-torchrl"
     script.write_text("from alm_torchrl.cli import main\nraise SystemExit(main())\n")
     train = ["train", "own_tasks:Own-v0", *RESCALE, *TINY, "--total-steps", "3"]
-    for command in ([*train, "--run-dir", "run"], ["evaluate", "run"]):
-        done = subprocess.run(
+
+    def run(*command):
+        return subprocess.run(
             [sys.executable, script, *command],
             cwd=here,
             env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
@@ -366,8 +370,13 @@ def test_a_task_may_be_in_a_module_in_the_working_directory(tmp_path):
             text=True,
             check=False,
         )
-        assert done.returncode == 0, done.stderr
-    assert "length      mean 9.0" in done.stdout
+
+    trained = run(*train, "--run-dir", "run")
+    assert trained.returncode == 0, trained.stderr
+    assert "length      mean 9.0" in run("evaluate", "run").stdout
+    filmed = run("render", "run")
+    assert filmed.returncode == 2
+    assert "error: own_tasks:Own-v0 cannot be filmed: " in filmed.stderr
 
 
 OUTPUTS = {
