@@ -177,7 +177,7 @@ def tasks() -> int:
     return 0
 
 
-def _env(settings: Mapping[str, Any], **gym_kwargs: str) -> TransformedEnv:
+def _env(settings: Mapping[str, Any], **gym_kwargs: Any) -> TransformedEnv:
     return make_env(
         settings["task"],
         action_bounds=settings["action_bounds"],
