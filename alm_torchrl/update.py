@@ -63,12 +63,17 @@ class ALMTargetUpdate(SoftUpdate):
         self.failed: Tensor | None = None
 
     def _step(self, p_source: TensorDictBase, p_target: TensorDictBase) -> None:
-        weight: Tensor | float = 1 - self.eps
+        weights: dict[torch.dtype, Tensor | float] = {}
         for key, target in p_target.items(include_nested=True, leaves_only=True):
-            if self.failed is not None:
+            if target.dtype not in weights:
+                weight = 1 - self.eps
                 # TensorDict's own lerp_ would wait for this number.
-                weight = (1 - self.eps) * (~self.failed).to(target.dtype)
-            target.data.lerp_(p_source.get(key).data, weight)
+                weights[target.dtype] = (
+                    weight
+                    if self.failed is None
+                    else weight * (~self.failed).to(target.dtype)
+                )
+            target.data.lerp_(p_source.get(key).data, weights[target.dtype])
 
 
 class Update:
