@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alm_torchrl.runs import Run
+from alm_torchrl.runs import CHANGEABLE, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +27,10 @@ __all__ = [
     "reference_curve",
     "save",
 ]
+
+
+_WAYS = CHANGEABLE | {"compile", "cudagraph"}
+"""Settings of how a run is made and kept, not of what is trained."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,9 @@ class Curve:
 def curves_of(runs: Sequence[Run]) -> list[Curve]:
     """One curve for each task, agent, preset and set of changed settings.
 
-    Runs that differ in nothing but the seed (and in where they ran) share a curve,
-    which covers the training steps that all of them were evaluated at.
+    Runs that differ in nothing but the seed (and in where and how they ran: steps,
+    logs, checkpoints, compiled or not) share a curve, which covers the training steps
+    that all of them were evaluated at.
 
     Args:
         runs: runs with at least one evaluation each, in any order.
@@ -64,7 +69,9 @@ def curves_of(runs: Sequence[Run]) -> list[Curve]:
         if not run.metrics:
             raise ValueError(f"{run.path} has no evaluation yet")
         config = run.config
-        changes = repr(sorted(config.changes.items()))
+        changes = repr(
+            sorted(item for item in config.changes.items() if item[0] not in _WAYS)
+        )
         key = (config.task, config.agent, config.preset, changes)
         groups.setdefault(key, []).append(run)
     curves = []
@@ -235,7 +242,7 @@ def _distinction(run: Run, runs: Sequence[Run]) -> list[str]:
         name
         for other in runs
         if other.config.preset == run.config.preset
-        for name in {*other.config.changes, *run.config.changes}
+        for name in {*other.config.changes, *run.config.changes} - _WAYS
         if getattr(other.config, name) != getattr(run.config, name)
     }
     named = [
