@@ -95,7 +95,9 @@ untrained = copy.deepcopy(loss)
 trainer.train()
 agents = {"before": untrained, "trained": loss}
 scores = {
-    name: evaluate_policy(test_env, agent.acting_policy(), episodes=3)["return"].mean()
+    name: evaluate_policy(test_env, agent.acting_policy(), episodes=1 if SMOKE else 3)[
+        "return"
+    ].mean()
     for name, agent in agents.items()
 }
 if not SMOKE:
