@@ -251,7 +251,7 @@ def _make_gym_env(task: str, gym_kwargs: dict[str, Any]) -> gymnasium.Env[Any, A
                 f"{task!r} ({error}); {hint}"
             ) from error
     try:
-        gymnasium.spec(name if colon else task)
+        gymnasium.spec(name)
     except (gymnasium.error.Error, ModuleNotFoundError, TypeError) as error:
         near = " or ".join(difflib.get_close_matches(str(task), gymnasium.registry))
         raise ValueError(

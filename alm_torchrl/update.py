@@ -63,17 +63,12 @@ class ALMTargetUpdate(SoftUpdate):
         self.failed: Tensor | None = None
 
     def _step(self, p_source: TensorDictBase, p_target: TensorDictBase) -> None:
-        weights: dict[torch.dtype, Tensor | float] = {}
+        weight: Tensor | float = 1 - self.eps
         for key, target in p_target.items(include_nested=True, leaves_only=True):
-            if target.dtype not in weights:
-                weight = 1 - self.eps
+            if self.failed is not None:
                 # TensorDict's own lerp_ would wait for this number.
-                weights[target.dtype] = (
-                    weight
-                    if self.failed is None
-                    else weight * (~self.failed).to(target.dtype)
-                )
-            target.data.lerp_(p_source.get(key).data, weights[target.dtype])
+                weight = (1 - self.eps) * (~self.failed).to(target.dtype)
+            target.data.lerp_(p_source.get(key).data, weight)
 
 
 class Update:

@@ -102,23 +102,6 @@ class OneStepTerms(ALMRollouts):
         loss = loss if shape is None else loss.reshape(shape)
         return reduce_masked(loss, mask, self.reduction)
 
-    def _reward_term(self, transitions: TensorDictBase, latent: Tensor) -> Tensor:
-        action = transitions[self.tensor_keys.action]
-        predicted = self.predict_reward(latent, action, "live")
-        target = self._recorded_reward(transitions, predicted)
-        return (predicted - target).square()
-
-    def _classifier_term(
-        self, transitions: TensorDictBase, encoded: Distribution, latent: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        action = transitions[self.tensor_keys.action]
-        with torch.no_grad():
-            chosen, following = self._mixed_next(transitions, encoded)
-        logits = self.classify(latent, action, following, "live")
-        label = (~chosen).long()
-        loss = cross_entropy(logits, label, reduction="none")
-        return loss, (logits.detach().argmax(-1) == label).to(loss.dtype)
-
     def _mixed_next(
         self, transitions: TensorDictBase, encoded: Distribution
     ) -> tuple[Tensor, Tensor]:
@@ -210,8 +193,10 @@ class OneStepTerms(ALMRollouts):
         """
         transitions, mask, shape = self._transitions(tensordict)
         _, latent = self._encoded(transitions)
-        loss = self._reward_term(transitions, latent)
-        return self._reduce(loss, mask, shape), {}
+        action = transitions[self.tensor_keys.action]
+        predicted = self.predict_reward(latent, action, "live")
+        error = predicted - self._recorded_reward(transitions, predicted)
+        return self._reduce(error.square(), mask, shape), {}
 
     def classifier_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
         """Cross entropy of real against imagined next latents (Eq. 9).
@@ -235,7 +220,14 @@ class OneStepTerms(ALMRollouts):
                 "classifier_loss needs a classifier, got classifier_coef=0."
             )
         transitions, mask, shape = self._transitions(tensordict)
-        loss, correct = self._classifier_term(transitions, *self._encoded(transitions))
+        encoded, latent = self._encoded(transitions)
+        with torch.no_grad():
+            chosen, following = self._mixed_next(transitions, encoded)
+        action = transitions[self.tensor_keys.action]
+        logits = self.classify(latent, action, following, "live")
+        label = (~chosen).long()
+        loss = cross_entropy(logits, label, reduction="none")
+        correct = (logits.detach().argmax(-1) == label).to(loss.dtype)
         metadata = {"classifier_accuracy": masked_mean(correct.reshape(shape), mask)}
         return self._reduce(loss, mask, shape), metadata
 

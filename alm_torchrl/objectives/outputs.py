@@ -44,8 +44,7 @@ OUT_KEYS = (
     *IMAGINED_KEYS,
     *ENTROPY_KEYS,
 )
-"""Losses and metrics of ``ALMLoss`` with all of its terms."""
-"""All outputs there can be, in order."""
+"""Losses and metrics of ``ALMLoss`` with all of its terms, in order."""
 
 
 def present_keys(loss: ALMLoss) -> list[str]:
