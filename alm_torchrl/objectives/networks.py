@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import wraps
@@ -29,6 +29,7 @@ from torchrl.objectives.utils import _cache_values
 from alm_torchrl.distributions import ClampedNormal
 from alm_torchrl.layers import AlwaysSample, NoiseSchedule
 from alm_torchrl.objectives.binding import Loan, lendable
+from alm_torchrl.objectives.calls import Inputs, as_tensordict, call_network
 from alm_torchrl.objectives.inputs import entry_names, misfit
 
 Parameters = Literal["live", "frozen", "target"]
@@ -188,17 +189,15 @@ class ALMNetworks(LossModule):
             loan = loans[part, parameters] = Loan(module, params, detach=frozen)
         return loan
 
-    def _inputs(self, **tensors: Tensor) -> TensorDict:
+    def _inputs(self, **tensors: Tensor) -> dict[NestedKey, Tensor]:
         """Network inputs by accepted key; ``next_latent`` goes under ``"next"``."""
         keys = self.tensor_keys
-        some = next(iter(tensors.values()))
-        inputs = TensorDict({}, batch_size=some.shape[:-1])
-        for name, tensor in tensors.items():
-            if name == "next_latent":
-                inputs.set(("next", keys.latent), tensor)
-            else:
-                inputs.set(getattr(keys, name), tensor)
-        return inputs
+        return {
+            unravel_key(
+                ("next", keys.latent) if name == "next_latent" else getattr(keys, name)
+            ): tensor
+            for name, tensor in tensors.items()
+        }
 
     def _sample(self, dist: Distribution) -> Tensor:
         deterministic = exploration_type() is ExplorationType.DETERMINISTIC
@@ -227,39 +226,46 @@ class ALMNetworks(LossModule):
         """
         return self._sample(dist)
 
-    def _observations(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """What the encoder reads."""
+    def _check_observations(self, tensordict: TensorDictBase) -> list[NestedKey]:
+        """The keys that the encoder reads."""
         keys = self.encoder.in_keys
         if any(tensordict.get(key, default=None) is None for key in keys):
             raise KeyError(
                 f"tensordict: expected the encoder's in_keys {keys}, also under "
                 f"'next', got {entry_names(tensordict)}."
             )
-        return tensordict.select(*keys)
+        return keys
 
-    def _run(self, part: str, inputs: TensorDictBase) -> Any:  # noqa: ANN401
-        """Output or distribution of a network, or an error that names what is amiss."""
+    def _observations(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """What the encoder reads."""
+        return tensordict.select(*self._check_observations(tensordict))
+
+    def _run(self, part: str, inputs: Inputs) -> Any:  # noqa: ANN401
+        """Outputs or distribution of a network; an error that names what is amiss."""
         module = getattr(self, part)
-        run = getattr(module, "get_dist", module)
         try:
-            return run(inputs)
+            return call_network(module, inputs)
         except (KeyError, RuntimeError) as error:
-            reason = misfit(part, module, inputs, error)
+            reason = misfit(part, module, as_tensordict(inputs), error)
             if reason is error:
                 raise
             raise reason from error
 
     def _output(
-        self, part: str, inputs: TensorDictBase, key: NestedKey, size: int | None = None
+        self,
+        part: str,
+        inputs: Mapping[NestedKey, Tensor],
+        key: NestedKey,
+        size: int | None = None,
     ) -> Tensor:
         """One output ``[*, size]`` of a network."""
-        output = self._run(part, inputs).get(key, default=None)
+        output = self._run(part, inputs).get(unravel_key(key), None)
         if output is None:
             written = getattr(self, part).out_keys
             raise KeyError(f"{part}: expected the output {key!r}, got {written}.")
-        shape = output.shape
-        if shape[:-1] != inputs.batch_size or size not in (None, shape[-1]):
-            expected = [*inputs.batch_size, "N" if size is None else size]
+        shape, batch_size = output.shape, next(iter(inputs.values())).shape[:-1]
+        if shape[:-1] != batch_size or size not in (None, shape[-1]):
+            expected = [*batch_size, "N" if size is None else size]
             raise ValueError(
                 f"{part}: expected {key!r} of shape {expected}, got {list(shape)}."
             )
@@ -278,8 +284,9 @@ class ALMNetworks(LossModule):
         Returns:
             Distribution: over latents ``[*, L]``.
         """
+        self._check_observations(tensordict)
         with self._bound("encoder", parameters):
-            return self._run("encoder", self._observations(tensordict))
+            return self._run("encoder", tensordict)
 
     def step(
         self, latent: Tensor, action: Tensor, parameters: Parameters = "frozen"

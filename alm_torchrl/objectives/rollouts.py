@@ -19,6 +19,7 @@ from torchrl.modules import IndependentNormal
 from alm_torchrl import functional
 from alm_torchrl.checks import check_integer
 from alm_torchrl.distributions import ClampedNormal
+from alm_torchrl.objectives.calls import as_tensordict
 from alm_torchrl.objectives.inputs import read_column, read_entry
 from alm_torchrl.objectives.networks import ALMNetworks, sampling
 
@@ -258,7 +259,7 @@ class ALMRollouts(ALMNetworks):
     def _mean_action(self, latent: Tensor) -> Tensor:
         deterministic = set_exploration_type(ExplorationType.DETERMINISTIC)
         with deterministic, self._bound("actor", "frozen"):
-            output = self.actor(self._inputs(latent=latent))
+            output = self.actor(as_tensordict(self._inputs(latent=latent)))
         return output.get(self.tensor_keys.action)
 
     @sampling
