@@ -21,6 +21,7 @@ __all__ = [
     "FILM_SUFFIXES",
     "Film",
     "check_film_name",
+    "draws_pictures",
     "film_policy",
     "render_headless",
 ]
@@ -60,6 +61,11 @@ def render_headless() -> None:
     if sys.platform == "linux" and not display:
         os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+
+
+def draws_pictures(env: TransformedEnv) -> bool:
+    """Whether the environment's task says that it can be filmed."""
+    return "rgb_array" in env.base_env._env.metadata.get("render_modes", ())
 
 
 def check_film_name(output: Path) -> None:

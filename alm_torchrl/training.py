@@ -20,7 +20,7 @@ import torch
 from gymnasium.error import Error as GymnasiumError
 from torchrl import torchrl_logger
 from torchrl.checkpoint import CheckpointError
-from torchrl.envs import EnvBase
+from torchrl.envs import TransformedEnv
 from torchrl.record.loggers import Logger
 from torchrl.trainers import Trainer
 
@@ -36,6 +36,7 @@ from alm_torchrl.env_state import EnvironmentStateError
 from alm_torchrl.envs import make_env
 from alm_torchrl.evaluation import Policy, evaluate_policy, random_policy, zero_policy
 from alm_torchrl.plotting import plot_runs
+from alm_torchrl.rendering import draws_pictures
 from alm_torchrl.runs import (
     METRICS_FIELDS,
     MetricsWriter,
@@ -127,7 +128,7 @@ def train(config: TrainConfig, resume: Path | None = None, fresh: bool = False) 
                     f"The run in {path} is complete: {config.total_steps:,} training "
                     "steps.\n--total-steps continues it beyond, --fresh starts anew."
                 )
-                _print_folder(path)
+                _print_folder(path, eval_env)
                 return 0
             logger = _logger(config, start.step)
         return _train_in_folder(config, device, start, env, eval_env, logger)
@@ -179,8 +180,8 @@ def _train_in_folder(
     config: TrainConfig,
     device: str,
     start: _Start,
-    env: EnvBase,
-    eval_env: EnvBase,
+    env: TransformedEnv,
+    eval_env: TransformedEnv,
     logger: Logger | None,
 ) -> int:
     path = config.run_path
@@ -249,10 +250,11 @@ def _train_in_folder(
         _run_trainer(trainer, interrupt, path, rows)
     _plot(path, rows)
     if interrupt.signal is not None:
-        return _say_interrupted(interrupt, trainer, rows, path)
-    _print_scores(config, eval_env, rows)
-    _print_folder(path)
-    return 0
+        _print_interrupted(trainer, rows, path)
+    else:
+        _print_scores(config, eval_env, rows)
+    _print_folder(path, eval_env)
+    return 0 if interrupt.signal is None else 128 + interrupt.signal
 
 
 def _run_trainer(
@@ -267,9 +269,8 @@ def _run_trainer(
     except KeyboardInterrupt:
         interrupt.signal = signal.SIGINT
     except OSError as error:
-        raise UserError(
-            f"{error}. Once that is solved, continue with: {_continue_command(path)}"
-        ) from error
+        how = _how_to_continue(trainer, path)
+        raise UserError(f"{error}. Once that is solved, {how}") from error
 
 
 def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -278,9 +279,9 @@ def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
             plot_runs([read_run(path)], path / "learning_curve.png")
 
 
-def _say_interrupted(
-    interrupt: _Interrupt, trainer: Trainer, rows: list[dict[str, Any]], path: Path
-) -> int:
+def _print_interrupted(
+    trainer: Trainer, rows: list[dict[str, Any]], path: Path
+) -> None:
     newest = trainer.checkpoint_rotation.latest()
     print("\nInterrupted.", end=" ")
     if newest is None:
@@ -290,13 +291,12 @@ def _say_interrupted(
     if rows:
         print(f"Last mean return {rows[-1]['mean_return']:.1f}, after", end=" ")
         print(f"{rows[-1]['training_step']:,} training steps.")
-    print(f"Continue with: {_continue_command(path)}")
-    _print_folder(path)
-    return 128 + (interrupt.signal or 0)
+    how = _how_to_continue(trainer, path)
+    print(f"{how[0].upper()}{how[1:]}")
 
 
 def _print_scores(
-    config: TrainConfig, env: EnvBase, rows: list[dict[str, Any]]
+    config: TrainConfig, env: TransformedEnv, rows: list[dict[str, Any]]
 ) -> None:
     def score(policy: Policy) -> float:
         scores = evaluate_policy(
@@ -311,7 +311,7 @@ def _print_scores(
     print(f"  trained agent    {rows[-1]['mean_return']:10.1f}")
 
 
-def _print_folder(path: Path) -> None:
+def _print_folder(path: Path, env: TransformedEnv) -> None:
     folder = shlex.quote(str(path))
     print(f"\nEverything is in {path}:")
     names = (file.name for file in path.iterdir() if not file.name.startswith("."))
@@ -319,11 +319,14 @@ def _print_folder(path: Path) -> None:
     print("\nWhat to run next")
     print(f"  alm-torchrl evaluate {folder}")
     print(f"  alm-torchrl plot {folder}")
-    print(f"  alm-torchrl render {folder}")
+    if draws_pictures(env):
+        print(f"  alm-torchrl render {folder}")
 
 
-def _continue_command(path: Path) -> str:
-    return f"alm-torchrl train --resume {shlex.quote(str(path))}"
+def _how_to_continue(trainer: Trainer, path: Path) -> str:
+    if trainer.checkpoint_rotation.latest() is None:
+        return "start again with the same command"
+    return f"continue with: alm-torchrl train --resume {shlex.quote(str(path))}"
 
 
 class _Interrupt:

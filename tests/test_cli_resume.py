@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 
+import gymnasium
 import pytest
 import torch
+from walk_env import Walk
 
 from alm_torchrl.checkpoint.files import read_state
 from alm_torchrl.cli import main
 from alm_torchrl.runs import read_metrics
+from alm_torchrl.trainer import ALMTrainer
 
 TASK = ["Pendulum-v1", "--action-bounds", "rescale", "--eval-interval", "3"]
 TINY = [
@@ -201,3 +204,32 @@ def test_a_full_disk_says_how_to_continue(copy, twelve, capsys, monkeypatch):
     assert left == {"checkpoint", "best"}
     assert run(copy, steps=12) == 0
     assert same(parameters(copy), parameters(twelve))
+
+
+def test_a_run_interrupted_before_its_first_checkpoint_starts_again(
+    capsys, tmp_path, monkeypatch
+):
+    def interrupted(trainer):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ALMTrainer, "train", interrupted)
+        assert run(tmp_path) == 130
+    text = capsys.readouterr().out
+    assert "There is no checkpoint yet.\nStart again with the same command\n" in text
+    assert "--resume" not in text
+    assert run(tmp_path) == 0
+    assert read_metrics(tmp_path / "metrics.csv")[-1]["training_step"] == 6
+
+
+def test_a_film_is_suggested_only_of_tasks_that_draw_pictures(capsys, tmp_path):
+    name = "WalkWithoutPictures-v0"
+    gymnasium.register(name, entry_point=Walk, max_episode_steps=5)
+    try:
+        words = [*TASK[3:], *TINY, "--total-steps", "2"]
+        assert main(["train", name, *words, "--run-dir", str(tmp_path)]) == 0
+    finally:
+        del gymnasium.registry[name]
+    text = capsys.readouterr().out
+    assert f"alm-torchrl evaluate {tmp_path}" in text
+    assert "render" not in text
