@@ -12,6 +12,7 @@ import numpy as np
 import parity
 import pytest
 import torch
+from tensordict import TensorDict
 
 HERE = Path(__file__).parent
 FILES = sorted((HERE / "data").glob("authors_*.npz"))
@@ -87,7 +88,8 @@ def test_every_recorded_number_is_reproduced(file):
 def test_sizes_and_bounds_are_read_from_the_file(name, bound):
     path = HERE / "data" / f"authors_{name}.npz"
     loss = parity.Parity(str(path)).loss
-    dist = loss.actor.get_dist(loss._inputs(latent=torch.zeros(1, 6)))
+    latent = TensorDict(latent=torch.zeros(1, 6), batch_size=[1])
+    dist = loss.actor.get_dist(latent)
     with np.load(path) as data:
         action_dim = data["update0/slice/action"].shape[-1]
     torch.testing.assert_close(dist.high, torch.full((1, action_dim), bound))
