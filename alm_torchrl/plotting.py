@@ -146,14 +146,16 @@ def plot_runs(
     """
     curves = curves_of(runs)
     tasks = sorted({run.config.task for run in runs})
-    figure, (axes,) = panels(1, 1, size=(6.4, 4.0))
+    height = 3.8 + 0.22 * (len(curves) + len(references))
+    figure, (axes,) = panels(1, 1, size=(6.4, height))
     draw_curves(axes, curves, references)
     spread = any(curve.std is not None for curve in [*curves, *references])
     title = ", ".join(tasks)
     axes.set_title(
         title + (", mean and standard deviation over seeds" if spread else "")
     )
-    axes.legend(frameon=False)
+    # Below the panel: long labels would lie on the curves.
+    figure.legend(loc="outside lower left", frameon=False)
     return save(figure, output)
 
 
