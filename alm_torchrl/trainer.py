@@ -250,6 +250,9 @@ def make_trainer(
         total_frames=-1,
         init_random_frames=warmup_steps,
         policy_device=None if device.type == "cpu" else device,
+        # Each step is a new TensorDict already, and needs no copy.
+        use_buffers=False,
+        return_same_td=True,
         auto_register_policy_transforms=False,
     )
     optimization: dict[str, float] = {"lr": lr, "clip_norm": clip_norm, "tau": tau}

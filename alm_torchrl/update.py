@@ -63,12 +63,14 @@ class ALMTargetUpdate(SoftUpdate):
         self.failed: Tensor | None = None
 
     def _step(self, p_source: TensorDictBase, p_target: TensorDictBase) -> None:
-        weight: Tensor | float = 1 - self.eps
+        weights: dict[torch.dtype, Tensor | float] = {}
         for key, target in p_target.items(include_nested=True, leaves_only=True):
-            if self.failed is not None:
-                # TensorDict's own lerp_ would wait for this number.
-                weight = (1 - self.eps) * (~self.failed).to(target.dtype)
-            target.data.lerp_(p_source.get(key).data, weight)
+            dtype = target.dtype
+            if dtype not in weights:
+                # TensorDict's own lerp_ would wait for a number of the device.
+                moves = 1 if self.failed is None else (~self.failed).to(dtype)
+                weights[dtype] = (1 - self.eps) * moves
+            target.data.lerp_(p_source.get(key).data, weights[dtype])
 
 
 class Update:
@@ -172,6 +174,7 @@ class Update:
     ) -> dict[str, Tensor]:
         metrics: dict[str, Tensor] = {}
         checked: dict[str, Tensor] = {}
+        failed = self.failure[0] > 0
         for method, optimizer in self.optimizers.items():
             with self._autocast():
                 value, metadata = compute_loss(batch, method)
@@ -180,34 +183,33 @@ class Update:
             value.backward()
             norm = nn.utils.clip_grad_norm_(self._parameters[method], self.clip_norm)
             name = method.removesuffix("_loss")
-            if method != "reward_classifier_loss":
-                checked[f"loss_{name}"] = value.detach()
-            checked.update(
-                {key: loss for key, loss in metadata.items() if key.startswith("loss_")}
-            )
-            checked[f"grad_norm_{name}"] = norm
-            metrics.update(metadata)
+            new = {f"loss_{name}": value.detach()}
+            if method == "reward_classifier_loss":
+                new = {}
+            new |= {key: loss for key, loss in metadata.items() if key[:5] == "loss_"}
+            new[f"grad_norm_{name}"] = norm
+            failed = failed | ~torch.stack(list(new.values())).isfinite().all()
             # Read by the fused Adam: the step is skipped where it is 1.
-            skip = self._check(checked).to(torch.float32)
-            optimizer.found_inf = skip  # type: ignore[attr-defined]
+            optimizer.found_inf = failed.to(torch.float32)  # type: ignore[attr-defined]
             optimizer.step()
+            metrics.update(metadata)
+            checked.update(new)
             if method == "model_loss":
                 # The targets, and so these distributions, stay to the end.
                 with self._autocast():
                     batch = self._term("encode_transitions")(batch)
-        self.target_update.failed = self.failure[0] > 0
+        self.target_update.failed = failed
         self.target_update.step()
-        self.checked = list(checked)
+        self._note(checked, failed)
         return {**metrics, **checked}
 
-    def _check(self, checked: dict[str, Tensor]) -> Tensor:
-        """Notes the first term that is not finite; True where there ever was one."""
-        finite = torch.stack(list(checked.values())).isfinite()
-        first = torch.stack([self.count, (~finite).int().argmax() + 1])
-        seen = self.failure[0] > 0
-        fails = ~finite.all() & ~seen
-        self.failure.copy_(torch.where(fails, first, self.failure))
-        return seen | fails
+    def _note(self, checked: dict[str, Tensor], failed: Tensor) -> None:
+        """Notes the first term that was not finite, unless one was before."""
+        self.checked = list(checked)
+        position = (~torch.stack(list(checked.values())).isfinite()).int().argmax() + 1
+        first = torch.stack([self.count, position])
+        is_new = failed & (self.failure[0] == 0)
+        self.failure.copy_(torch.where(is_new, first, self.failure))
 
 
 class CapturedUpdate:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from helpers import make_batch, make_loss, probabilistic
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torch.distributions import Distribution
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from alm_torchrl import (
     make_actor,
@@ -21,6 +22,8 @@ from alm_torchrl import (
     make_reward,
     make_stochastic_actor,
 )
+from alm_torchrl.layers import AlwaysSample
+from alm_torchrl.objectives.acting import MODES, EncodedPolicy
 from alm_torchrl.objectives.calls import call_network, is_direct
 
 SIZES = {"latent_dim": 2, "hidden_dim": 8}
@@ -128,3 +131,73 @@ def test_terms_and_gradients_are_the_same_either_way(term):
         results.append([value.detach(), *metadata.values(), *gradients])
     for plain, through_tensordict in zip(*results, strict=True):
         assert torch.equal(plain, through_tensordict)
+
+
+# -- the acting policy -----------------------------------------------------------------
+
+
+def acting(kind: str):
+    """A policy, and the plain sequence of the same modules."""
+    encoder, actor = {
+        "default": (PARTS["encoder"], PARTS["actor"]),
+        "identity": (
+            PARTS["identity"],
+            make_actor([-1.0], [1.0], latent_dim=3, hidden_dim=8),
+        ),
+        "stochastic": (PARTS["encoder"], PARTS["stochastic_actor"]),
+    }[kind]
+    modules = AlwaysSample(encoder), actor
+    return (
+        EncodedPolicy(*modules, selected_out_keys=["action"]),
+        TensorDictSequential(*modules, selected_out_keys=["action"]),
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 4)])
+@pytest.mark.parametrize("mode", [*MODES, None, ExplorationType.MEAN])
+@pytest.mark.parametrize("kind", ["default", "identity", "stochastic"])
+def test_policy_acts_as_the_sequence_of_its_modules(kind, mode, shape):
+    observations = TensorDict(observation=torch.randn(*shape, 3), batch_size=shape)
+    results, states = [], []
+    for policy in acting(kind):
+        torch.manual_seed(0)
+        with set_exploration_type(mode):
+            given = observations.clone()
+            assert policy(given) is given
+            results += [given, TensorDict(action=policy(observations["observation"]))]
+        states.append(torch.get_rng_state())
+    direct, dispatched, expected, expected_dispatched = results
+    assert set(direct.keys()) == set(expected.keys()) == {"observation", "action"}
+    assert torch.equal(direct["action"], expected["action"])
+    assert torch.equal(dispatched["action"], expected_dispatched["action"])
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("place", ["sampler", "encoder", "actor", "head"])
+def test_whoever_watches_a_policy_sees_its_modules_called(place):
+    policy, _ = acting("default")
+    places = {
+        "sampler": policy[0],
+        "encoder": policy[0].module,
+        "actor": policy[1],
+        "head": policy[1][1],
+    }
+    calls = []
+    hook = places[place].register_forward_hook(lambda *_: calls.append(place))
+    with hook, set_exploration_type(ExplorationType.RANDOM):
+        policy(TensorDict(observation=torch.zeros(3)))
+    assert calls == [place]
+
+
+def test_policy_can_be_cut_and_write_elsewhere():
+    policy, sequence = acting("default")
+    observation = TensorDict(observation=torch.zeros(3))
+    with set_exploration_type(ExplorationType.RANDOM):
+        assert policy[:](observation.clone())["latent_loc"].shape == (2,)
+        assert policy[:1](observation.clone())["latent"].shape == (2,)
+        out = TensorDict()
+        assert policy(observation, tensordict_out=out) is out
+        assert set(out.keys()) == {"action"}
+        for each in (policy, sequence):
+            with pytest.raises(KeyError, match="observation"):
+                each(TensorDict(state=torch.zeros(3)))

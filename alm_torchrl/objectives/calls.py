@@ -11,12 +11,12 @@ from tensordict.nn import (
     ProbabilisticTensorDictSequential,
     TensorDictModuleBase,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from alm_torchrl.layers import TensorModule
 
-__all__ = ["Inputs", "as_tensordict", "call_network", "is_direct"]
+__all__ = ["Inputs", "as_tensordict", "call_network", "is_direct", "is_watched"]
 
 Inputs: TypeAlias = TensorDictBase | Mapping[NestedKey, Tensor]
 
@@ -81,9 +81,16 @@ def is_direct(module: TensorDictModuleBase) -> bool:
         type(network) is TensorModule
         and network._kwargs is None
         and network.method is None
-        and not network._forward_hooks
-        and not network._forward_pre_hooks
-        and "forward" not in network.__dict__
+        and not is_watched(network)
+    )
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody sees a module's calls: with hooks or another ``forward``."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 

@@ -28,6 +28,7 @@ from torchrl.objectives.utils import _cache_values
 
 from alm_torchrl.distributions import ClampedNormal
 from alm_torchrl.layers import AlwaysSample, NoiseSchedule
+from alm_torchrl.objectives.acting import EncodedPolicy
 from alm_torchrl.objectives.binding import Loan, lendable
 from alm_torchrl.objectives.calls import Inputs, as_tensordict, call_network
 from alm_torchrl.objectives.inputs import entry_names, misfit
@@ -436,7 +437,7 @@ class ALMNetworks(LossModule):
                 raise KeyError(
                     f"{part}: expected the outputs {missing}, got {written}."
                 )
-        return TensorDictSequential(
+        return EncodedPolicy(
             AlwaysSample(self.encoder),
             self.actor,
             selected_out_keys=[key],

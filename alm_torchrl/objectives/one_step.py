@@ -17,10 +17,11 @@ from alm_torchrl.objectives.inputs import (
     entry_names,
     masked_mean,
     read_column,
+    read_entry,
     read_masked,
     reduce_masked,
 )
-from alm_torchrl.objectives.rollouts import ENCODED, ALMRollouts
+from alm_torchrl.objectives.rollouts import ENCODED, ALMRollouts, normal_parameters
 
 Metadata = dict[str, Tensor]
 
@@ -150,21 +151,18 @@ class OneStepTerms(ALMRollouts):
             :class:`torchrl.modules.IndependentNormal`.
         """
         transitions, _, shape = self._transitions(tensordict)
-        dists = {
-            "now": self._target_encoding(transitions),
-            "next": self._target_encoding(transitions, "next"),
-        }
-        if any(type(dist) is not IndependentNormal for dist in dists.values()):
+        following = read_entry(transitions, "next")
+        seen = [self._observations(rows) for rows in (transitions, following)]
+        dist = self.encode(torch.cat(seen))
+        if type(dist) is not IndependentNormal:
             return tensordict
+        loc, scale = (
+            parameter.reshape(2, *shape, -1)
+            for parameter in normal_parameters(dist, "encoder")
+        )
         encoded = {
-            when: TensorDict(
-                {
-                    "loc": dist.mean.reshape(*shape, -1),
-                    "scale": dist.stddev.reshape(*shape, -1),
-                },
-                batch_size=shape,
-            )
-            for when, dist in dists.items()
+            when: TensorDict({"loc": loc[i], "scale": scale[i]}, batch_size=shape)
+            for i, when in enumerate(("now", "next"))
         }
         return self._with_encoded(tensordict, encoded)
 

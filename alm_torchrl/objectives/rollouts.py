@@ -253,8 +253,10 @@ class ALMRollouts(ALMNetworks):
             source = transitions if when == "now" else read_entry(transitions, "next")
             source = self._observations(source)
             return self.encode(source if rows is None else source[rows])
-        encoded = encoded if rows is None else encoded[rows]
-        return IndependentNormal(encoded["loc"], encoded["scale"], validate_args=False)
+        loc, scale = encoded.get("loc"), encoded.get("scale")
+        if rows is not None:
+            loc, scale = loc[rows], scale[rows]
+        return IndependentNormal(loc, scale, validate_args=False)
 
     def _mean_action(self, latent: Tensor) -> Tensor:
         deterministic = set_exploration_type(ExplorationType.DETERMINISTIC)
