@@ -99,7 +99,4 @@ def as_tensordict(inputs: Inputs) -> TensorDictBase:
     if isinstance(inputs, TensorDictBase):
         return inputs.copy()
     some = next(iter(inputs.values()))
-    tensordict = TensorDict({}, batch_size=some.shape[:-1])
-    for key, tensor in inputs.items():
-        tensordict.set(key, tensor)
-    return tensordict
+    return TensorDict(dict(inputs), batch_size=some.shape[:-1])
