@@ -183,10 +183,9 @@ class Update:
             value.backward()
             norm = nn.utils.clip_grad_norm_(self._parameters[method], self.clip_norm)
             name = method.removesuffix("_loss")
-            new = {f"loss_{name}": value.detach()}
-            if method == "reward_classifier_loss":
-                new = {}
-            new |= {key: loss for key, loss in metadata.items() if key[:5] == "loss_"}
+            new = {k: loss for k, loss in metadata.items() if k.startswith("loss_")}
+            if method != "reward_classifier_loss":  # the sum of those in its metadata
+                new[f"loss_{name}"] = value.detach()
             new[f"grad_norm_{name}"] = norm
             failed = failed | ~torch.stack(list(new.values())).isfinite().all()
             # Read by the fused Adam: the step is skipped where it is 1.
