@@ -200,8 +200,8 @@ class TestCost:
     @staticmethod
     def full(horizon):
         return {
-            # First and next observations of the slices; both of the transitions.
-            "encoder": 2 + 2,
+            # First and next observations of the slices; those of the transitions.
+            "encoder": 2 + 1,
             # Along the slices, in imagination, and once for the classifier.
             "model": 2 * horizon + 1,
             # At the end of the slices, in imagination, for the target.
@@ -252,7 +252,7 @@ class TestCost:
         )
         stepper = ALMOptimizationStepper(loss)
         counts = calls(loss, lambda: stepper.step(None, batch))
-        expected = {"encoder": 3, "model": 2 * K, "actor": K + 2, "qvalue": 3}
+        expected = {"encoder": 2, "model": 2 * K, "actor": K + 2, "qvalue": 3}
         assert counts == {**expected, "reward": 3, "classifier": 0}
 
     def test_an_entropy_bonus_costs_one_run_of_the_actor(self, batch):
