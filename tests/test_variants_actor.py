@@ -236,7 +236,7 @@ class TestCost:
                 | {"lambda_return"},
             ),
         ],
-        ids=lambda value: "-".join(value),
+        ids=lambda value: "-".join(sorted(value)),
     )
     def test_what_is_left_out_costs_nothing(self, batch, kwargs, saved, gone):
         loss = make_loss(**kwargs)
