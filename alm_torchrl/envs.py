@@ -268,7 +268,7 @@ def _make_gym_env(task: str, gym_kwargs: dict[str, Any]) -> gymnasium.Env[Any, A
             f"gym_kwargs: expected arguments of task {task!r}, got {gym_kwargs} "
             f"({error})"
         ) from error
-    except ImportError as error:
+    except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
         raise ImportError(
             f"task {task!r} cannot be built here ({error}); {hint}"
         ) from error

@@ -39,7 +39,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
@@ -206,12 +206,15 @@ def lock_run(path: Path) -> Iterator[None]:
     """Keep other processes from training in a folder, which is made if need be.
 
     The lock is the operating system's: it ends with its process, however that ends.
+    A folder that was made for it and stays empty is removed again.
 
     Raises:
         BlockingIOError: if another process holds it.
     """
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / ".lock")
+    file = path / ".lock"
+    lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
@@ -221,6 +224,12 @@ def lock_run(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if made and list(path.iterdir()) == [file]:
+            # Others may have come into a parent; Windows keeps a locked file.
+            with suppress(OSError):
+                file.unlink()
+                for folder in made:
+                    folder.rmdir()
         lock.release()
 
 

@@ -158,6 +158,9 @@ def test_fresh_moves_the_run_aside(copy, six, capsys):
 
 
 def test_other_settings_are_refused_with_the_differences(copy, capsys):
+    new = copy.parent / "new"
+    fails(capsys, "train", "--resume", copy, "--run-dir", new, "--lr", 0.5)
+    assert not new.exists()
     message = fails_to_run(capsys, copy, "--lr", 0.5, "--gamma", 0.9)
     assert "lr: 0.001 in the run, 0.5 now" in message
     assert "gamma: 0.99 in the run, 0.9 now" in message

@@ -171,6 +171,20 @@ def test_run_folder_holds_what_is_documented(tmp_path):
         read_run(path)
 
 
+def test_a_lock_leaves_no_folder_of_its_own(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("mine", "new/deep"):
+        with pytest.raises(RuntimeError), lock_run(tmp_path / name):
+            raise RuntimeError
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]
+    with lock_run(tmp_path / "new/deep"):
+        (tmp_path / "new/deep/config.json").write_text("{}")
+    assert (tmp_path / "new/deep/config.json").exists()
+    with lock_run(tmp_path / "new/other"):
+        pass
+    assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["deep"]
+
+
 @pytest.mark.parametrize("name", ["metrics.csv", "checkpoints"])
 def test_a_folder_with_files_of_another_kind_is_refused(tmp_path, name):
     (tmp_path / name).write_text("precious")

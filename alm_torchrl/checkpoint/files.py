@@ -61,7 +61,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             tensor = tensor.view(_BITS[tensor.dtype])
         arrays[name] = tensor.numpy()
     with path.open("xb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+        np.savez(file, **arrays)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
