@@ -288,8 +288,9 @@ def pendulum():
 def test_any_stepper(pendulum, values):
     stepper = made(ALMOptimizationStepper, pendulum[1], **values)
     if stepper is not None:
-        rates = {opt.param_groups[0]["lr"] for opt in stepper.optimizers.values()}
-        assert rates == {values.get("lr", 1e-4)}
+        optimizers = stepper.optimizers.values()
+        rates = {float(optimizer.param_groups[0]["lr"]) for optimizer in optimizers}
+        assert rates == {float(values.get("lr", 1e-4))}
         assert all(0 < rate < math.inf for rate in rates)
 
 
