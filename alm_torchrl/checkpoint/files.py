@@ -53,7 +53,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         OSError: if the file cannot be written; what there is of it is the caller's
             to remove.
     """
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu()
         if tensor.dtype in _BITS:
