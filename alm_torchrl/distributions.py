@@ -1,12 +1,17 @@
-"""The action distribution of ALM: a Gaussian with a straight-through clamp."""
+"""The action distribution of ALM, and how the losses draw from any distribution."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.distributions import Normal
+from typing import cast
 
-__all__ = ["ClampedNormal"]
+import torch
+from tensordict.nn.distributions import Delta as TensorDictDelta
+from torch import Tensor
+from torch.distributions import Distribution, Normal
+from torchrl.envs.utils import ExplorationType, exploration_type
+from torchrl.modules import Delta
+
+__all__ = ["ClampedNormal", "draw", "is_random"]
 
 # Distance that samples keep from the action bounds, as in the authors' code.
 _MARGIN = 1e-6
@@ -158,3 +163,58 @@ class ClampedNormal(Normal):
 
 def _described(value: object) -> str:
     return f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def is_random() -> bool:
+    """Whether the exploration type in force asks for random draws, as by default.
+
+    Examples:
+        >>> from torchrl.envs.utils import set_exploration_type
+        >>> with set_exploration_type(ExplorationType.MODE):
+        ...     is_random()
+        False
+    """
+    return exploration_type() in (None, ExplorationType.RANDOM)
+
+
+def draw(dist: Distribution, noise_clip: float | None = None) -> Tensor:
+    """Draws with a gradient, as the exploration type in force says.
+
+    Args:
+        dist (Distribution): what to draw from.
+        noise_clip (float, optional): largest magnitude of a :class:`ClampedNormal`'s
+            noise. Default: ``None``, no clip.
+
+    Returns:
+        Tensor: a reparameterised sample; outside ``ExplorationType.RANDOM`` the
+        ``deterministic_sample`` (where there is none, the mean), mean, mode or median.
+        Those of a :class:`ClampedNormal` are clamped.
+
+    Raises:
+        TypeError: if samples of the distribution have no gradient.
+        NotImplementedError: if it does not have the statistic that was asked for.
+
+    Examples:
+        >>> from torchrl.envs.utils import set_exploration_type
+        >>> with set_exploration_type(ExplorationType.MEAN):
+        ...     draw(Normal(torch.zeros(2), torch.ones(2)))
+        tensor([0., 0.])
+    """
+    if isinstance(dist, ClampedNormal):
+        return dist.rsample(noise_clip=noise_clip if is_random() else 0.0)
+    if not (dist.has_rsample or isinstance(dist, (Delta, TensorDictDelta))):
+        raise TypeError(
+            "encoder, model, actor: expected distributions whose samples have a "
+            f"gradient (has_rsample), got {type(dist).__name__}."
+        )
+    if is_random():
+        return dist.rsample()
+    wanted = exploration_type()
+    names = {ExplorationType.DETERMINISTIC: ("deterministic_sample", "mean")}
+    for name in names.get(wanted, (str(wanted),)):
+        if hasattr(type(dist), name):
+            return cast("Tensor", getattr(dist, name))
+    raise NotImplementedError(
+        f"encoder, model, actor: expected distributions with a {wanted}, which the "
+        f"exploration type asks for, got {type(dist).__name__}."
+    )

@@ -18,15 +18,11 @@ from tensordict.nn import (
 )
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torchrl.envs.utils import (
-    ExplorationType,
-    exploration_type,
-    set_exploration_type,
-)
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import LossModule
 from torchrl.objectives.utils import _cache_values
 
-from alm_torchrl.distributions import ClampedNormal
+from alm_torchrl.distributions import draw
 from alm_torchrl.layers import AlwaysSample, NoiseSchedule
 from alm_torchrl.objectives.acting import EncodedPolicy
 from alm_torchrl.objectives.binding import Loan, lendable
@@ -201,18 +197,8 @@ class ALMNetworks(LossModule):
         }
 
     def _sample(self, dist: Distribution) -> Tensor:
-        deterministic = exploration_type() is ExplorationType.DETERMINISTIC
-        if isinstance(dist, ClampedNormal):
-            # Without noise the clamp stays: the clamped mean.
-            # The density of an entropy bonus is that of noise without a clip.
-            clip = self.noise_clip if self.log_alpha is None else None
-            return dist.rsample(noise_clip=0.0 if deterministic else clip)
-        if not dist.has_rsample:
-            raise TypeError(
-                "encoder, model, actor: expected distributions whose samples have a "
-                f"gradient (has_rsample), got {type(dist).__name__}."
-            )
-        return dist.deterministic_sample if deterministic else dist.rsample()  # type: ignore[attr-defined]
+        # The density of an entropy bonus is that of noise without a clip.
+        return draw(dist, self.noise_clip if self.log_alpha is None else None)
 
     @sampling
     def sample(self, dist: Distribution) -> Tensor:

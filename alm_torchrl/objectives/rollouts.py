@@ -9,16 +9,12 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
-from torchrl.envs.utils import (
-    ExplorationType,
-    exploration_type,
-    set_exploration_type,
-)
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import IndependentNormal
 
 from alm_torchrl import functional
 from alm_torchrl.checks import check_integer
-from alm_torchrl.distributions import ClampedNormal
+from alm_torchrl.distributions import ClampedNormal, is_random
 from alm_torchrl.objectives.calls import as_tensordict
 from alm_torchrl.objectives.inputs import read_column, read_entry
 from alm_torchrl.objectives.networks import ALMNetworks, sampling
@@ -103,11 +99,10 @@ class ALMRollouts(ALMNetworks):
     def _scored_action(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """An action of the bound actor, and log pi(a|z) [*]."""
         dist = self._run("actor", self._inputs(latent=latent))
-        deterministic = exploration_type() is ExplorationType.DETERMINISTIC
         if isinstance(dist, ClampedNormal):
-            clip = 0.0 if deterministic else None
+            clip = None if is_random() else 0.0
             action, log_prob = dist.rsample_and_log_prob(noise_clip=clip)
-        elif hasattr(dist, "rsample_and_log_prob") and not deterministic:
+        elif hasattr(dist, "rsample_and_log_prob") and is_random():
             # More exact than to find out what a rounded sample was made of.
             action, log_prob = dist.rsample_and_log_prob()
         else:
