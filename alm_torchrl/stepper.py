@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -162,12 +163,27 @@ class ALMOptimizationStepper(OptimizationStepper):
                     f"{device}."
                 )
         self.loss = loss
+        self._options = {"lr": lr, "clip_norm": clip_norm, "tau": tau}
         self.precision = precision
         self.compile = compile
         self.cudagraph = cudagraph
         self.optimizers = self._update.optimizers
         self._captured = CapturedUpdate(self._update)
         self._count = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ALMOptimizationStepper:
+        # A copied loss has new parameters, which no copied list or optimizer holds.
+        other = type(self)(
+            copy.deepcopy(self.loss, memo),
+            **self._options,
+            precision=self.precision,
+            compile=self.compile,
+            cudagraph=self.cudagraph,
+        )
+        # A new stepper makes the targets anew.
+        other.loss.load_state_dict(self.loss.state_dict())
+        other.load_state_dict(copy.deepcopy(self.state_dict()))
+        return other
 
     @property
     def optimizer_step_count(self) -> int:
@@ -189,6 +205,9 @@ class ALMOptimizationStepper(OptimizationStepper):
 
         Raises:
             NonFiniteError: on a CPU, if a loss or gradient norm is not finite.
+            RuntimeError: if the update is to be a CUDA graph and cannot be captured:
+                its networks must neither read values from the device nor copy any to
+                it.
         """
         self._count += 1
         self._update.count.fill_(self._count)

@@ -278,6 +278,27 @@ def test_soft_agents_update_everything_in_each_step(agent):
     assert changed(loss, before) == {*PARTS, "target_qvalue_network_params"}
 
 
+@pytest.mark.parametrize("agent", ["td3", "redq"])
+def test_a_copied_stepper_goes_on_alike_and_on_its_own(agent):
+    def train(stepper, steps):
+        for step in steps:
+            torch.manual_seed(step)
+            stepper.step(None, make_batch(5, stepper.loss))
+
+    stepper = BaselineOptimizationStepper(make_loss(agent), lr=1e-2, tau=0.25)
+    train(stepper, range(3))
+    other = copy.deepcopy(stepper)
+    before = snapshot(stepper.loss)
+    train(other, range(3, 6))
+    assert changed(stepper.loss, before) == set()
+    train(stepper, range(3, 6))
+    assert changed(other.loss, snapshot(stepper.loss)) == set()
+    assert changed(stepper.loss, before) >= {
+        "actor_network_params",
+        "qvalue_network_params",
+    }
+
+
 def test_redq_updates_critics_often_and_the_actor_once(monkeypatch):
     loss = make_loss("redq")
     stepper = BaselineOptimizationStepper(loss, lr=1e-2)

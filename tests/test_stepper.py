@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -241,6 +243,28 @@ def test_loaded_stepper_continues_as_if_nothing_happened(saved_by, tmp_path):
     assert changed(values_of(uninterrupted), values_of(resumed)) == set()
     assert len(changed(middle, values_of(resumed))) == 12
     assert resumed.optimizer_step_count == 4
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda stepper: pickle.loads(pickle.dumps(stepper)),
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_copy_goes_on_alike_and_on_its_own(copied):
+    stepper = make_stepper(lr=1e-3, tau=0.1, clip_norm=5.0)
+    train(stepper, range(2))
+    other = copied(stepper)
+    before = values_of(stepper)
+    train(other, range(2, 4))
+    assert changed(before, values_of(stepper)) == set()
+    assert changed(before, values_of(other)) == {*sum(PARTS.values(), ()), *TARGETS} | {
+        *PARTS
+    }
+    train(stepper, range(2, 4))
+    assert changed(values_of(stepper), values_of(other)) == set()
+    assert stepper.optimizer_step_count == other.optimizer_step_count == 4
 
 
 def test_state_holds_plain_data():

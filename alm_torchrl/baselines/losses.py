@@ -132,8 +132,10 @@ class BaselineLoss(LossModule):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Copying and unpickling separate the actor from the parameters.
+        # Copying and unpickling separate the actor from the parameters, and these from
+        # the detached ones that TorchRL keeps.
         super().__setstate__(state)
+        self._erase_cache()
         self.actor_network_params.to_module(self.actor_network)
 
     def __repr__(self) -> str:

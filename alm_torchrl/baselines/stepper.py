@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,6 +80,7 @@ class BaselineOptimizationStepper(OptimizationStepper):
         self.clip_norm = check_number("clip_norm", clip_norm, open_low=True)
         tau = check_number("tau", tau, 0, 1, open_low=True)
         self.loss = loss
+        self._options = {"lr": lr, "clip_norm": self.clip_norm, "tau": tau}
         self.target_update = SoftUpdate(loss, tau=tau)
         self._parameters = dict(_parts(loss))
         self.optimizers = {
@@ -88,6 +90,14 @@ class BaselineOptimizationStepper(OptimizationStepper):
         self._metrics: dict[str, Tensor] = {}
         self._count = 0
         self._failed: str | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BaselineOptimizationStepper:
+        # A copied loss has new parameters, which no copied list or optimizer holds.
+        other = type(self)(copy.deepcopy(self.loss, memo), **self._options)
+        # A new stepper makes the targets anew.
+        other.loss.load_state_dict(self.loss.state_dict())
+        other.load_state_dict(copy.deepcopy(self.state_dict()))
+        return other
 
     @property
     def optimizer_step_count(self) -> int:
