@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from torchrl.checkpoint import CheckpointRotation, GlobalRNGState
+from torchrl.checkpoint import CheckpointRotation
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -20,6 +20,7 @@ from torchrl.trainers import Trainer
 from alm_torchrl.baselines import BaselineLoss, BaselineOptimizationStepper
 from alm_torchrl.checkpoint import (
     CollectorState,
+    RandomState,
     VerifiedCheckpoint,
     clear_leftovers,
 )
@@ -250,6 +251,8 @@ def make_trainer(
         total_frames=-1,
         init_random_frames=warmup_steps,
         policy_device=None if device.type == "cpu" else device,
+        # Without it the collector would not wait for an action's way to the CPU.
+        env_device=None if device.type == "cpu" else env.device,
         # Each step is a new TensorDict already, and needs no copy.
         use_buffers=False,
         return_same_td=True,
@@ -282,7 +285,7 @@ def make_trainer(
         checkpoint_dir = Path(checkpoint_dir)
         clear_leftovers(checkpoint_dir)
         checkpoint = VerifiedCheckpoint(
-            rng=GlobalRNGState(), collector=CollectorState(collector)
+            rng=RandomState(), collector=CollectorState(collector)
         )
         rotation = CheckpointRotation(checkpoint_dir, keep_last=keep_checkpoints)
         best = BestCheckpoint(loss, checkpoint_dir / "best", metadata=metadata)

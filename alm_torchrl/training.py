@@ -238,7 +238,7 @@ def _train_in_folder(
         if start.checkpoint is None or start.source is None:
             create_run(config, device)
         else:
-            trainer.load_from_file(start.checkpoint, map_location=device)
+            trainer.load_from_file(start.checkpoint)
             continue_run(config, device, start.source, start.checkpoint, start.step)
             if start.source.resolve() != path.resolve():
                 shutil.copyfile(start.source / "metrics.csv", path / "metrics.csv")

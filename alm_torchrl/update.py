@@ -244,6 +244,7 @@ class CapturedUpdate:
 
         Raises:
             ValueError: if it has other entries, shapes, types or devices.
+            RuntimeError: if the update cannot be captured.
         """
         if self._graph is None:
             self._capture(batch)
@@ -276,10 +277,17 @@ class CapturedUpdate:
                 optimizer.zero_grad(set_to_none=True)
             graph = torch.cuda.CUDAGraph()
             optimizers = self._update.optimizers.values()
-            with _capturable(optimizers), torch.cuda.graph(graph):
-                outputs = self._update(self._inputs)
-                self._names = list(outputs)
-                self._outputs = torch.stack(list(outputs.values()))
+            try:
+                with _capturable(optimizers), torch.cuda.graph(graph, stream=side):
+                    outputs = self._update(self._inputs)
+                    self._names = list(outputs)
+                    self._outputs = torch.stack(list(outputs.values()))
+            except RuntimeError as error:
+                raise RuntimeError(
+                    "the update cannot be captured as a CUDA graph. A network or "
+                    "distribution may read a value from the device or copy one to it, "
+                    "as bounds given as numbers are; cudagraph=False runs it as it is."
+                ) from error
         self._graph = graph
 
 

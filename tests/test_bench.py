@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
+from torch._dynamo.exc import TorchDynamoException
 from torchrl.envs.utils import ExplorationType
 
 from alm_torchrl import ALMOptimizationStepper
+from alm_torchrl.bench import report as bench_report
 from alm_torchrl.bench.authors import authors_update
 from alm_torchrl.bench.loop import PARTS, Meter
 from alm_torchrl.bench.measures import count_flop
 from alm_torchrl.bench.plain import PlainALM, PlainReplay
-from alm_torchrl.bench.report import rows_of
+from alm_torchrl.bench.report import BenchSettings, loop_section, rows_of
 from alm_torchrl.bench.sizes import Sizes
 from alm_torchrl.bench.timing import Contender, interleave
 from alm_torchrl.bench.updates import Mode, our_updates
@@ -307,6 +309,27 @@ class AlmAgent:
     def update(self, step):
         self.steps.append(step + SIZE - utils.ONE)
 """
+
+
+def test_a_loop_that_cannot_be_compiled_is_left_out(monkeypatch):
+    def compare(config, *, mode, **_):
+        if mode == "compiled":
+            raise TorchDynamoException("no compiler\nand more")
+        return SimpleNamespace(to_dict=lambda: {"mode": mode})
+
+    monkeypatch.setattr(bench_report, "compare_loops", compare)
+    config = preset_config("quick")
+
+    def loops(*modes):
+        settings = BenchSettings("cpu", modes, repeats=1, loop_steps=1, loop_rounds=1)
+        return loop_section(config, settings)
+
+    section = loops("eager", "compiled")
+    assert section["loops"] == [{"mode": "eager"}]
+    reason = "cannot be compiled here: no compiler"
+    assert section["left_out"] == [{"name": "loop, compiled", "reason": reason}]
+    with pytest.raises(ValueError, match=f"loop, compiled: {reason}"):
+        loops("compiled", "eager")
 
 
 @pytest.fixture

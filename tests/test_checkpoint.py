@@ -33,6 +33,7 @@ from trainer_runs import Counter, build, differing, tensors, tiny_loss
 
 from alm_torchrl import make_replay_buffer
 from alm_torchrl.checkpoint import (
+    RandomState,
     ReplayAdapter,
     VerifiedCheckpoint,
     clear_leftovers,
@@ -349,6 +350,21 @@ def test_an_empty_buffer_is_saved_too(tmp_path):
     buffer.extend(_rows(0, 5))
     _replay_checkpoint(buffer).load(path)
     assert len(buffer) == 0
+
+
+# -- generators ------------------------------------------------------------------------
+
+
+def test_generators_of_absent_devices_are_left_out_with_a_warning(tmp_path):
+    count = torch.cuda.device_count()
+    saved = GlobalRNGState().state_dict()
+    saved["torch_cuda"] = [*saved.get("torch_cuda", []), torch.get_rng_state()]
+    path = VerifiedCheckpoint(rng=Holder(saved)).save(tmp_path / "saved")
+    expected = torch.rand(3)
+    checkpoint = VerifiedCheckpoint(rng=RandomState())
+    with pytest.warns(UserWarning, match=f"1 CUDA devices, and there are {count} here"):
+        checkpoint.load(path)
+    assert torch.equal(torch.rand(3), expected)
 
 
 # -- saves that fail -------------------------------------------------------------------

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import parity
 import pytest
@@ -16,6 +19,7 @@ from trainer_runs import Counter, build, tiny_loss
 from alm_torchrl import NonFiniteError
 
 pytestmark = pytest.mark.gpu
+COMPILED = pytest.param(True, marks=[pytest.mark.slow, pytest.mark.timeout(900)])
 
 
 def cuda_batch():
@@ -28,7 +32,7 @@ def cuda_stepper(**kwargs):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compile", [False, COMPILED])
 def test_captured_updates_equal_eager_ones(precision, compile):
     eager = cuda_stepper(precision=precision, cudagraph=False)
     captured = cuda_stepper(precision=precision, compile=compile)
@@ -42,13 +46,13 @@ def test_captured_updates_equal_eager_ones(precision, compile):
     assert (runs[1][0] != runs[1][1]).any()
 
 
-@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compile", [False, COMPILED])
 def test_the_warm_up_leaves_no_trace(compile):
-    stepper = cuda_stepper(compile=compile)
+    stepper, batch = cuda_stepper(compile=compile), cuda_batch()
     before = values_of(stepper)
     buffers = [buffer.clone() for buffer in stepper.loss.buffers()]
     states = torch.get_rng_state(), torch.cuda.get_rng_state()
-    stepper._captured._capture(cuda_batch())
+    stepper._captured._capture(batch)
     after = values_of(stepper)
     assert changed(before, {name: after[name] for name in before}) == set()
     assert all(not after[name].any() for name in after if name not in before)
@@ -96,6 +100,31 @@ def test_a_failure_in_a_captured_update(term):
     with pytest.raises(NonFiniteError) as caught:
         stepper.raise_if_nonfinite()
     assert (caught.value.term, caught.value.step) == (term, 3)
+
+
+UNCAPTURABLE = """
+from test_modes_gpu import cuda_batch, cuda_stepper
+stepper = cuda_stepper()
+actor_loss = stepper.loss.actor_loss
+
+def reading(batch):
+    batch["slice", "action"].sum().item()
+    return actor_loss(batch)
+
+stepper.loss.actor_loss = reading
+stepper.step(None, cuda_batch())
+"""
+
+
+def test_an_update_that_reads_from_the_device_is_refused():
+    # In a process of its own, which a failed capture may leave unusable.
+    result = subprocess.run(
+        [sys.executable, "-c", UNCAPTURABLE],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert "RuntimeError: the update cannot be captured" in result.stderr
 
 
 class OnCuda(WithoutTrainer):

@@ -260,7 +260,9 @@ def _meter_trainer(trainer: ALMTrainer, meter: Meter) -> None:
     policy = collector.policy
     policy.forward = meter.timed("policy", policy.forward)
     buffer.extend = meter.timed("extend", buffer.extend)
-    buffer.sample = meter.timed("sample", buffer.sample)
+    # The draw, and the batch's way to the device.
+    operations = trainer._process_optim_batch_ops
+    operations[:] = [(meter.timed("sample", op), kwargs) for op, kwargs in operations]
     stepper.step = meter.timed("update", stepper.step)
 
 

@@ -17,9 +17,9 @@ from alm_torchrl.runs import circumstances
 
 __all__ = ["count_flop", "machine", "matrix_products", "measured", "peak_memory"]
 
-GEMM_FLOP = 1e9
-"""Operations that one call of a matrix-rate contender makes, about ..."""
-GEMM_REPEATS = 100
+GEMM_FLOP = {"cpu": 1e9, "cuda": 1e11}
+"""Operations that one call of a matrix-rate contender makes by device, about ..."""
+GEMM_REPEATS = {"cpu": 100, "cuda": 10_000}
 """... in at most as many products."""
 
 
@@ -97,6 +97,7 @@ def measured(
     per: int = 1,
     flop: int | None = None,
     precision: str = "fp32",
+    captured: bool = False,
 ) -> Contender:
     """A contender with its operations and peak memory, after a first call.
 
@@ -110,26 +111,41 @@ def measured(
         flop: operations of one unit where they cannot be counted, as in compiled
             code. Default: ``None``, count them.
         precision: type of its matrix products. Default: ``"fp32"``.
+        captured: whether its first call captures a CUDA graph, which allocates what
+            all later calls use. Default: ``False``.
     """
-    call()
+    if captured:
+        memory = _reserved(call)
+    else:
+        call()
+        memory = peak_memory(call, device)
     counted = count_flop(call) // per if flop is None else flop
-    return Contender(
-        name, call, per, counted, peak_memory(call, device), precision=precision
-    )
+    return Contender(name, call, per, counted, memory, precision=precision)
+
+
+def _reserved(call: Callable[[], Any]) -> int:
+    """Bytes of CUDA memory that a call leaves reserved."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved() - before
 
 
 def matrix_products(sizes: Sizes, device: str) -> list[Contender]:
     """The update's dominant matrix product, a hidden layer of the latent model.
 
     ``[B, M] x [M, M]`` with batch size B and width M of the latent model, in each
-    precision, repeated to take milliseconds.
+    precision, repeated to take milliseconds; on CUDA as one graph, so that the rate is
+    the device's and not that of launches.
 
     Returns:
         list[Contender]: one a precision; ``flop / seconds`` is the matrix rate.
     """
     batch, width = sizes.batch_size, sizes.model_hidden_dim
     flop = 2 * batch * width * width
-    times = min(max(1, round(GEMM_FLOP / flop)), GEMM_REPEATS)
+    times = min(max(1, round(GEMM_FLOP[device] / flop)), GEMM_REPEATS[device])
     precisions = ["fp32", "bf16"] + ["tf32"] * (device == "cuda")
     return [
         Contender(
@@ -161,7 +177,13 @@ def _product(
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
 
-    return call
+    if device == "cpu":
+        return call
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -148,6 +148,8 @@ def loop_section(config: TrainConfig, settings: BenchSettings) -> dict[str, Any]
         dict: ``task``; ``loops``, each as
         :meth:`~alm_torchrl.bench.loop.LoopComparison.to_dict` says; and ``left_out``.
     """
+    from torch._dynamo.exc import TorchDynamoException
+
     loops: list[dict[str, Any]] = []
     modes, needing = modes_of(settings.modes, settings.device)
     left_out = [LeftOut(f"loop, {name}", NO_CUDA) for name in needing]
@@ -167,8 +169,13 @@ def loop_section(config: TrainConfig, settings: BenchSettings) -> dict[str, Any]
                 raise
             reason = f"the installed make_trainer refuses it: {error}"
             left_out.append(LeftOut(f"loop, {mode.name}", reason))
-            continue
-        loops.append(comparison.to_dict())
+        except TorchDynamoException as error:
+            reason = f"cannot be compiled here: {str(error).splitlines()[0]}"
+            if mode is modes[0]:
+                raise ValueError(f"loop, {mode.name}: {reason}") from error
+            left_out.append(LeftOut(f"loop, {mode.name}", reason))
+        else:
+            loops.append(comparison.to_dict())
     return {
         "task": config.task,
         "loops": loops,

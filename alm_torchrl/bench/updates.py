@@ -138,6 +138,7 @@ def _update(
             device,
             flop=flop,
             precision=mode.precision,
+            captured=stepper.cudagraph,
         )
     except TorchDynamoException as error:
         return f"cannot be compiled here: {str(error).splitlines()[0]}"

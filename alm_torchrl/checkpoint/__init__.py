@@ -11,6 +11,7 @@ from alm_torchrl.checkpoint.loading import (
     load_policy,
     usable_checkpoints,
 )
+from alm_torchrl.checkpoint.random_state import RandomState
 from alm_torchrl.checkpoint.replay import ReplayAdapter
 from alm_torchrl.checkpoint.verified import (
     StateAdapter,
@@ -21,6 +22,7 @@ from alm_torchrl.checkpoint.verified import (
 __all__ = [
     "ActingPolicy",
     "CollectorState",
+    "RandomState",
     "ReplayAdapter",
     "StateAdapter",
     "VerifiedCheckpoint",
