@@ -13,7 +13,7 @@ from torchrl.envs import TransformedEnv
 
 from alm_torchrl.bench.suite import BenchOptions, run_bench
 from alm_torchrl.checkpoint import checkpoint_metadata, find_checkpoint, load_policy
-from alm_torchrl.checks import check_output
+from alm_torchrl.checks import check_integer, check_output
 from alm_torchrl.diagnose.suite import DiagnoseOptions, run_diagnose
 from alm_torchrl.envs import TASKS, make_env
 from alm_torchrl.evaluation import evaluate_policy
@@ -143,6 +143,8 @@ def render(checkpoint: Path, output: Path, seed: int, steps: int | None) -> int:
     render_headless()
     with mistakes():
         check_film_name(output)
+        if steps is not None:
+            check_integer("steps", steps)
         check_output("output", output)
         file = find_checkpoint(checkpoint)
         settings = checkpoint_metadata(file)["settings"]

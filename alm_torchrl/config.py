@@ -117,7 +117,7 @@ class TrainConfig:
 
     # Exploration
     entropy: bool = False
-    """Learn the noise, with SAC's entropy bonus (ALM-ENT), instead of all below."""
+    """Learn the noise, with SAC's entropy bonus, in place of its schedule and clip."""
     noise_initial: float = 1.0
     """Standard deviation of the action noise at the first training step."""
     noise_final: float = 0.1

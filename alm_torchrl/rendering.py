@@ -17,6 +17,8 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from alm_torchrl.checks import check_integer
+
 __all__ = [
     "FILM_SUFFIXES",
     "Film",
@@ -97,17 +99,20 @@ def film_policy(
 
     Keyword Args:
         seed: of the episode and of the policy's sampling. Default: ``0``.
-        max_steps: environment steps to show at most. Default: ``None``, the
-            whole episode.
+        max_steps: environment steps to show at most, at least 1.
+            Default: ``None``, the whole episode.
 
     Returns:
         Film: what was written.
 
     Raises:
-        ValueError: if the ending is another or the environment draws no pictures.
+        ValueError: if the ending is another, the environment draws no pictures, or
+            ``max_steps`` is not positive.
         ImportError: if what writes films is missing.
     """
     check_film_name(output)
+    if max_steps is not None:
+        check_integer("max_steps", max_steps)
     writer = _write_gif if output.suffix.lower() == ".gif" else _write_mp4
     gym_env = env.base_env._env
     if gym_env.render_mode != "rgb_array":

@@ -320,9 +320,15 @@ class WindowReplayBuffer(TensorDictReplayBuffer):
             Where the rows lie in the storage, [N].
 
         Raises:
-            ValueError: if there are more rows than the buffer can hold.
+            ValueError: if there are more rows than the buffer can hold, or the batch
+                size has other than one dimension.
         """
         capacity = self._storage.max_size
+        if tensordicts.batch_dims != 1:
+            raise ValueError(
+                "tensordicts: expected batch size [N], steps in the order of time, got "
+                f"{list(tensordicts.batch_size)}."
+            )
         if len(tensordicts) > capacity:
             raise ValueError(
                 f"tensordicts: expected at most {capacity} rows (the buffer's "
@@ -377,8 +383,10 @@ def make_replay_buffer(
     transform that is applied on reading sees rows [B, K + 1], before the split.
 
     Steps must be written in the order of time, with the keys of a TorchRL collector:
-    ("next", "done"), and ("collector", "traj_ids") where a resume may start a fresh
-    episode or several environments share the buffer.
+    ("next", "done"), and ("collector", "traj_ids") where an episode may be left
+    without it: if a resume starts a fresh one, if several environments share the
+    buffer, or with rollouts that are cut short, as by ``env.rollout(n)``. A window
+    may reach over such a cut if nothing marks it.
 
     Args:
         capacity (int): rows kept; the oldest is overwritten.

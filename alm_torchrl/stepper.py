@@ -99,7 +99,8 @@ class ALMOptimizationStepper(OptimizationStepper):
 
     Raises:
         ValueError: if ``lr``, ``clip_norm``, ``tau`` or ``precision`` is out of range,
-            or ``cudagraph`` or ``"tf32"`` is asked for without CUDA.
+            ``cudagraph`` or ``"tf32"`` is asked for without CUDA, or the loss has
+            ``reduction="none"``.
         TypeError: if ``loss`` is no :class:`~alm_torchrl.ALMLoss`, or ``compile`` or
             ``cudagraph`` no boolean.
 
@@ -138,6 +139,11 @@ class ALMOptimizationStepper(OptimizationStepper):
         cudagraph: bool | None = None,
     ) -> None:
         check_type("loss", loss, ALMLoss)
+        if loss.reduction == "none":
+            raise ValueError(
+                "loss: expected one with a reduction, whose terms are numbers, got "
+                "reduction='none'."
+            )
         lr = check_number("lr", lr, open_low=True)
         clip_norm = check_number("clip_norm", clip_norm, open_low=True)
         tau = check_number("tau", tau, 0, 1, open_low=True)

@@ -122,6 +122,7 @@ def test_paper_needs_a_task(capsys):
         ("evaluate nowhere", "nowhere does not exist"),
         ("diagnose nowhere", "nowhere does not exist"),
         ("render nowhere", "nowhere does not exist"),
+        ("render nowhere --steps 0", "steps: expected an integer >= 1, got 0"),
         ("plot nowhere", "nowhere is not a run folder"),
         ("plot", "at least one run"),
     ],

@@ -171,6 +171,8 @@ def test_an_update_waits_for_nothing(make, precision, monkeypatch):
 def test_argument_errors(kwargs, error, match):
     with pytest.raises(error, match=match):
         ALMOptimizationStepper(make_loss(updater=False), **kwargs)
+    with pytest.raises(ValueError, match=r"loss: .* got reduction='none'"):
+        ALMOptimizationStepper(make_loss(updater=False, reduction="none"))
 
 
 def test_defaults_on_a_cpu():

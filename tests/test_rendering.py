@@ -10,6 +10,11 @@ from alm_torchrl.rendering import film_policy, render_headless
 render_headless()
 
 
+def test_a_film_has_steps(tmp_path):
+    with pytest.raises(ValueError, match="max_steps: expected an integer >= 1, got 0"):
+        film_policy(None, None, tmp_path / "film.gif", max_steps=0)
+
+
 @pytest.mark.parametrize(
     ("task", "camera"), [("HalfCheetah-v5", "track"), ("InvertedPendulum-v5", None)]
 )

@@ -257,6 +257,8 @@ def test_noise_is_not_clipped():
     assert (loss.act(z) - mean).abs().max() > 1
     plain = make_loss(actor=loss.actor)
     assert (plain.act(z) - mean).abs().max() < 0.301
+    assert "noise_clip" not in repr(loss)
+    assert "noise_clip=0.3" in repr(plain)
 
 
 class TestOtherActors:

@@ -192,8 +192,9 @@ class RingEncoder(nn.Module):
 
 # %% [markdown]
 # A TensorDict module around it says which entries it reads and writes. The encoder's
-# keys are `observation` and `latent`; the names between them are free. (If your entries
-# have other names, `loss.set_keys` tells the loss.)
+# keys are `observation` and `latent`; the names between them are free. (`loss.set_keys`
+# tells the loss of other names: of rewards and flags at will, of latents and actions as
+# the networks around them read and write these.)
 
 # %%
 LATENT = 4

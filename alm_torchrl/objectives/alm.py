@@ -443,9 +443,11 @@ class ALMLoss(ModelTerms):
         settings = (
             f"gamma={self.gamma.item():g}, lmbda={self.lmbda.item():g}, "
             f"classifier_coef={self.classifier_coef:g}, kl_coef={self.kl_coef:g}, "
-            f"value_coef={self.value_coef:g}, noise_clip={self.noise_clip}, "
+            f"value_coef={self.value_coef:g}, "
             f"discount_model_loss={self.discount_model_loss}"
         )
+        if self.log_alpha is None:  # an entropy bonus has no use for it
+            settings += f", noise_clip={self.noise_clip}"
         if self.reward_transform is not None:
             name = getattr(self.reward_transform, "__name__", self.reward_transform)
             settings += f", reward_transform={name}"
