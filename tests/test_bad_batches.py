@@ -79,6 +79,11 @@ NETWORKS = {
         TypeError,
         r"encoder must be probabilistic \(have get_dist\), .* got TensorDictModule",
     ),
+    "lazy reward": (
+        lambda: parts(reward=part(nn.LazyLinear(1), ["latent"], "predicted_reward")),
+        ValueError,
+        "reward: expected parameters of known shape, got a lazy module; call it once",
+    ),
     "reward under the wrong key": (
         lambda: parts(reward=part(Concatenated(6, 1), BOTH, "reward")),
         KeyError,

@@ -141,8 +141,8 @@ class ALMLoss(ModelTerms):
             :class:`~alm_torchrl.NoiseSchedule`, whose noise is not learned.
         ValueError: if a coefficient or discount is out of range, ``classifier`` is
             ``None`` with a non-zero ``classifier_coef``, likewise the decoder, no term
-            of ``loss_model`` is left, or ``target_entropy`` is given without
-            ``alpha_init``.
+            of ``loss_model`` is left, ``target_entropy`` is given without
+            ``alpha_init``, or a part is lazy, its shapes being unknown.
 
     Examples:
         >>> import torch

@@ -18,6 +18,7 @@ from tensordict.nn import (
 )
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.nn.parameter import is_lazy
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import LossModule
 from torchrl.objectives.utils import _cache_values
@@ -133,6 +134,11 @@ class ALMNetworks(LossModule):
                 raise TypeError(
                     f"{name} must be probabilistic (have get_dist), for example a "
                     f"ProbabilisticTensorDictSequential, got {type(part).__name__}."
+                )
+            if any(is_lazy(parameter) for parameter in part.parameters()):
+                raise ValueError(
+                    f"{name}: expected parameters of known shape, got a lazy module; "
+                    "call it once on a batch before."
                 )
             self.convert_to_functional(
                 part, name, create_target_params=name in ("encoder", "qvalue")
