@@ -302,8 +302,15 @@ def compile_term(method: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
         callable: the compiled method.
     """
+
+    def term(*args: object) -> Any:  # noqa: ANN401
+        return method(*args)
+
+    # What is compiled is kept, up to a limit, by the code object, which all losses of a
+    # process share, and all methods under one decorator.
+    term.__code__ = term.__code__.replace()
     return torch.compile(
-        method, fullgraph=True, dynamic=False, options={"fallback_random": True}
+        term, fullgraph=True, dynamic=False, options={"fallback_random": True}
     )
 
 

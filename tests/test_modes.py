@@ -272,6 +272,20 @@ def compare_term(method, precision="fp32"):
             torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-6)
 
 
+def test_a_process_can_compile_any_number_of_losses(monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda term, *, options, **kwargs: compile(term, backend="eager", **kwargs),
+    )
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for _ in range(2):
+            make_stepper(compile=True).step(None, make_batch())
+    torch._dynamo.reset()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["reward_loss", "classifier_loss", *TERMS[1:]])
 def test_each_term_compiles_to_one_graph(backend, method):
