@@ -281,9 +281,12 @@ def test_a_process_can_compile_any_number_of_losses(monkeypatch):
     )
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=1):
-        for _ in range(2):
-            term = update.compile_term(make_loss(updater=False).reward_loss)
-            assert term(make_batch())[0].requires_grad
+        # A loss that is gone would not count.
+        losses = [make_loss(updater=False) for _ in range(2)]
+        for loss in losses:
+            for method in (loss.reward_loss, loss.classifier_loss):
+                value, _ = update.compile_term(method)(make_batch())
+                assert value.requires_grad
     torch._dynamo.reset()
 
 
