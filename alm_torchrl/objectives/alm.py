@@ -440,14 +440,14 @@ class ALMLoss(ModelTerms):
                 continue
             count = sum(p.numel() for p in params.parameters())
             lines.append(f"    {part:<10} {count:>11,} parameters")
+        # An entropy bonus has no use for a clip.
+        clip = f"noise_clip={self.noise_clip}, " if self.log_alpha is None else ""
         settings = (
             f"gamma={self.gamma.item():g}, lmbda={self.lmbda.item():g}, "
             f"classifier_coef={self.classifier_coef:g}, kl_coef={self.kl_coef:g}, "
-            f"value_coef={self.value_coef:g}, "
+            f"value_coef={self.value_coef:g}, {clip}"
             f"discount_model_loss={self.discount_model_loss}"
         )
-        if self.log_alpha is None:  # an entropy bonus has no use for it
-            settings += f", noise_clip={self.noise_clip}"
         if self.reward_transform is not None:
             name = getattr(self.reward_transform, "__name__", self.reward_transform)
             settings += f", reward_transform={name}"
