@@ -13,7 +13,12 @@ from alm_torchrl.checks import check_choice, check_number, check_type
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.update import ALMTargetUpdate, CapturedUpdate, Update
 
-__all__ = ["ALMOptimizationStepper", "ALMTargetUpdate", "NonFiniteError"]
+__all__ = [
+    "ALMOptimizationStepper",
+    "ALMTargetUpdate",
+    "NonFiniteError",
+    "deepcopy_stepper",
+]
 
 
 class NonFiniteError(RuntimeError):
@@ -51,6 +56,35 @@ class NonFiniteError(RuntimeError):
         self.step = step
         self.unit = unit
         self.checkpoint = checkpoint
+
+
+def deepcopy_stepper(stepper: Any, memo: dict[int, Any]) -> Any:  # noqa: ANN401
+    """A stepper like another one, on a copy of its loss; their ``__deepcopy__``.
+
+    A TensorDict's own deep copy is a clone, so that copied optimizers and target
+    updates would hold other tensors than the copied loss.
+
+    Args:
+        stepper (OptimizationStepper): has ``loss``, and in ``_options`` its arguments.
+        memo (dict): of :func:`copy.deepcopy`.
+
+    Returns:
+        OptimizationStepper: the copy.
+
+    Examples:
+        >>> from alm_torchrl import make_alm_loss
+        >>> loss = make_alm_loss(
+        ...     observation_dim=3, action_low=[-1.0], action_high=[1.0], hidden_dim=8
+        ... )
+        >>> stepper = ALMOptimizationStepper(loss)
+        >>> copy.deepcopy(stepper).loss is loss
+        False
+    """
+    other = type(stepper)(copy.deepcopy(stepper.loss, memo), **stepper._options)
+    # A new stepper makes the targets anew.
+    other.loss.load_state_dict(stepper.loss.state_dict())
+    other.load_state_dict(copy.deepcopy(stepper.state_dict()))
+    return other
 
 
 class ALMOptimizationStepper(OptimizationStepper):
@@ -169,7 +203,14 @@ class ALMOptimizationStepper(OptimizationStepper):
                     f"{device}."
                 )
         self.loss = loss
-        self._options = {"lr": lr, "clip_norm": clip_norm, "tau": tau}
+        self._options = {
+            "lr": lr,
+            "clip_norm": clip_norm,
+            "tau": tau,
+            "precision": precision,
+            "compile": compile,
+            "cudagraph": cudagraph,
+        }
         self.precision = precision
         self.compile = compile
         self.cudagraph = cudagraph
@@ -177,19 +218,7 @@ class ALMOptimizationStepper(OptimizationStepper):
         self._captured = CapturedUpdate(self._update)
         self._count = 0
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ALMOptimizationStepper:
-        # A copied loss has new parameters, which no copied list or optimizer holds.
-        other = type(self)(
-            copy.deepcopy(self.loss, memo),
-            **self._options,
-            precision=self.precision,
-            compile=self.compile,
-            cudagraph=self.cudagraph,
-        )
-        # A new stepper makes the targets anew.
-        other.loss.load_state_dict(self.loss.state_dict())
-        other.load_state_dict(copy.deepcopy(self.state_dict()))
-        return other
+    __deepcopy__ = deepcopy_stepper
 
     @property
     def optimizer_step_count(self) -> int:

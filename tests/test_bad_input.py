@@ -242,11 +242,6 @@ SETTINGS = {
         ValueError,
         r"loc: expected a floating-point tensor, got torch\.int64",
     ),
-    "two rollouts side by side": (
-        lambda: make_replay_buffer(9).extend(TensorDict(batch_size=[2, 4])),
-        ValueError,
-        r"tensordicts: expected batch size \[N\], .* got \[2, 4\]",
-    ),
     "preset by another name": (
         lambda: preset_config("fast"),
         ValueError,

@@ -463,6 +463,8 @@ def test_unusable_rows_and_storages_are_refused():
     buffer = make_replay_buffer(4, horizon=3, batch_size=4)
     with pytest.raises(ValueError, match=r"at most 4 rows .* got 5"):
         buffer.extend(make_rows([(5, CUT)]))
+    with pytest.raises(ValueError, match=r"batch size \[N\], .* got \[2, 2\]"):
+        buffer.extend(make_rows([(4, CUT)]).view(2, 2))
     with pytest.raises(ValueError, match=r"batch_size: .* got 0"):
         filled([(4, CUT)], horizon=3).sampler.sample(buffer.storage, 0)
     buffer.extend(make_rows([(4, CUT)]).exclude(("next", "done")))

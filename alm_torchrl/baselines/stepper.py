@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from torchrl.trainers import OptimizationStepper, Trainer
 
 from alm_torchrl.baselines.losses import BaselineLoss
 from alm_torchrl.checks import check_number, check_type
-from alm_torchrl.stepper import NonFiniteError
+from alm_torchrl.stepper import NonFiniteError, deepcopy_stepper
 
 __all__ = ["BaselineOptimizationStepper"]
 
@@ -91,13 +90,7 @@ class BaselineOptimizationStepper(OptimizationStepper):
         self._count = 0
         self._failed: str | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> BaselineOptimizationStepper:
-        # A copied loss has new parameters, which no copied list or optimizer holds.
-        other = type(self)(copy.deepcopy(self.loss, memo), **self._options)
-        # A new stepper makes the targets anew.
-        other.loss.load_state_dict(self.loss.state_dict())
-        other.load_state_dict(copy.deepcopy(self.state_dict()))
-        return other
+    __deepcopy__ = deepcopy_stepper
 
     @property
     def optimizer_step_count(self) -> int:
