@@ -1,28 +1,16 @@
 """Aligned Latent Models as modular TorchRL components."""
 
-from alm_torchrl.baselines import (
-    BaselineOptimizationStepper,
-    make_redq_loss,
-    make_sac_loss,
-    make_td3_loss,
-)
-from alm_torchrl.checkpoint import (
-    ActingPolicy,
-    CollectorState,
-    VerifiedCheckpoint,
-    load_policy,
-)
+from alm_torchrl.baselines.builders import make_redq_loss, make_sac_loss, make_td3_loss
 from alm_torchrl.distributions import ClampedNormal
-from alm_torchrl.dynamics_noise import DynamicsNoise
 from alm_torchrl.env_state import (
     EnvironmentStateError,
     environment_state,
     load_environment_state,
 )
 from alm_torchrl.envs import make_env
+from alm_torchrl.envs.dynamics_noise import DynamicsNoise
 from alm_torchrl.evaluation import evaluate_policy, random_policy, zero_policy
-from alm_torchrl.layers import AlwaysSample, NoiseSchedule, OrthogonalLinear
-from alm_torchrl.modules import (
+from alm_torchrl.networks.builders import (
     make_actor,
     make_classifier,
     make_decoder,
@@ -33,14 +21,19 @@ from alm_torchrl.modules import (
     make_reward,
     make_stochastic_actor,
 )
+from alm_torchrl.networks.layers import AlwaysSample, NoiseSchedule, OrthogonalLinear
 from alm_torchrl.objectives import ALMLoss, make_alm_loss
 from alm_torchrl.replay import UniformWindowSampler, make_replay_buffer
-from alm_torchrl.stepper import (
+from alm_torchrl.runs.loading import ActingPolicy, load_policy
+from alm_torchrl.training.baseline_stepper import BaselineOptimizationStepper
+from alm_torchrl.training.checkpoint import VerifiedCheckpoint
+from alm_torchrl.training.episode import CollectorState
+from alm_torchrl.training.stepper import (
     ALMOptimizationStepper,
     ALMTargetUpdate,
     NonFiniteError,
 )
-from alm_torchrl.trainer import ALMTrainer, make_trainer
+from alm_torchrl.training.trainer import ALMTrainer, make_trainer
 
 __version__ = "0.1.0"
 

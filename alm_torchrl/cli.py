@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from alm_torchrl.bench.suite import BenchOptions
-from alm_torchrl.bench.updates import MODES, ModeName
-from alm_torchrl.config import PRESETS, Preset, TrainConfig, UserError
-from alm_torchrl.diagnose.suite import DiagnoseOptions
 from alm_torchrl.experiments.reproduce import ReproduceOptions
+from alm_torchrl.runs.diagnose import DiagnoseOptions
+from alm_torchrl.runs.settings import PRESETS, Preset, TrainConfig, UserError
 
 try:
     import tyro
@@ -65,7 +63,7 @@ class Train(TrainConfig):
                 for field in dataclasses.fields(TrainConfig)
             }
         )
-        from alm_torchrl import commands
+        from alm_torchrl.runs import commands
 
         return commands.train(config, resume=self.resume, fresh=self.fresh)
 
@@ -88,7 +86,7 @@ class Evaluate:
 
     def run(self) -> int:
         """Evaluate."""
-        from alm_torchrl import commands
+        from alm_torchrl.runs import commands
 
         return commands.evaluate(self.checkpoint, self.episodes, self.seed)
 
@@ -109,7 +107,7 @@ class Plot:
 
     def run(self) -> int:
         """Plot."""
-        from alm_torchrl import commands
+        from alm_torchrl.runs import commands
 
         return commands.plot(self.runs, self.output, self.reference)
 
@@ -129,7 +127,7 @@ class Render:
 
     def run(self) -> int:
         """Render."""
-        from alm_torchrl import commands
+        from alm_torchrl.runs import commands
 
         return commands.render(self.checkpoint, self.output, self.seed, self.steps)
 
@@ -140,25 +138,9 @@ class Tasks:
 
     def run(self) -> int:
         """List them."""
-        from alm_torchrl import commands
+        from alm_torchrl.runs import commands
 
         return commands.tasks()
-
-
-@dataclass(frozen=True)
-class Bench(BenchOptions):
-    """Measure speed: updates next to the authors' and peers', the loop, growth."""
-
-    modes: Annotated[tuple[ModeName, ...], tyro.conf.arg(metavar="MODE...")] = tuple(
-        MODES
-    )
-    """Ways to run our update; peers are compared with the first."""
-
-    def run(self) -> int:
-        """Measure."""
-        from alm_torchrl import commands
-
-        return commands.bench(self)
 
 
 @dataclass(frozen=True)
@@ -170,7 +152,7 @@ class Diagnose(DiagnoseOptions):
 
     def run(self) -> int:
         """Diagnose."""
-        from alm_torchrl import commands
+        from alm_torchrl.runs import commands
 
         return commands.diagnose(self)
 
@@ -196,7 +178,7 @@ class Reproduce(ReproduceOptions):
 
     def run(self) -> int:
         """Reproduce."""
-        from alm_torchrl import commands
+        from alm_torchrl.runs import commands
 
         if self.list:
             return commands.list_experiments()
@@ -290,5 +272,4 @@ def _commands(train: Train) -> Any:  # noqa: ANN401
         | Annotated[Render, tyro.conf.subcommand("render")]
         | Annotated[Tasks, tyro.conf.subcommand("tasks")]
         | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
-        | Annotated[Bench, tyro.conf.subcommand("bench")]
     )

@@ -33,7 +33,7 @@ from torch import Tensor
 from torchrl.envs.utils import ExplorationType
 from torchrl.objectives import SoftUpdate
 
-from alm_torchrl import modules
+from alm_torchrl.networks import builders as modules
 from alm_torchrl.objectives import ALMLoss
 
 try:

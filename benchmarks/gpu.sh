@@ -3,7 +3,7 @@
 #
 #     bash benchmarks/gpu.sh [CHECKOUT OF github.com/RajGhugare19/alm]
 #
-# Runs the gpu-marked tests, then `alm-torchrl bench` while the device does nothing
+# Runs the gpu-marked tests, then `python -m benchmarks` while the device does nothing
 # else, and starts the paper's HalfCheetah-v5 run to 200,000 training steps, which goes
 # on in the background. A part that fails does not keep the next from running; the exit
 # status says so at the end. Needs the extras cli and test. Results are in results/gpu.
@@ -21,13 +21,13 @@ nvidia-smi > "$folder/nvidia-smi.txt"
 
 python -m pytest -m gpu -ra tests 2>&1 | tee "$folder/tests.txt" || failed=1
 
-alm-torchrl bench --task HalfCheetah-v5 Humanoid-v5 --preset paper --device cuda \
+python -m benchmarks --task HalfCheetah-v5 Humanoid-v5 --preset paper --device cuda \
     "${authors[@]}" --repeats 50 --loop-steps 200 --growth-repeats 20 \
     --json "$folder/bench.json" --plot "$folder/growth.png" 2>&1 |
     tee "$folder/bench.txt" || failed=1
 
 # The peers again, next to the captured graph instead of the eager update.
-alm-torchrl bench --task HalfCheetah-v5 Humanoid-v5 --preset paper --device cuda \
+python -m benchmarks --task HalfCheetah-v5 Humanoid-v5 --preset paper --device cuda \
     --sections peers --modes graph --repeats 50 --json "$folder/bench-graph.json" 2>&1 |
     tee "$folder/bench-graph.txt" || failed=1
 

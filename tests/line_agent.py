@@ -10,7 +10,6 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
-from helpers import probabilistic
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.distributions import Independent, Normal
@@ -19,7 +18,8 @@ from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import SoftUpdate, ValueEstimators
 
 from alm_torchrl import ALMLoss
-from alm_torchrl.baselines import REDQBaseline, SACBaseline, TD3Baseline
+from alm_torchrl.baselines.losses import REDQBaseline, SACBaseline, TD3Baseline
+from tests.helpers import probabilistic
 
 GAMMA = 0.9
 # Value of a state, and of a pair, where the task never ends.

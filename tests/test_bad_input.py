@@ -30,7 +30,7 @@ from alm_torchrl import (
     zero_policy,
 )
 from alm_torchrl.cli import main
-from alm_torchrl.config import TrainConfig, preset_config
+from alm_torchrl.runs.settings import TrainConfig, preset_config
 from tests.helpers import (
     make_loss,
 )

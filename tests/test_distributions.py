@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import ACTION, LATENT, gradients, make_batch, make_loss, seeded
 from tensordict.nn.distributions import Delta as TensorDictDelta
 from torch import nn
 from torch.distributions import Independent, Normal
@@ -13,6 +12,7 @@ from torchrl.modules import Actor, Delta, IndependentNormal, TanhNormal
 
 from alm_torchrl import ClampedNormal
 from alm_torchrl.distributions import draw, is_random
+from tests.helpers import ACTION, LATENT, gradients, make_batch, make_loss, seeded
 
 FIXED = [kind for kind in ExplorationType if kind is not ExplorationType.RANDOM]
 STATISTICS = [ExplorationType.DETERMINISTIC, ExplorationType.MEAN, ExplorationType.MODE]

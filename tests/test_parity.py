@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import parity
 import pytest
 import torch
 from tensordict import TensorDict
+
+from tests import parity
 
 HERE = Path(__file__).parent
 FILES = sorted((HERE / "data").glob("authors_*.npz"))

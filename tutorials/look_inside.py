@@ -40,14 +40,11 @@ from alm_torchrl import (
     make_env,
     make_trainer,
 )
-from alm_torchrl.diagnose.figures import plot_bias, plot_reliability, plot_rollout
-from alm_torchrl.diagnostics import (
-    bias_summary,
-    bound_bias,
-    latent_rollout,
-    latent_statistics,
-    record_transitions,
-)
+from alm_torchrl.analysis.bias import bias_summary, bound_bias
+from alm_torchrl.analysis.figures import plot_bias, plot_reliability, plot_rollout
+from alm_torchrl.analysis.recording import record_transitions
+from alm_torchrl.analysis.rollouts import latent_rollout
+from alm_torchrl.analysis.statistics import latent_statistics
 
 torch.set_num_threads(1)
 SMOKE = os.environ.get("ALM_SMOKE") == "1"

@@ -53,8 +53,8 @@ from alm_torchrl import (
     random_policy,
     zero_policy,
 )
-from alm_torchrl.checkpoint import ActingPolicy
 from alm_torchrl.functional import bound_loc, bound_scale
+from alm_torchrl.runs.loading import ActingPolicy
 from alm_torchrl.testing import check_loss
 
 torch.set_num_threads(1)
@@ -367,7 +367,7 @@ figure.savefig(OUTPUT / "lamp.png", dpi=150)
 # - Use another distribution for the actor, such as `torchrl.modules.TanhNormal`: any
 #   with reparameterised samples and a density will do.
 # - Give `make_alm_loss` your own `model`, `qvalue` or `reward`. The table at the top of
-#   `alm_torchrl.modules` lists what each reads and writes.
+#   `alm_torchrl.networks.builders` lists what each reads and writes.
 # - Shuffle the sensors (`np.random.default_rng(0).permutation(SENSORS)`), and compare
 #   the convolution with the encoder of the paper, over several seeds.
 # - Change the mathematics instead of the networks: `property_tests.py`.

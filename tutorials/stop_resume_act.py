@@ -43,8 +43,8 @@ from alm_torchrl import (
     make_trainer,
     random_policy,
 )
-from alm_torchrl.checkpoint import ActingPolicy, describe_spaces, find_checkpoint
-from alm_torchrl.rendering import film_policy
+from alm_torchrl.runs.film import film_policy
+from alm_torchrl.runs.loading import ActingPolicy, describe_spaces, find_checkpoint
 
 torch.set_num_threads(1)
 SMOKE = os.environ.get("ALM_SMOKE") == "1"

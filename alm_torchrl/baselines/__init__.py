@@ -11,11 +11,9 @@ from alm_torchrl.baselines.losses import (
     SACBaseline,
     TD3Baseline,
 )
-from alm_torchrl.baselines.stepper import BaselineOptimizationStepper
 
 __all__ = [
     "BaselineLoss",
-    "BaselineOptimizationStepper",
     "REDQBaseline",
     "SACBaseline",
     "TD3Baseline",

@@ -31,14 +31,14 @@ from alm_torchrl.baselines.losses import (
     TD3Baseline,
 )
 from alm_torchrl.checks import check_integer, check_number, check_type
-from alm_torchrl.layers import (
+from alm_torchrl.networks.builders import HIDDEN_DIM
+from alm_torchrl.networks.layers import (
     ActorHead,
     NoiseSchedule,
     TensorModule,
     elu_mlp,
     value_mlp,
 )
-from alm_torchrl.modules import HIDDEN_DIM
 from alm_torchrl.objectives.builder import network_sizes
 
 __all__ = ["make_redq_loss", "make_sac_loss", "make_td3_loss"]

@@ -14,7 +14,7 @@ from torchrl.objectives.utils import distance_loss
 
 from alm_torchrl.checks import check_integer
 from alm_torchrl.distributions import ClampedNormal
-from alm_torchrl.layers import NoiseSchedule
+from alm_torchrl.networks.layers import NoiseSchedule
 from alm_torchrl.objectives.inputs import misfit
 
 __all__ = ["BaselineLoss", "REDQBaseline", "SACBaseline", "TD3Baseline"]
@@ -31,7 +31,7 @@ class BaselineLoss(LossModule):
     ``qvalue_network_params``, ``actor_network_params``, ``log_alpha``.
 
     Examples:
-        >>> from alm_torchrl.baselines import make_td3_loss
+        >>> from alm_torchrl.baselines.builders import (make_td3_loss)
         >>> loss = make_td3_loss(
         ...     observation_dim=3, action_low=[-1.0], action_high=[1.0], hidden_dim=8
         ... )
@@ -186,7 +186,7 @@ class TD3Baseline(BaselineLoss, TD3Loss):
 
     Examples:
         >>> from alm_torchrl import NoiseSchedule
-        >>> from alm_torchrl.baselines import make_td3_loss
+        >>> from alm_torchrl.baselines.builders import (make_td3_loss)
         >>> loss = make_td3_loss(
         ...     observation_dim=3,
         ...     action_low=[-1.0],
@@ -227,7 +227,7 @@ class SACBaseline(BaselineLoss, SACLoss):
     Made by :func:`make_sac_loss`; arguments as in :class:`torchrl.objectives.SACLoss`.
 
     Examples:
-        >>> from alm_torchrl.baselines import make_sac_loss
+        >>> from alm_torchrl.baselines.builders import (make_sac_loss)
         >>> loss = make_sac_loss(
         ...     observation_dim=3, action_low=[-1.0], action_high=[1.0], hidden_dim=8
         ... )
@@ -267,7 +267,7 @@ class REDQBaseline(BaselineLoss, REDQLoss):
         ValueError: if ``updates_per_step`` is no positive integer.
 
     Examples:
-        >>> from alm_torchrl.baselines import make_redq_loss
+        >>> from alm_torchrl.baselines.builders import (make_redq_loss)
         >>> loss = make_redq_loss(
         ...     observation_dim=3, action_low=[-1.0], action_high=[1.0], hidden_dim=8
         ... )

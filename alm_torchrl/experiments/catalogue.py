@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from alm_torchrl.config import TrainConfig, preset_config
+from alm_torchrl.runs.settings import TrainConfig, preset_config
 
 __all__ = [
     "EXPERIMENTS",
@@ -41,7 +41,7 @@ class Variant:
     label: str
     """Used in legends and tables."""
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of :class:`~alm_torchrl.config.TrainConfig` that differ."""
+    """Fields of :class:`~alm_torchrl.runs.settings.TrainConfig` that differ."""
 
 
 ALM = Variant("alm", "ALM(3)")
@@ -280,7 +280,7 @@ class Scale:
     seeds: int
     """Seeds 0, 1, ..."""
     settings: Mapping[str, Any]
-    """Fields of :class:`~alm_torchrl.config.TrainConfig` for all runs."""
+    """Fields of :class:`~alm_torchrl.runs.settings.TrainConfig` for all runs."""
     tasks: Mapping[str, Mapping[str, Any]] | None = None
     """Tasks, each with settings of its own; None: those of the experiment."""
     pairs: int = 1000
@@ -367,7 +367,7 @@ def plan(
         seeds: number of seeds. Default: ``None``, the scale's.
         steps: training steps. Default: ``None``, the scale's or the experiment's.
         tasks: some of the tasks. Default: ``()``, all.
-        settings: fields of :class:`~alm_torchrl.config.TrainConfig` for all runs, in
+        settings: fields of ``TrainConfig`` for all runs, in
             place of the scale's. Default: ``None``.
 
     Returns:

@@ -11,8 +11,8 @@ import numpy as np
 
 from alm_torchrl.experiments.catalogue import Experiment
 from alm_torchrl.experiments.studies import Row, over_seeds
-from alm_torchrl.plotting import Curve, curve_of, draw_curves, panels, save
-from alm_torchrl.runs import Run
+from alm_torchrl.runs.curves import Curve, curve_of, draw_curves, panels, save
+from alm_torchrl.runs.folder import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -34,8 +34,8 @@ from alm_torchrl.experiments.tables import (
     write_curves,
     write_scores,
 )
-from alm_torchrl.plotting import reference_curve
-from alm_torchrl.runs import Run
+from alm_torchrl.runs.curves import reference_curve
+from alm_torchrl.runs.folder import Run
 
 __all__ = ["ReproduceOptions", "describe_experiments", "reproduce"]
 
@@ -142,7 +142,7 @@ def _check_packages() -> None:
 
 
 def _default_jobs(options: ReproduceOptions) -> int:
-    from alm_torchrl.training import find_device
+    from alm_torchrl.runs.train import find_device
 
     return 1 if find_device(options.device) == "cuda" else os.cpu_count() or 1
 

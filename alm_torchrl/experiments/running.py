@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from alm_torchrl.config import TrainConfig, UserError
 from alm_torchrl.experiments.catalogue import Planned
-from alm_torchrl.runs import Run, holds_run, read_metrics, read_run
+from alm_torchrl.runs.folder import Run, holds_run, read_metrics, read_run
+from alm_torchrl.runs.settings import TrainConfig, UserError
 
 __all__ = ["Failure", "is_complete", "make_runs"]
 
@@ -111,7 +111,7 @@ def _checked(outcome: str | None) -> str:
 
 def _train(config: TrainConfig) -> str | None:
     """Why a run failed, "" if it did not, None if it was interrupted."""
-    from alm_torchrl.training import train
+    from alm_torchrl.runs.train import train
 
     path = config.run_path
     path.mkdir(parents=True, exist_ok=True)

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alm_torchrl.checkpoint import (
+from alm_torchrl.analysis.bias import ESTIMATES, bias_summary, bound_bias
+from alm_torchrl.analysis.rollouts import latent_rollout
+from alm_torchrl.envs import make_env
+from alm_torchrl.experiments.catalogue import SCALES, ScaleName
+from alm_torchrl.runs.folder import Run
+from alm_torchrl.runs.loading import (
     checkpoint_metadata,
     find_checkpoint,
     load_loss,
     usable_checkpoints,
 )
-from alm_torchrl.diagnostics import bias_summary, bound_bias, latent_rollout
-from alm_torchrl.diagnostics.bias import ESTIMATES
-from alm_torchrl.envs import make_env
-from alm_torchrl.experiments.catalogue import SCALES, ScaleName
-from alm_torchrl.runs import Run
 
 __all__ = [
     "BIAS_FIELDS",

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from alm_torchrl.runs import METRICS_FIELDS, Run, read_record
+from alm_torchrl.runs.folder import METRICS_FIELDS, Run, read_record
 
 __all__ = [
     "Score",

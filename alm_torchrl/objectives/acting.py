@@ -17,7 +17,7 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.modules import IndependentNormal
 
 from alm_torchrl.distributions import ClampedNormal
-from alm_torchrl.layers import AlwaysSample
+from alm_torchrl.networks.layers import AlwaysSample
 from alm_torchrl.objectives.calls import Inputs, call_network, is_direct, is_watched
 
 __all__ = ["EncodedPolicy"]

@@ -70,7 +70,7 @@ class ALMLoss(ModelTerms):
     reward or value of an action enters the policy's return or the critics' target, so
     that the critics' values contain all later bonuses; a loss of its own tunes
     ``alpha``. The actor must learn its noise:
-    :func:`~alm_torchrl.modules.make_stochastic_actor` makes one, and any with a
+    :func:`~alm_torchrl.make_stochastic_actor` makes one, and any with a
     reparameterised distribution that has a density will do, such as
     :class:`torchrl.modules.TanhNormal`.
 

@@ -10,8 +10,7 @@ from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 
 from alm_torchrl.checks import check_integer, check_type
-from alm_torchrl.layers import NoiseSchedule
-from alm_torchrl.modules import (
+from alm_torchrl.networks.builders import (
     HIDDEN_DIM,
     LATENT_DIM,
     MODEL_HIDDEN_DIM,
@@ -25,6 +24,7 @@ from alm_torchrl.modules import (
     make_reward,
     make_stochastic_actor,
 )
+from alm_torchrl.networks.layers import NoiseSchedule
 from alm_torchrl.objectives.alm import ALMLoss
 
 

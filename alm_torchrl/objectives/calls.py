@@ -14,7 +14,7 @@ from tensordict.nn import (
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from alm_torchrl.layers import TensorModule
+from alm_torchrl.networks.layers import TensorModule
 
 __all__ = ["Inputs", "as_tensordict", "call_network", "is_direct", "is_watched"]
 

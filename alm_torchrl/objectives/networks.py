@@ -24,7 +24,7 @@ from torchrl.objectives import LossModule
 from torchrl.objectives.utils import _cache_values
 
 from alm_torchrl.distributions import draw
-from alm_torchrl.layers import AlwaysSample, NoiseSchedule
+from alm_torchrl.networks.layers import AlwaysSample, NoiseSchedule
 from alm_torchrl.objectives.acting import EncodedPolicy
 from alm_torchrl.objectives.binding import Loan, lendable
 from alm_torchrl.objectives.calls import Inputs, as_tensordict, call_network

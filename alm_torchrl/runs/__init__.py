@@ -1,0 +1,1 @@
+"""A run: its settings, its folder, training in it, and loading it to act."""

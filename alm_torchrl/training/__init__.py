@@ -1,0 +1,1 @@
+"""Training: the update, the Trainer, checkpoints and exact resume."""

@@ -1,0 +1,375 @@
+"""Trainer hooks: evaluation, episode statistics, progress bar, deferred checks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tensordict import TensorDictBase
+from torchrl.envs import EnvBase
+from torchrl.objectives import LossModule
+from torchrl.trainers import Trainer
+from torchrl.trainers.trainers import TrainerHookBase
+
+from alm_torchrl.evaluation import Policy, evaluate_policy
+from alm_torchrl.training.baseline_stepper import BaselineOptimizationStepper
+from alm_torchrl.training.checkpoint import VerifiedCheckpoint
+from alm_torchrl.training.stepper import ALMOptimizationStepper
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+__all__ = [
+    "BestCheckpoint",
+    "EpisodeLog",
+    "EvaluationHook",
+    "NonFiniteCheck",
+    "ProgressBar",
+]
+
+
+class _Hook(TrainerHookBase):
+    """A hook without state of its own that knows its trainer and where it runs."""
+
+    stage: str
+    trainer: Trainer
+
+    def register(self, trainer: Trainer, name: str = "") -> None:
+        """Registers the hook at its stage; it has nothing to save."""
+        self.trainer = trainer
+        trainer.register_op(self.stage, self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+class EvaluationHook(_Hook):
+    """Evaluates the policy at training step 0, at intervals and at the end.
+
+    The seed of an evaluation follows from ``seed`` and the training step, so the hook
+    has no state. Results go to ``on_evaluation`` and to the trainer's logger (keys
+    ``eval/return`` and ``eval/length``, by environment step).
+
+    Args:
+        env (EnvBase): environment for evaluations only.
+        policy (callable): policy to evaluate, its mode taken as action.
+
+    Keyword Args:
+        warmup_steps (int): environment steps before training step 0.
+        interval (int): training steps between evaluations. Default: ``5000``.
+        episodes (int): whole episodes of each. Default: ``5``.
+        seed (int): seed of the run. Default: ``0``.
+        on_evaluation (callable, optional): receives a dictionary of plain numbers,
+            see :func:`~alm_torchrl.make_trainer`. Default: ``None``.
+
+    Examples:
+        >>> from alm_torchrl import make_alm_loss, make_env, make_trainer
+        >>> env = make_env("Pendulum-v1", action_bounds="rescale")
+        >>> loss = make_alm_loss(env, hidden_dim=8, model_hidden_dim=8)
+        >>> trainer = make_trainer(
+        ...     env, loss, total_steps=2, warmup_steps=8, batch_size=4
+        ... )
+        >>> rows = []
+        >>> EvaluationHook(
+        ...     make_env("Pendulum-v1", action_bounds="rescale"),
+        ...     loss.acting_policy(),
+        ...     warmup_steps=8,
+        ...     episodes=1,
+        ...     on_evaluation=rows.append,
+        ... ).register(trainer)
+        >>> trainer.train()
+        >>> [row["training_step"] for row in rows]
+        [0, 2]
+    """
+
+    stage = "post_steps_log"
+
+    def __init__(
+        self,
+        env: EnvBase,
+        policy: Policy,
+        *,
+        warmup_steps: int,
+        interval: int = 5000,
+        episodes: int = 5,
+        seed: int = 0,
+        on_evaluation: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.env = env
+        self.policy = policy
+        self.warmup_steps = warmup_steps
+        self.interval = interval
+        self.episodes = episodes
+        self.seed = seed
+        self.on_evaluation = on_evaluation
+
+    def __call__(self, batch: TensorDictBase) -> None:
+        """Evaluates if it is time."""
+        frames = self.trainer.collected_frames
+        step = frames - self.warmup_steps
+        due = step % self.interval == 0 or frames >= self.trainer.total_frames
+        if step >= 0 and due:
+            self.evaluate(step)
+
+    def evaluate(self, step: int) -> None:
+        """Evaluates now and reports it as the result of a training step.
+
+        Args:
+            step (int): training step, warm-up excluded; part of the seed.
+        """
+        scores = evaluate_policy(
+            self.env,
+            self.policy,
+            episodes=self.episodes,
+            seed=(self.seed * 1_000_003 + step + 1) % 2**31,
+        )
+        returns, lengths = scores["return"], scores["length"].to(scores["return"])
+        row = {
+            "training_step": step,
+            "environment_step": self.trainer.collected_frames,
+            "mean_return": returns.mean().item(),
+            "std_return": returns.std().item() if self.episodes > 1 else 0.0,
+            "mean_length": lengths.mean().item(),
+        }
+        if self.trainer.logger is not None:
+            for name in ("return", "length"):
+                self.trainer.logger.log_scalar(
+                    f"eval/{name}",
+                    row[f"mean_{name}"],
+                    step=self.trainer.collected_frames,
+                )
+        if self.on_evaluation is not None:
+            self.on_evaluation(row)
+
+
+class EpisodeLog(_Hook):
+    """Logs return and length of the training episodes that end.
+
+    Keys ``train/return`` and ``train/length``.
+
+    Args:
+        env (EnvBase): the training environment, for its reward and done keys.
+
+    Examples:
+        >>> import torch
+        >>> from alm_torchrl import make_env
+        >>> env = make_env("Pendulum-v1", action_bounds="rescale")
+        >>> steps = env.rollout(200)
+        >>> steps["collector", "traj_ids"] = torch.zeros(200, dtype=torch.int64)
+        >>> log = EpisodeLog(env)
+        >>> [log(step) for step in steps[:-1]] == [None] * 199
+        True
+        >>> log(steps[-1])["train/length"]
+        200.0
+    """
+
+    stage = "pre_steps_log"
+
+    def __init__(self, env: EnvBase) -> None:
+        self.reward_key = ("next", env.reward_key)
+        self.done_keys = [("next", key) for key in env.done_keys]
+        self._trajectory: int | None = None
+        self._return = 0.0
+        self._length = 0
+
+    def register(self, trainer: Trainer, name: str = "episode_log") -> None:
+        """Registers the hook, and the sums of the running episode for checkpoints."""
+        super().register(trainer)
+        trainer.register_module(name, self)
+
+    def __call__(self, batch: TensorDictBase) -> dict[str, float] | None:
+        """Adds one environment step; returns the sums where an episode ended."""
+        trajectory = int(batch.get(("collector", "traj_ids")))
+        if trajectory != self._trajectory:
+            self._trajectory, self._return, self._length = trajectory, 0.0, 0
+        self._return += batch.get(self.reward_key).sum().item()
+        self._length += batch.numel()
+        if not any(batch.get(key).any().item() for key in self.done_keys):
+            return None
+        return {"train/return": self._return, "train/length": float(self._length)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running episode: its number, and return and length so far."""
+        return {
+            "trajectory": self._trajectory,
+            "return": self._return,
+            "length": self._length,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        self._trajectory = state_dict["trajectory"]
+        self._return = state_dict["return"]
+        self._length = state_dict["length"]
+
+
+class BestCheckpoint:
+    """Keeps the networks that scored best in an evaluation, without the replay.
+
+    Args:
+        loss (LossModule): the networks.
+        path (Path): the checkpoint to write.
+
+    Keyword Args:
+        metadata (callable): gives what the manifest says besides score and progress.
+
+    Examples:
+        >>> import tempfile
+        >>> from alm_torchrl import make_alm_loss
+        >>> loss = make_alm_loss(
+        ...     observation_dim=3, action_low=[-1.0], action_high=[1.0], hidden_dim=8
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     best = BestCheckpoint(loss, Path(folder, "best"), metadata=dict)
+        ...     for mean_return in (-9.0, -2.0, -5.0):
+        ...         best({"mean_return": mean_return})
+        ...     VerifiedCheckpoint.manifest(best.path)["metadata"]
+        {'mean_return': -2.0}
+    """
+
+    def __init__(
+        self, loss: LossModule, path: Path, *, metadata: Callable[[], dict[str, Any]]
+    ) -> None:
+        self.path = path
+        self.metadata = metadata
+        self._checkpoint = VerifiedCheckpoint(loss_module=loss)
+        self._best: float | None = None
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """Saves if the evaluation is the best so far."""
+        if self._best is None or row["mean_return"] > self._best:
+            self._checkpoint.save(self.path, metadata={**row, **self.metadata()})
+            self._best = row["mean_return"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best mean return so far."""
+        return {"best": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned.
+
+        Args:
+            state_dict (dict): the saved state.
+        """
+        self._best = state_dict["best"]
+
+
+class NonFiniteCheck(_Hook):
+    """Reads, every now and then, whether an update met a value that was not finite.
+
+    For devices where reading it in each update would wait for the device.
+
+    Args:
+        stepper (ALMOptimizationStepper or BaselineOptimizationStepper): stepper to
+            ask.
+        interval (int): updates between two readings.
+
+    Raises:
+        NonFiniteError: while training.
+
+    Examples:
+        >>> from alm_torchrl import make_alm_loss, make_env, make_trainer
+        >>> env = make_env("Pendulum-v1", action_bounds="rescale")
+        >>> loss = make_alm_loss(env, hidden_dim=8, model_hidden_dim=8)
+        >>> trainer = make_trainer(
+        ...     env, loss, total_steps=2, warmup_steps=8, batch_size=4
+        ... )
+        >>> stepper = trainer.optimization_stepper
+        >>> NonFiniteCheck(stepper, interval=100).register(trainer)
+        >>> trainer.train()
+    """
+
+    stage = "post_steps"
+
+    def __init__(
+        self,
+        stepper: ALMOptimizationStepper | BaselineOptimizationStepper,
+        interval: int,
+    ) -> None:
+        self.stepper = stepper
+        self.interval = interval
+
+    def register(self, trainer: Trainer, name: str = "") -> None:
+        """Registers the check after each step and at the end."""
+        super().register(trainer, name)
+        trainer.register_op("shutdown", self.stepper.raise_if_nonfinite)
+
+    def __call__(self) -> None:
+        """Asks if it is time."""
+        if self.stepper.optimizer_step_count % self.interval == 0:
+            self.stepper.raise_if_nonfinite()
+
+
+class ProgressBar(_Hook):
+    """Shows environment steps per second, the time left and the last return.
+
+    Twice a second on a terminal, twice a minute where the output is kept in a file.
+
+    Raises:
+        ImportError: if tqdm is missing.
+
+    Examples:
+        >>> from alm_torchrl import make_alm_loss, make_env, make_trainer
+        >>> env = make_env("Pendulum-v1", action_bounds="rescale")
+        >>> loss = make_alm_loss(env, hidden_dim=8, model_hidden_dim=8)
+        >>> trainer = make_trainer(
+        ...     env, loss, total_steps=2, warmup_steps=8, batch_size=4
+        ... )
+        >>> bar = ProgressBar()
+        >>> bar.register(trainer)
+        >>> trainer.train()
+        >>> bar.close()
+    """
+
+    stage = "post_steps"
+
+    def __init__(self) -> None:
+        try:
+            from tqdm import tqdm
+        except ImportError as error:
+            raise ImportError(
+                "progress_bar=True needs tqdm: pip install 'alm_torchrl[cli]'"
+            ) from error
+        self._make_bar = tqdm
+        self._bar: tqdm | None = None
+
+    def register(self, trainer: Trainer, name: str = "") -> None:
+        """Registers the bar after each step and its ends at the trainer's."""
+        super().register(trainer, name)
+        trainer.register_op("setup", self.open)
+        trainer.register_op("shutdown", self.close)
+
+    def open(self) -> None:
+        """Shows the bar at the trainer's count of environment steps."""
+        self._bar = self._make_bar(
+            initial=self.trainer.collected_frames,
+            total=self.trainer.total_frames,
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+            dynamic_ncols=True,
+        )
+
+    def __call__(self) -> None:
+        """Advances to the trainer's count of environment steps."""
+        if self._bar is not None:
+            self._bar.update(self.trainer.collected_frames - self._bar.n)
+
+    def show_return(self, mean_return: float) -> None:
+        """Shows a return behind the bar from now on.
+
+        Args:
+            mean_return (float): what to show.
+        """
+        if self._bar is not None:
+            self._bar.set_postfix({"return": f"{mean_return:.1f}"})
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,403 @@
+"""A standard TorchRL Trainer, wired for ALM and for its baselines."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.checkpoint import CheckpointRotation
+from torchrl.collectors import Collector
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.record.loggers import Logger
+from torchrl.trainers import Trainer
+
+from alm_torchrl.baselines.losses import BaselineLoss
+from alm_torchrl.checks import check_integer, check_steps, check_type
+from alm_torchrl.objectives import ALMLoss
+from alm_torchrl.replay import make_replay_buffer
+from alm_torchrl.training.baseline_stepper import BaselineOptimizationStepper
+from alm_torchrl.training.checkpoint import VerifiedCheckpoint, clear_leftovers
+from alm_torchrl.training.episode import CollectorState
+from alm_torchrl.training.hooks import (
+    BestCheckpoint,
+    EpisodeLog,
+    EvaluationHook,
+    NonFiniteCheck,
+    ProgressBar,
+)
+from alm_torchrl.training.random_state import RandomState
+from alm_torchrl.training.stepper import ALMOptimizationStepper, NonFiniteError
+
+__all__ = ["ALMTrainer", "make_trainer"]
+
+
+class ALMTrainer(Trainer):
+    """A :class:`torchrl.trainers.Trainer` that cleans up after a failed run.
+
+    Made by :func:`make_trainer`. Where training raises, its progress bar is closed,
+    and a :class:`~alm_torchrl.NonFiniteError` names the last good checkpoint.
+
+    Examples:
+        >>> from alm_torchrl import make_alm_loss, make_env
+        >>> env = make_env("Pendulum-v1", action_bounds="rescale")
+        >>> loss = make_alm_loss(env, hidden_dim=8, model_hidden_dim=8)
+        >>> trainer = make_trainer(
+        ...     env, loss, total_steps=2, warmup_steps=8, batch_size=4
+        ... )
+        >>> trainer.train()
+        >>> trainer.collected_frames  # warm-up included
+        10
+    """
+
+    bar: ProgressBar | None = None
+
+    def train(self) -> None:
+        """Trains until the end, a stop that was requested, or an error.
+
+        Does nothing if the end was reached before, as after loading a checkpoint of a
+        complete run.
+
+        Raises:
+            NonFiniteError: if something was not finite; see :func:`make_trainer`.
+        """
+        try:
+            if self.collected_frames < self.total_frames:
+                super().train()
+        except NonFiniteError as error:
+            rotation = self.checkpoint_rotation
+            raise NonFiniteError(
+                error.term,
+                error.step,
+                unit=error.unit,
+                checkpoint=None if rotation is None else rotation.latest(),
+            ) from error
+        finally:
+            if self.bar is not None:
+                self.bar.close()
+
+
+def make_trainer(
+    env: EnvBase,
+    loss: ALMLoss | BaselineLoss,
+    *,
+    total_steps: int,
+    warmup_steps: int = 5000,
+    batch_size: int = 512,
+    horizon: int = 3,
+    capacity: int = 100_000,
+    memmap_dir: str | Path | None = None,
+    lr: float = 1e-4,
+    clip_norm: float = 100.0,
+    tau: float = 0.005,
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32",
+    compile: bool = False,
+    cudagraph: bool | None = None,
+    eval_env: EnvBase | None = None,
+    eval_interval: int = 5000,
+    eval_episodes: int = 5,
+    on_evaluation: Callable[[dict[str, Any]], None] | None = None,
+    logger: Logger | None = None,
+    log_interval: int = 1000,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_interval: int = 5000,
+    keep_checkpoints: int = 2,
+    checkpoint_metadata: Callable[[], Mapping[str, Any]] | None = None,
+    progress_bar: bool = False,
+    seed: int = 0,
+) -> ALMTrainer:
+    """Wires environment, loss, replay, stepper, schedule and evaluation together.
+
+    ``warmup_steps`` uniformly random environment steps without updates, then one
+    update per environment step: the action of training step n uses the noise of
+    step n - 1, its update that of step n. Evaluation, logging and saving change
+    nothing in the training: its parameters are bit-equal with and without them.
+
+    The result is an ordinary :class:`~torchrl.trainers.Trainer`: register further
+    hooks on it, then call ``train()``. Its frames include the warm-up.
+
+    A trainer made with the same arguments continues exactly where another one was
+    saved, bit by bit on an eager CPU, if ``load_from_file(checkpoint)`` is called
+    before ``train()``; see :class:`~alm_torchrl.CollectorState` for environments
+    that cannot give their state.
+
+    Args:
+        env (EnvBase): environment to train in, without batch dimensions; seeded here.
+        loss (ALMLoss or BaselineLoss): the loss, on the device to train on. It
+            decides the algorithm: see :mod:`alm_torchrl.baselines` for TD3, SAC and
+            REDQ.
+
+    Keyword Args:
+        total_steps (int): training steps (updates), warm-up excluded.
+        warmup_steps (int): random steps before them, at least ``horizon`` and
+            ``batch_size`` and at most ``capacity``. Default: ``5000``.
+        batch_size (int): slices, and transitions, per update. REDQ draws a batch for
+            each of its updates. Default: ``512``.
+        horizon (int): length K of the slices. The baselines use transitions only.
+            Default: ``3``.
+        capacity (int): transitions that the replay holds. Default: ``100_000``.
+        memmap_dir (str or Path, optional): keep the replay in files there.
+            Default: ``None``, in memory.
+        lr (float): learning rate of all optimizers. Default: ``1e-4``.
+        clip_norm (float): largest gradient norm of each. Default: ``100.0``.
+        tau (float): share by which the targets move. Default: ``0.005``.
+        precision (str): ``"fp32"``, ``"tf32"`` (CUDA only) or ``"bf16"``, see
+            :class:`~alm_torchrl.ALMOptimizationStepper`. Default: ``"fp32"``.
+        compile (bool): compile the terms of the update. Default: ``False``.
+        cudagraph (bool, optional): capture the update as a CUDA graph.
+            Default: ``None``, where the loss is on CUDA.
+        eval_env (EnvBase, optional): environment for evaluations, not ``env`` itself.
+            Default: ``None``, no evaluations.
+        eval_interval (int): training steps between evaluations, the first at
+            training step 0. Default: ``5000``.
+        eval_episodes (int): whole episodes of each. Default: ``5``.
+        on_evaluation (callable, optional): receives ``training_step``,
+            ``environment_step``, ``mean_return``, ``std_return`` (n - 1) and
+            ``mean_length`` of each evaluation as plain numbers. Default: ``None``.
+        logger (Logger, optional): receives losses, metrics and returns by environment
+            step. Default: ``None``.
+        log_interval (int): environment steps between logged values.
+            Default: ``1000``.
+        checkpoint_dir (str or Path, optional): where checkpoints go, and in ``best``
+            the networks that scored best in an evaluation; what killed saves left
+            there is removed. Default: ``None``, no checkpoints.
+        checkpoint_interval (int): environment steps between them, besides the one at
+            the end. Default: ``5000``.
+        keep_checkpoints (int): how many of the latest to keep. Default: ``2``.
+        checkpoint_metadata (callable, optional): gives further JSON values for the
+            manifest of each checkpoint. Default: ``None``.
+        progress_bar (bool): show a progress bar (needs tqdm). Default: ``False``.
+        seed (int): seed of environment, actions and updates. Build the loss after
+            ``torch.manual_seed`` to fix its parameters too. Default: ``0``.
+
+    Returns:
+        ALMTrainer: ready to ``train()``.
+
+    Raises:
+        ValueError: if a number is out of range, ``warmup_steps`` does not lie between
+            ``batch_size`` and ``capacity``, ``eval_env`` is ``env``, or one of them
+            has batch dimensions or does not fit the networks; if ``cudagraph`` or
+            ``"tf32"`` is asked for without CUDA; or if ``precision``, ``compile`` or
+            ``cudagraph`` is asked for with a baseline.
+        TypeError: if an environment or the loss is of another type.
+        KeyError: if the encoder reads what an environment does not give.
+        NonFiniteError: while training, if an observation, reward, loss or gradient
+            norm is not finite: losses and norms at once on a CPU, within
+            ``log_interval`` updates elsewhere. Nothing is saved after it.
+
+    Examples:
+        >>> from alm_torchrl import make_alm_loss, make_env, make_trainer
+        >>> env = make_env("Pendulum-v1", action_bounds="rescale")
+        >>> loss = make_alm_loss(env, hidden_dim=8, model_hidden_dim=8)
+        >>> trainer = make_trainer(
+        ...     env, loss, total_steps=3, warmup_steps=10, batch_size=4
+        ... )
+        >>> trainer.train()
+        >>> trainer.optimization_stepper.optimizer_step_count
+        3
+    """
+    positive = {
+        "total_steps": total_steps,
+        "eval_interval": eval_interval,
+        "eval_episodes": eval_episodes,
+        "log_interval": log_interval,
+        "checkpoint_interval": checkpoint_interval,
+        "keep_checkpoints": keep_checkpoints,
+    }
+    for name, number in positive.items():
+        check_integer(name, number)
+    check_integer("seed", seed, 0, 2**31 - 1)
+    if isinstance(loss, BaselineLoss):
+        horizon = 1
+    else:
+        check_type("loss", loss, ALMLoss)
+    check_steps(
+        warmup_steps=warmup_steps,
+        capacity=capacity,
+        batch_size=batch_size,
+        horizon=horizon,
+    )
+    if isinstance(loss, BaselineLoss):
+        _check_modes(
+            loss.agent, precision=precision, compile=compile, cudagraph=cudagraph
+        )
+    if eval_env is env:
+        raise ValueError("eval_env must be another environment than env, got the same.")
+    for name, environment in (("env", env), ("eval_env", eval_env)):
+        if environment is None:
+            continue
+        check_type(name, environment, EnvBase, "make_env makes one")
+        if environment.batch_size:
+            raise ValueError(
+                f"{name} must have no batch dimensions, got batch size "
+                f"{list(environment.batch_size)}."
+            )
+        _check_fit(name, environment, loss)
+    torch.manual_seed(seed)
+    env.set_seed(seed)
+    policy = loss.acting_policy()
+    device = next(loss.parameters()).device
+    collector = Collector(
+        env,
+        policy,
+        frames_per_batch=1,
+        total_frames=-1,
+        init_random_frames=warmup_steps,
+        policy_device=None if device.type == "cpu" else device,
+        # Without it the collector would not wait for an action's way to the CPU.
+        env_device=None if device.type == "cpu" else env.device,
+        # Each step is a new TensorDict already, and needs no copy.
+        use_buffers=False,
+        return_same_td=True,
+        auto_register_policy_transforms=False,
+    )
+    optimization: dict[str, float] = {"lr": lr, "clip_norm": clip_norm, "tau": tau}
+    stepper: ALMOptimizationStepper | BaselineOptimizationStepper
+    if isinstance(loss, BaselineLoss):
+        batch_size *= loss.updates_per_step
+        stepper = BaselineOptimizationStepper(loss, **optimization)
+    else:
+        stepper = ALMOptimizationStepper(
+            loss,
+            **optimization,
+            precision=precision,
+            compile=compile,
+            cudagraph=cudagraph,
+        )
+    buffer = make_replay_buffer(
+        capacity, batch_size=batch_size, horizon=horizon, memmap_dir=memmap_dir
+    )
+
+    def metadata(*_: Any) -> dict[str, Any]:
+        # On a GPU the check of the updates is deferred: not beyond a save.
+        stepper.raise_if_nonfinite()
+        return {} if checkpoint_metadata is None else dict(checkpoint_metadata())
+
+    checkpoint, rotation, best = None, None, None
+    if checkpoint_dir is not None:
+        checkpoint_dir = Path(checkpoint_dir)
+        clear_leftovers(checkpoint_dir)
+        checkpoint = VerifiedCheckpoint(
+            rng=RandomState(), collector=CollectorState(collector)
+        )
+        rotation = CheckpointRotation(checkpoint_dir, keep_last=keep_checkpoints)
+        best = BestCheckpoint(loss, checkpoint_dir / "best", metadata=metadata)
+    trainer = ALMTrainer(
+        collector=collector,
+        total_frames=warmup_steps + total_steps,
+        frame_skip=1,
+        optim_steps_per_batch=1,
+        loss_module=loss,
+        optimization_stepper=stepper,
+        replay_buffer=buffer,
+        target_net_updater=stepper.target_update,
+        logger=logger,
+        progress_bar=False,
+        # The Trainer lets one step more than its intervals pass.
+        log_interval=log_interval - 1,
+        checkpoint=checkpoint,
+        checkpoint_rotation=rotation,
+        checkpoint_metadata=None if rotation is None else metadata,
+        save_trainer_interval=checkpoint_interval - 1,
+    )
+    # The Trainer keeps each value it ever logged, and shares the times of the last
+    # log among all trainers of the process.
+    trainer._log_dict = defaultdict(lambda: deque(maxlen=1))
+    trainer._last_log = {}
+
+    stored = [*loss.in_keys, ("next", "done"), ("collector", "traj_ids")]
+    schedule = loss.noise_schedule
+
+    def extend(batch: TensorDictBase) -> None:
+        rows = batch.select(*stored)
+        for key, value in rows.items(include_nested=True, leaves_only=True):
+            if value.is_floating_point() and not value.isfinite().all():
+                name = key if isinstance(key, str) else "/".join(key)
+                step = trainer.collected_frames + 1
+                raise NonFiniteError(name, step, unit="environment step")
+        buffer.extend(rows)
+
+    def sample(_: TensorDictBase) -> TensorDictBase:
+        # The Trainer would update after the last random step already, and has
+        # counted that update.
+        if trainer.collected_frames <= warmup_steps:
+            trainer._optim_count -= 1
+            raise StopIteration
+        if schedule is not None:
+            schedule.step()
+        return cast("TensorDictBase", buffer.sample()).to(device)
+
+    trainer.register_op("batch_process", extend)
+    trainer.register_op("process_optim_batch", sample)
+    EpisodeLog(env).register(trainer)
+    if device.type != "cpu":
+        NonFiniteCheck(stepper, log_interval).register(trainer)
+    if progress_bar:
+        trainer.bar = ProgressBar()
+        trainer.bar.register(trainer)
+    if best is not None:
+        trainer.register_module("best_checkpoint", best)
+    if eval_env is not None:
+
+        def report(row: dict[str, Any]) -> None:
+            if trainer.bar is not None:
+                trainer.bar.show_return(row["mean_return"])
+            if on_evaluation is not None:
+                on_evaluation(row)
+            if best is not None:
+                best(row)
+
+        EvaluationHook(
+            eval_env,
+            policy,
+            warmup_steps=warmup_steps,
+            interval=eval_interval,
+            episodes=eval_episodes,
+            seed=seed,
+            on_evaluation=report,
+        ).register(trainer)
+    return trainer
+
+
+def _check_modes(
+    agent: str, *, precision: str, compile: bool, cudagraph: bool | None
+) -> None:
+    """Refuses the modes of an update that only ALM has."""
+    for name, value, allowed in (
+        ("precision", precision, ("fp32",)),
+        ("compile", compile, (False,)),
+        ("cudagraph", cudagraph, (None, False)),
+    ):
+        if value not in allowed:
+            raise ValueError(
+                f"{name}: expected {allowed[-1]!r} with {agent}, whose updates run "
+                f"eagerly in full precision, got {value!r}."
+            )
+
+
+def _check_fit(name: str, env: EnvBase, loss: ALMLoss | BaselineLoss) -> None:
+    """Lets the networks act once, as they will only after the warm-up."""
+    device = next(loss.parameters()).device
+    observation = env.observation_spec.zero().to(device)
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        action = _act(loss, observation)
+    if action.shape != env.action_spec.shape:
+        raise ValueError(
+            f"loss: expected actions of shape {list(env.action_spec.shape)}, those of "
+            f"{name}, got {list(action.shape)}."
+        )
+
+
+def _act(loss: ALMLoss | BaselineLoss, observation: TensorDictBase) -> Tensor:
+    if isinstance(loss, BaselineLoss):
+        return loss.act(observation)
+    # The methods of the loss have the better errors.
+    encoded = loss.encode(observation, "live")
+    policy = loss.acting_policy()
+    loss.act(loss.sample(encoded))
+    return policy(observation)[loss.tensor_keys.action]

@@ -1,0 +1,88 @@
+"""Each tutorial runs as a script in a process of its own, and writes to its folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import matplotlib.font_manager
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TUTORIALS = sorted((ROOT / "tutorials").glob("*.py"))
+
+# Runs a script, and lists in a file what Python opens for writing, makes or renames.
+WATCHED = """
+import os, runpy, sys
+
+script, record = sys.argv[1:]
+record = open(record, "w")
+
+def note(event, arguments):
+    if event == "open":
+        path, _, flags = arguments
+        paths = [path] if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else []
+    elif event == "os.mkdir":
+        paths = [path for path in arguments[:1] if not os.path.exists(path)]
+    elif event in ("os.rename", "os.link", "os.symlink"):
+        paths = arguments[:2]
+    else:
+        return
+    for path in paths:
+        if not isinstance(path, int):
+            record.write(os.path.abspath(os.fsdecode(path)) + "\\n")
+            record.flush()
+
+sys.addaudithook(note)
+sys.argv = [script]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def test_there_are_tutorials():
+    assert "theory" in [path.stem for path in TUTORIALS]
+
+
+@pytest.mark.parametrize("script", TUTORIALS, ids=lambda path: path.stem)
+def test_tutorial_runs(script, tmp_path):
+    output, home, scratch = (tmp_path / name for name in ("out", "home", "scratch"))
+    home.mkdir()
+    scratch.mkdir()
+    runner, record = tmp_path / "runner.py", tmp_path / "record.txt"
+    runner.write_text(WATCHED)
+    environment = os.environ | {
+        "ALM_SMOKE": "1",
+        "ALM_OUTPUT": str(output),
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TMPDIR": str(scratch),
+        # Its list of fonts, which importing it here has made.
+        "MPLCONFIGDIR": matplotlib.get_cachedir(),
+    }
+    done = subprocess.run(
+        [sys.executable, runner, script, record],
+        env=environment,
+        cwd=home,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = [path for path in output.iterdir() if path.suffix in (".png", ".gif")]
+    assert figures
+    for path in figures:
+        begins = {".png": b"\x89PNG", ".gif": b"GIF8"}[path.suffix]
+        assert path.read_bytes().startswith(begins), path
+        # A film of few frames is smaller than a figure.
+        assert path.stat().st_size > (10_000 if path.suffix == ".png" else 1000), path
+    written = {Path(line) for line in record.read_text().splitlines()}
+    assert written.issuperset(figures)
+    allowed = (output, scratch, Path("/dev"))
+    stray = [p for p in written if not any(p.is_relative_to(a) for a in allowed)]
+    assert stray == []
+    # What compiled code writes, it writes where it stands.
+    assert list(home.iterdir()) == []
+    assert [path for path in scratch.rglob("*") if path.is_file()] == []

@@ -1,0 +1,301 @@
+"""Every experiment of the paper runs at the smallest scale, with table and figure."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+
+from alm_torchrl.cli import main
+from alm_torchrl.experiments import figures, running
+from alm_torchrl.experiments.catalogue import EXPERIMENTS, SCALES, plan
+from alm_torchrl.experiments.running import is_complete, make_runs
+from alm_torchrl.experiments.studies import over_seeds
+from alm_torchrl.experiments.tables import Score, format_scores, iqm_interval
+from alm_torchrl.runs.curves import reference_curve
+from alm_torchrl.runs.folder import METRICS_FIELDS, read_metrics
+from alm_torchrl.runs.settings import UserError
+
+TASK = "InvertedPendulum-v5"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("with spaces")
+
+
+def command(folder: Path, *words: object) -> int:
+    options = ("--runs", folder / "runs", "--output", folder / "results")
+    return main(["reproduce", *map(str, (*words, *options))])
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_smoke(name, folder, capsys):
+    experiment = EXPERIMENTS[name]
+    assert command(folder, name, "--scale", "smoke", "--jobs", 1) == 0
+    printed = capsys.readouterr().out
+    assert SCALES["smoke"].note in printed
+    assert max(map(len, printed.replace(str(folder), "").splitlines())) <= 80
+    results = folder / "results"
+    assert (results / f"{name}-smoke.png").stat().st_size > 10_000
+    table = read(results / f"{name}-smoke.csv")
+    assert [row["variant"] for row in table] == [v.label for v in experiment.variants]
+    for row, variant in zip(table, experiment.variants, strict=True):
+        curves = read(results / TASK / f"{variant.name}-smoke.csv")
+        assert list(curves[0]) == [*METRICS_FIELDS, "commit"]
+        last = [float(r["mean_return"]) for r in curves if r["training_step"] == "6"]
+        assert len(last) == int(row["seeds"]) == 2
+        assert float(row["mean"]) == pytest.approx(np.mean(last))
+        assert float(row["std"]) == pytest.approx(np.std(last, ddof=1))
+        assert float(row["low"]) <= float(row["iqm"]) <= float(row["high"])
+    if experiment.kind != "curves":
+        detail = read(results / f"{name}-smoke-{experiment.kind}.csv")
+        assert {row["variant"] for row in detail} == {row["variant"] for row in table}
+    if experiment.kind == "bias":
+        found = dict.fromkeys((row["variant"], row["estimate"]) for row in detail)
+        assert [*found] == [
+            *(("ALM(3)", "bound"), ("ALM(3)", "qvalue")),
+            *(("REDQ", "qvalue"), ("SAC", "qvalue")),
+        ]
+        steps = [row["training_step"] for row in detail if row["variant"] == "SAC"]
+        assert steps == ["0", "3", "6"] * 2
+
+
+def test_a_line_for_each_variant_and_estimate(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, output: drawn.append(figure))
+    labels = {
+        ("ALM(3)", "bound"): "ALM(3) bound",
+        ("ALM(3)", "qvalue"): "ALM(3) min Q",
+        ("REDQ", "qvalue"): "REDQ Q",
+    }
+    rows = [
+        dict(
+            task=task,
+            variant=variant,
+            seed=seed,
+            training_step=step,
+            estimate=estimate,
+            mean=100 * task + 10 * line + step + 2 * seed,
+            std=1000 + line,
+        )
+        for task in (1, 2)
+        for line, (variant, estimate) in enumerate(labels)
+        for seed in (0, 1)
+        for step in (0, 3)
+    ]
+    figures.plot_bias(EXPERIMENTS["fig4"], "a note", rows, tmp_path / "bias.png")
+    (figure,) = drawn
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [*labels.values()]
+    for index, panel in enumerate(figure.axes):
+        what, task = divmod(index, 2)
+        curves = {line.get_label(): line.get_ydata() for line in panel.get_lines()}
+        for number, label in enumerate(labels.values()):
+            means = 100 * (task + 1) + 10 * number + np.array([1, 4])
+            expected = [1000 + number] * 2 if what else means
+            assert curves[label].tolist() == list(expected)
+
+
+def test_the_tasks_of_all_scales_are_registered():
+    tasks = {task for one in EXPERIMENTS.values() for task in one.tasks}
+    tasks |= {task for scale in SCALES.values() for task in scale.tasks or ()}
+    assert len(tasks) > 5
+    assert [task for task in sorted(tasks) if task not in gymnasium.registry] == []
+
+
+def test_complete_runs_are_not_made_again(folder, monkeypatch):
+    command(folder, "fig15", "--scale", "smoke", "--jobs", 1)
+    before = (folder / "results" / "fig15-smoke.csv").read_text()
+
+    def never(config):
+        raise AssertionError(config.run_path)
+
+    monkeypatch.setattr(running, "_train", never)
+    assert command(folder, "fig15", "--scale", "smoke", "--jobs", 1) == 0
+    assert (folder / "results" / "fig15-smoke.csv").read_text() == before
+
+
+def in_folder(planned, folder):
+    return [
+        dataclasses.replace(
+            one,
+            config=dataclasses.replace(
+                one.config, run_dir=folder / one.config.run_name
+            ),
+        )
+        for one in planned
+    ]
+
+
+def test_runs_that_were_interrupted_are_continued(tmp_path, monkeypatch):
+    first, second = in_folder(plan(EXPERIMENTS["table1"], "smoke"), tmp_path)
+    shorter = dataclasses.replace(first.config, total_steps=3)
+    assert running._train(shorter) == ""
+    assert not is_complete(first.config)
+    runs, failures = make_runs([first, second], jobs=1)
+    assert not failures
+    assert [run.path for run in runs] == [first.config.run_path, second.config.run_path]
+    assert "Continues from" in (first.config.run_path / "train.log").read_text()
+    steps = [row["training_step"] for row in runs[0].metrics]
+    assert steps == [0, 3, 6]
+
+    # Ctrl-C in a run makes the training return 130: no further run is begun.
+    monkeypatch.setattr("alm_torchrl.runs.train.train", lambda config: 130)
+    others = in_folder(plan(EXPERIMENTS["fig15"], "smoke"), tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        make_runs(others, jobs=1)
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_drawn(
+    folder, monkeypatch, capsys
+):
+    from alm_torchrl.runs import train as training
+
+    real = training.train
+
+    def fails_once(config):
+        if config.log_reward == "plain" and config.seed == 1:
+            raise UserError("training diverged")
+        return real(config)
+
+    monkeypatch.setattr(training, "train", fails_once)
+    words = ("fig12", "--scale", "smoke", "--jobs", 1, "--steps", 4)
+    assert command(folder, *words) == 1
+    assert "training diverged" in capsys.readouterr().out
+    table = read(folder / "results" / "fig12-smoke.csv")
+    assert [row["seeds"] for row in table] == ["2", "1", "2", "2"]
+
+
+@pytest.mark.slow
+def test_several_at_once_equal_one_after_another(tmp_path):
+    planned = plan(EXPERIMENTS["fig16"], "smoke")
+    alone, _ = make_runs(in_folder(planned, tmp_path / "one"), jobs=1)
+    several, _ = make_runs(in_folder(planned, tmp_path / "many"), jobs=2)
+    for one, other in zip(alone, several, strict=True):
+        pairs = zip(one.metrics, other.metrics, strict=True)
+        assert all(a["mean_return"] == b["mean_return"] for a, b in pairs)
+
+
+def test_the_list_tells_what_each_experiment_is(capsys):
+    assert main(["reproduce", "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    for name, experiment in EXPERIMENTS.items():
+        assert f"{name:8}{experiment.source}" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fig99"], "expected one of table1"),
+        ([], "expected one of table1"),
+        (["fig5a", "--tasks", "Ant-v5"], "--tasks: expected some of"),
+        (["fig5a", "--seeds", "0"], "seeds"),
+        (["fig5a", "--reference", "missing.csv"], "missing.csv"),
+    ],
+)
+def test_mistakes_are_named(words, message, folder, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command(folder, *words)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_planned():
+    paper = plan(EXPERIMENTS["table1"], "paper")
+    assert len(paper) == 25
+    assert {one.config.total_steps for one in paper} == {200_000}
+    assert {one.config.preset for one in paper} == {"paper"}
+    small = plan(EXPERIMENTS["fig5b"], "small")
+    assert {one.config.task for one in small} == set(SCALES["small"].tasks)
+    assert {one.config.horizon for one in small} == {1, 3, 5}
+    names = [one.config.run_name for one in small]
+    assert len(set(names)) == len(names)
+    # The baseline of one figure is that of the others.
+    other = {one.config.run_name for one in plan(EXPERIMENTS["fig5a"], "small")}
+    assert {n.config.run_name for n in small if n.variant.name == "alm"} <= other
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_all_experiments_can_be_planned(scale):
+    for experiment in EXPERIMENTS.values():
+        names = [variant.name for variant in experiment.variants]
+        assert len(set(names)) == len(names)
+        assert plan(experiment, scale)
+
+
+def test_interval_of_the_interquartile_mean():
+    returns = np.array([0.0, 10.0, 20.0, 30.0, 1000.0])
+    state = np.random.get_state()[1].copy()  # noqa: NPY002
+    iqm, low, high = iqm_interval(returns)
+    assert iqm == pytest.approx(20.0)
+    assert low < iqm < high
+    assert iqm_interval(returns) == (iqm, low, high)
+    assert (np.random.get_state()[1] == state).all()  # noqa: NPY002
+    assert iqm_interval(np.array([5.0]))[0] == 5.0
+
+
+def test_table_is_aligned():
+    row = Score("Task-v0", "a variant", 3, 10, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+    head, line = format_scores([row]).splitlines()
+    assert line.index("3 [4, 5]") == head.index("IQM")
+
+
+def test_mean_and_deviation_over_seeds():
+    rows = [
+        {"x": x, "y": y, "seed": seed}
+        for seed, values in enumerate([[1.0, 2.0], [3.0, 6.0, 9.0]])
+        for x, y in enumerate(values)
+    ]
+    x, mean, std = over_seeds(rows, "x", "y")
+    assert x.tolist() == [0, 1]
+    assert mean.tolist() == [2.0, 4.0]
+    assert std.tolist() == pytest.approx([2**0.5, 8**0.5])
+
+
+class TestReferenceCurve:
+    def curve(self, tmp_path, text):
+        path = tmp_path / "half_cheetah.csv"
+        path.write_text(text)
+        return reference_curve(path)
+
+    def test_with_steps(self, tmp_path):
+        curve = self.curve(tmp_path, "Step,r,r\n5000,1,3\n10000,2,2\n")
+        assert curve.steps.tolist() == [5000, 10000]
+        assert curve.mean.tolist() == [2.0, 2.0]
+        assert curve.std.tolist() == pytest.approx([2**0.5, 0.0])
+        assert curve.label == "published half_cheetah, 2 seeds"
+
+    def test_without_steps(self, tmp_path):
+        curve = self.curve(tmp_path, "r\n1\n2\n")
+        assert curve.steps.tolist() == [0, 5000]
+        assert curve.std is None
+
+    @pytest.mark.parametrize(
+        "text", ["", "Step,r\n", "Step\n1\n", "Step,r\n1,x\n", "Step,r\n1\n"]
+    )
+    def test_other_files_are_refused(self, tmp_path, text):
+        with pytest.raises(ValueError, match=r"half_cheetah\.csv"):
+            self.curve(tmp_path, text)
+
+
+def test_plot_draws_published_curves(tmp_path, folder, capsys):
+    command(folder, "table1", "--scale", "smoke", "--jobs", 1)
+    run = next(path for path in (folder / "runs").iterdir() if "-alm-" in path.name)
+    published = tmp_path / "published.csv"
+    published.write_text("Step,r,r\n3,10,12\n6,20,30\n900,1,1\n")
+    plain, other = tmp_path / "plain.png", tmp_path / "other.png"
+    main(["plot", str(run), "--output", str(plain)])
+    main(["plot", str(run), "--output", str(other), "--reference", str(published)])
+    assert plain.read_bytes() != other.read_bytes()
+    assert read_metrics(run / "metrics.csv")

@@ -1,0 +1,299 @@
+"""The networks around ALMLoss: routes of the gradient, own parts, acting, copies."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torch.distributions import Normal
+from torch.testing import assert_close
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import TanhNormal
+
+from tests.helpers import (
+    ACTION,
+    LATENT,
+    OBSERVATION,
+    TRAINS,
+    B,
+    Concatenated,
+    Gaussian,
+    K,
+    gradients,
+    make_batch,
+    make_loss,
+    make_rows,
+    part_of,
+    probabilistic,
+    seeded,
+    targets,
+    variant,
+)
+
+equal = partial(assert_close, rtol=0, atol=0)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def batch():
+    return make_batch()
+
+
+class Only(nn.Module):
+    """A network that reads one of its inputs, called by its position."""
+
+    def __init__(self, position, out_dim):
+        super().__init__()
+        self.position = position
+        self.weight = nn.Parameter(torch.arange(1.0, out_dim + 1))
+
+    def forward(self, *inputs):
+        return inputs[self.position].sum(-1, keepdim=True).tanh() * self.weight
+
+
+class TestStoppedGradients:
+    @pytest.mark.parametrize(
+        ("part", "position", "out_dim", "key", "flows"),
+        [
+            ("qvalue", 0, 2, "value", True),
+            ("qvalue", 1, 2, "value", False),
+            ("reward", 0, 1, "reward", True),
+            ("reward", 1, 1, "reward", True),
+            ("classifier", 0, 2, "log_ratio", True),
+            ("classifier", 1, 2, "log_ratio", True),
+            ("classifier", 2, 2, "log_ratio", False),
+        ],
+    )
+    def test_imagine(self, part, position, out_dim, key, flows):
+        """A network that reads only one input tells if that has a gradient."""
+        loss = make_loss()
+        module = getattr(loss, part)
+        own = TensorDictModule(Only(position, out_dim), module.in_keys, module.out_keys)
+        loss = variant(loss, **{part: own})
+        rollout = loss.imagine(torch.randn(B, LATENT), K)
+        grads = (
+            gradients(rollout[key].sum(), loss) if rollout[key].requires_grad else {}
+        )
+        reached = {part_of(name) for name, grad in grads.items() if (grad != 0).any()}
+        assert reached == ({"actor"} if flows else set())
+
+    def test_imagined_actions(self):
+        loss = make_loss()
+        z = torch.randn(B, LATENT, requires_grad=True)
+        rollout = loss.imagine(z, K)
+        for t in range(K + 1):
+            action = rollout["action"][:, t].sum()
+            (grad,) = torch.autograd.grad(
+                action, z, retain_graph=True, allow_unused=True
+            )
+            # The actor sees latents without gradient.
+            assert grad is None or (grad == 0).all()
+            norms = [grad.norm() for grad in gradients(action, loss).values()]
+            assert (max(norms) > 0) == (t < K)
+
+    def test_terminal_action_of_the_model_loss(self, batch):
+        loss = make_loss()
+        qvalue = TensorDictModule(
+            Only(1, 2), ["latent", "action"], loss.qvalue.out_keys
+        )
+        loss = variant(loss, qvalue=qvalue)
+        value = loss.model_rollout(batch["slice"])["terminal_value"]
+        assert not value.requires_grad
+
+    @pytest.mark.parametrize(
+        "term", ["model", "reward", "classifier", "qvalue", "actor"]
+    )
+    def test_target_encoder(self, batch, term):
+        loss = make_loss()
+        observations = []
+        for rows in (batch["slice"], batch["transition"]):
+            for part in (rows, rows["next"]):
+                observations.append(part["observation"].requires_grad_())
+        loss_value, _ = getattr(loss, f"{term}_loss")(batch)
+        grads = torch.autograd.grad(loss_value, observations, allow_unused=True)
+        reached = [grad is not None for grad in grads]
+        # The live encoder reads the first observations of the slices, nothing else.
+        assert reached == [term == "model", False, False, False]
+        if term == "model":
+            assert (grads[0][:, 1:] == 0).all()
+            assert (grads[0][:, 0] != 0).any()
+
+
+class TestOwnParts:
+    def test_actor_with_another_distribution(self, batch):
+        net = Gaussian(LATENT, ACTION)
+        actor = probabilistic(net, ["latent"], "action", TanhNormal)
+        self.check(make_loss(actor=actor), batch)
+
+    def test_deterministic_actor(self, batch):
+        net = nn.Sequential(nn.Linear(LATENT, ACTION), nn.Tanh())
+        loss = make_loss(actor=TensorDictModule(net, ["latent"], ["action"]))
+        assert loss.noise_schedule is None
+        self.check(loss, batch)
+        z = torch.randn(B, LATENT)
+        equal(loss.act(z), net(z))
+
+    @staticmethod
+    def check(loss, batch):
+        assert loss.act(torch.randn(B, LATENT)).shape == (B, ACTION)
+        grads = gradients(loss(batch)["loss_actor"], loss)
+        assert {part_of(name) for name in grads} == {"actor"}
+        assert all(grad.norm() > 0 for grad in grads.values())
+        assert loss.acting_policy()(make_rows(B))["action"].shape == (B, ACTION)
+
+    @pytest.mark.parametrize("critics", [1, 3])
+    def test_any_number_of_critics(self, batch, critics):
+        net = Concatenated(LATENT + ACTION, critics)
+        qvalue = TensorDictModule(net, ["latent", "action"], ["state_action_value"])
+        loss = make_loss(qvalue=qvalue, deterministic=True)
+        grads = gradients(loss(batch)["loss_qvalue"], loss)
+        assert all(
+            (grad.reshape(critics, -1) != 0).any(1).all() for grad in grads.values()
+        )
+        nn.init.normal_(net.weight)
+        rollout = loss.imagine(torch.randn(64, LATENT), K)
+        values = net(rollout["latent"][:, 1:], rollout["action"][:, 1:])
+        assert len(values.argmin(-1).unique()) == critics
+        assert_close(rollout["value"], values.min(-1).values)
+
+    def test_encoder_that_reads_two_entries(self):
+        net = Gaussian(OBSERVATION, LATENT)
+        keys = ["position", ("sensor", "velocity")]
+        encoder = probabilistic(net, keys, "latent", Normal)
+        loss = make_loss(encoder=encoder)
+        rows = make_rows(B, K)
+        for part in (rows, rows["next"]):
+            observation = part.pop("observation")
+            part["position"] = observation[..., :1]
+            part["sensor", "velocity"] = observation[..., 1:]
+        assert ("next", "sensor", "velocity") in loss.in_keys
+        grads = gradients(loss(rows)["loss_model"], loss)
+        assert {part_of(name) for name in grads} == TRAINS["loss_model"]
+
+    @pytest.mark.parametrize("part", ["encoder", "model"])
+    def test_kl_needs_gaussians(self, batch, part):
+        in_keys = {"encoder": ["observation"], "model": ["latent", "action"]}[part]
+        out_key = "latent" if part == "encoder" else ("next", "latent")
+        size = OBSERVATION if part == "encoder" else LATENT + ACTION
+        own = probabilistic(Gaussian(size, LATENT), in_keys, out_key, TanhNormal)
+        with pytest.raises(TypeError, match=f"{part} must return a diagonal Gaussian"):
+            make_loss(**{part: own})(batch)
+        make_loss(kl_coef=0.0, **{part: own})(batch)
+
+
+class TestActing:
+    def test_policy(self):
+        loss = make_loss(noise=5.0, bound=100.0)
+        policy = loss.acting_policy()
+        assert policy.in_keys == ["observation"]
+        assert policy.out_keys == ["action"]
+        rows = TensorDict(observation=torch.randn(64, OBSERVATION), batch_size=[64])
+        mean = {}
+        for mode in (ExplorationType.DETERMINISTIC, ExplorationType.RANDOM):
+            with set_exploration_type(mode):
+                first, second = policy(rows.copy()), policy(rows.copy())
+            assert set(first.keys()) == {"observation", "action"}
+            # The latent is sampled, so the action differs without noise as well.
+            assert (first["action"] != second["action"]).all()
+            mean[mode] = first["action"].abs()
+        # A mean lies in (-1, 1); noise is clipped at 0.3 in the losses only.
+        assert mean[ExplorationType.DETERMINISTIC].max() < 1
+        assert mean[ExplorationType.RANDOM].max() > 2
+
+    def test_policy_follows_updates(self):
+        loss = make_loss()
+        policy = loss.acting_policy()
+        rows = make_rows(B).select("observation")
+        before = seeded(policy, rows.copy())["action"]
+        for part in ("encoder", "actor"):
+            old = seeded(policy, rows.copy())["action"]
+            next(loss._modules[f"{part}_params"].parameters()).data.add_(0.5)
+            assert (seeded(policy, rows.copy())["action"] != old).any()
+        for target in targets(loss).values():
+            target.data.add_(1)
+        after = seeded(policy, rows.copy())["action"]
+        assert (after != before).any()
+        equal(seeded(policy, rows.copy())["action"], after)
+
+
+def restored(loss):
+    other = make_loss(noise=loss.noise_schedule.initial)
+    other.load_state_dict(loss.state_dict())
+    return other
+
+
+def saved(loss):
+    file = io.BytesIO()
+    torch.save(loss, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda loss: pickle.loads(pickle.dumps(loss)),
+    "save": saved,
+    "state_dict": restored,
+}
+
+
+class TestCopies:
+    """A loss on the move: its modules, caches and noise go with it."""
+
+    @pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
+    def test_copy_is_whole_and_on_its_own(self, batch, make):
+        loss = make_loss()
+        expected = seeded(loss, batch)
+        other = make(loss)
+        assert_close(seeded(other, batch).to_dict(), expected.to_dict())
+        # The frozen networks of the copy are the copy's: they follow its parameters.
+        with torch.no_grad():
+            for param in other.parameters():
+                param.add_(0.1 * torch.randn_like(param))
+        fresh = make_loss()
+        fresh.load_state_dict(other.state_dict())
+        assert_close(seeded(other, batch).to_dict(), seeded(fresh, batch).to_dict())
+        rows = make_rows(B).select("observation")
+        actions = [
+            seeded(module.acting_policy(), rows.copy())["action"]
+            for module in (other, fresh, loss)
+        ]
+        equal(actions[0], actions[1])
+        assert (actions[0] != actions[2]).any()
+        assert_close(seeded(loss, batch).to_dict(), expected.to_dict())
+
+    @pytest.mark.parametrize("make", [lambda x: x, *COPIES.values()])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_noise_is_one_for_loss_and_policy(self, make, dtype):
+        source = make_loss(noise=5.0, bound=100.0)
+        loss = make(source).to(dtype)
+        loss.noise_clip = None
+        z = torch.randn(B, LATENT, dtype=dtype)
+        inputs = TensorDict(latent=z, batch_size=[B])
+        for std in (5.0, 2.5, 0.0):
+            assert_close(loss.noise_schedule.std, torch.tensor(std, dtype=dtype))
+            assert loss.actor.get_dist(inputs).scale.unique() == std
+            noise = seeded(loss.act, z, seed=1) - seeded(loss.act, z, seed=2)
+            assert (noise.abs().max() > std / 4) == (std > 0)
+            loss.noise_schedule.step(5)
+        assert source.noise_schedule.std == (5.0 if source is not loss else 0.0)
+
+    def test_policy_goes_where_the_loss_goes(self):
+        loss = make_loss()
+        policy = loss.acting_policy()
+        loss.to(torch.float64)
+        tensors = [*policy.parameters(), *policy.buffers()]
+        assert {t.dtype for t in tensors if t.is_floating_point()} == {torch.float64}
+        rows = make_rows(B).select("observation").double()
+        assert policy(rows)["action"].dtype == torch.float64

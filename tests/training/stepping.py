@@ -1,0 +1,89 @@
+"""Steppers to test, and what an update of theirs changed."""
+
+from __future__ import annotations
+
+import torch
+
+from alm_torchrl import ALMOptimizationStepper
+from tests.helpers import make_batch, make_loss, part_of, targets
+
+PARTS = {
+    "model_loss": ("encoder", "model"),
+    "reward_classifier_loss": ("reward", "classifier"),
+    "qvalue_loss": ("qvalue",),
+    "actor_loss": ("actor",),
+}
+TARGETS = ("target_encoder", "target_qvalue")
+# In the order in which an update checks them.
+CHECKED = (
+    "loss_model",
+    "grad_norm_model",
+    "loss_reward",
+    "loss_classifier",
+    "grad_norm_reward_classifier",
+    "loss_qvalue",
+    "grad_norm_qvalue",
+    "loss_actor",
+    "grad_norm_actor",
+)
+
+
+def make_stepper(device="cpu", **kwargs):
+    stepper = ALMOptimizationStepper(make_loss(updater=False).to(device), **kwargs)
+    # Its updater made them copies.
+    for target in targets(stepper.loss).values():
+        target.data.add_(0.05 * torch.randn_like(target))
+    return stepper
+
+
+def part_parameters(loss, part):
+    return list(getattr(loss, f"{part}_params").parameters())
+
+
+def values_of(stepper):
+    """Copies of all that an update may change, by name."""
+    loss = stepper.loss
+    copies = {
+        f"{part} {i}": param.detach().clone()
+        for part in sum(PARTS.values(), ())
+        for i, param in enumerate(part_parameters(loss, part))
+    }
+    for name, target in targets(loss).items():
+        copies[f"target_{part_of(name)} {name}"] = target.clone()
+    for name, optimizer in stepper.optimizers.items():
+        for i, param in enumerate(optimizer.param_groups[0]["params"]):
+            for key, value in optimizer.state[param].items():
+                copies[f"{name} {key} {i}"] = value.clone()
+    return copies
+
+
+def changed(before, after):
+    """First words of the names of what differs, NaN included."""
+    assert before.keys() == after.keys()
+    return {
+        name.split()[0] for name in before if not torch.equal(before[name], after[name])
+    }
+
+
+class Context:
+    """What the stepper needs of a Trainer; remembers what each loss found."""
+
+    def __init__(self, stepper, spoil=None):
+        self.stepper = stepper
+        self.spoil = spoil
+        self.methods = []
+        self.found = []
+
+    def compute_loss(self, batch, method):
+        self.methods.append(method)
+        self.found.append(values_of(self.stepper))
+        value, metadata = getattr(self.stepper.loss, method)(batch)
+        if self.spoil is not None:
+            value, metadata = self.spoil(method, value, dict(metadata))
+        return value, metadata
+
+
+def train(stepper, updates):
+    for n in updates:
+        torch.manual_seed(n)
+        stepper.step(None, make_batch())

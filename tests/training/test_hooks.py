@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from alm_torchrl import make_env, zero_policy
+from alm_torchrl.training.hooks import (
+    EpisodeLog,
+    EvaluationHook,
+    NonFiniteCheck,
+    ProgressBar,
+)
+
+WARMUP = 10
+
+
+class FakeTrainer:
+    """What the hooks read of a trainer; keeps what they register."""
+
+    def __init__(self, total_frames=0, logger=None):
+        self.collected_frames = 0
+        self.total_frames = total_frames
+        self.logger = logger
+        self.ops: dict[str, list] = {}
+        self.modules: dict = {}
+
+    def register_op(self, stage, op):
+        self.ops.setdefault(stage, []).append(op)
+
+    def register_module(self, name, module):
+        self.modules[name] = module
+
+    def setup(self):
+        for op in self.ops["setup"]:
+            op()
+
+    def step(self, *args):
+        """One environment step: every hook is called as at its stage."""
+        self.collected_frames += 1
+        results = []
+        for stage, ops in self.ops.items():
+            if stage not in ("setup", "shutdown"):
+                arguments = args if stage.endswith("_log") else ()
+                results += [op(*arguments) for op in ops]
+        return results
+
+    def shutdown(self):
+        for op in self.ops["shutdown"]:
+            op()
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """Replaces evaluation by one that keeps its seeds and returns fixed scores."""
+    seeds: list[int] = []
+
+    def evaluate(env, policy, *, episodes, seed):
+        seeds.append(seed)
+        scores = {
+            "return": torch.arange(1.0, episodes + 1),
+            "length": torch.arange(episodes) + 3,
+        }
+        return TensorDict(scores, batch_size=[episodes])
+
+    monkeypatch.setattr("alm_torchrl.training.hooks.evaluate_policy", evaluate)
+    return seeds
+
+
+def evaluate_run(total=WARMUP + 7, **options):
+    """The rows of the evaluations of one run."""
+    rows: list[dict] = []
+    settings = {"interval": 3, "episodes": 3, "warmup_steps": WARMUP, **options}
+    hook = EvaluationHook(None, None, on_evaluation=rows.append, **settings)
+    trainer = FakeTrainer(total)
+    hook.register(trainer)
+    for _ in range(total):
+        trainer.step(None)
+    return rows
+
+
+def test_evaluations_come_at_step_0_at_intervals_and_at_the_end(evaluated):
+    rows = evaluate_run()
+    assert [row["training_step"] for row in rows] == [0, 3, 6, 7]
+    assert [row["environment_step"] for row in rows] == [10, 13, 16, 17]
+    assert rows[0] == {
+        "training_step": 0,
+        "environment_step": 10,
+        "mean_return": 2.0,
+        "std_return": 1.0,  # of 1, 2, 3, with n - 1
+        "mean_length": 4.0,
+    }
+
+
+def test_one_episode_has_no_standard_deviation(evaluated):
+    assert {row["std_return"] for row in evaluate_run(episodes=1)} == {0.0}
+
+
+def test_evaluation_seeds_differ_by_step_and_run_and_can_be_repeated(evaluated):
+    seeds = []
+    for seed in (0, 0, 1, 2):
+        evaluated.clear()
+        evaluate_run(seed=seed, interval=1, total=WARMUP + 50)
+        seeds.append(list(evaluated))
+        assert len(set(seeds[-1])) == 51
+    assert seeds[0] == seeds[1]
+    assert not set(seeds[1]) & set(seeds[2])
+    assert not set(seeds[1] + seeds[2]) & set(seeds[3])
+    evaluated.clear()
+    evaluate_run(seed=2**40)
+    assert all(0 <= number < 2**32 for number in evaluated)
+
+
+def test_a_repeated_evaluation_gives_the_same_row():
+    env = make_env("Pendulum-v1", action_bounds="rescale", max_episode_steps=5)
+    rows: list[dict] = []
+    for seed, step in ((0, 4), (0, 4), (0, 5), (1, 4)):
+        hook = EvaluationHook(
+            env,
+            zero_policy(env),
+            warmup_steps=0,
+            episodes=2,
+            seed=seed,
+            on_evaluation=rows.append,
+        )
+        hook.register(FakeTrainer())
+        hook.evaluate(step)
+    returns = [row["mean_return"] for row in rows]
+    assert returns[0] == returns[1]
+    assert len(set(returns)) == 3
+
+
+def test_evaluations_are_logged_by_environment_step(evaluated):
+    logged = []
+
+    def log_scalar(name, value, step):
+        logged.append((name, value, step))
+
+    trainer = FakeTrainer(3, SimpleNamespace(log_scalar=log_scalar))
+    hook = EvaluationHook(None, None, warmup_steps=2, episodes=3)
+    hook.register(trainer)
+    for _ in range(3):
+        trainer.step(None)
+    assert logged == [
+        ("eval/return", 2.0, 2),
+        ("eval/length", 4.0, 2),
+        ("eval/return", 2.0, 3),
+        ("eval/length", 4.0, 3),
+    ]
+
+
+def test_hooks_have_no_state(evaluated):
+    hook = EvaluationHook(None, None, warmup_steps=2)
+    assert hook.state_dict() == {}
+    hook.load_state_dict({})
+
+
+# -- EpisodeLog ------------------------------------------------------------------------
+
+
+def episode_step(trajectory, reward, *, terminated=False, truncated=False):
+    flags = {"terminated": terminated, "truncated": truncated}
+    following = {key: torch.tensor([[flag]]) for key, flag in flags.items()}
+    following["gain"] = torch.tensor([[reward]])
+    ids = {"traj_ids": torch.tensor([trajectory])}
+    return TensorDict({"next": following, "collector": ids}, batch_size=[1])
+
+
+def test_episode_log_sums_each_episode_that_ends():
+    keys = SimpleNamespace(reward_key="gain", done_keys=["terminated", "truncated"])
+    trainer = FakeTrainer()
+    EpisodeLog(keys).register(trainer)
+    assert list(trainer.ops) == ["pre_steps_log"]
+    steps = [
+        episode_step(0, 1.0),
+        episode_step(0, 2.5, terminated=True),
+        episode_step(1, -4.0, truncated=True),
+        episode_step(2, 8.0),
+        episode_step(2, 16.0),
+        episode_step(2, 32.0, truncated=True),
+    ]
+    assert [trainer.step(step) for step in steps] == [
+        [None],
+        [{"train/return": 3.5, "train/length": 2.0}],
+        [{"train/return": -4.0, "train/length": 1.0}],
+        [None],
+        [None],
+        [{"train/return": 56.0, "train/length": 3.0}],
+    ]
+
+
+def test_episode_log_continues_a_saved_episode_and_drops_one_that_was_lost():
+    keys = SimpleNamespace(reward_key="gain", done_keys=["terminated", "truncated"])
+    first, trainer = EpisodeLog(keys), FakeTrainer()
+    first.register(trainer)
+    trainer.step(episode_step(4, 1.0))
+    assert trainer.modules == {"episode_log": first}
+    for trajectory, total, length in ((4, 3.0, 2.0), (5, 2.0, 1.0)):
+        log, trainer = EpisodeLog(keys), FakeTrainer()
+        log.register(trainer)
+        log.load_state_dict(first.state_dict())
+        (result,) = trainer.step(episode_step(trajectory, 2.0, terminated=True))
+        assert result == {"train/return": total, "train/length": length}
+
+
+# -- NonFiniteCheck --------------------------------------------------------------------
+
+
+class FakeStepper:
+    """Fails in update ``fails_at``, which is told when it is asked for."""
+
+    def __init__(self, fails_at=math.inf):
+        self.optimizer_step_count = 0
+        self.fails_at = fails_at
+        self.asked: list[int] = []
+
+    def raise_if_nonfinite(self):
+        self.asked.append(self.optimizer_step_count)
+        if self.optimizer_step_count >= self.fails_at:
+            raise FloatingPointError
+
+
+def checked_run(stepper, interval=4):
+    trainer = FakeTrainer()
+    NonFiniteCheck(stepper, interval).register(trainer)
+    for _ in range(10):
+        stepper.optimizer_step_count += 1
+        trainer.step()
+    trainer.shutdown()
+
+
+def test_deferred_check_asks_at_intervals_and_at_the_end():
+    stepper = FakeStepper()
+    checked_run(stepper)
+    assert stepper.asked == [4, 8, 10]
+
+
+@pytest.mark.parametrize(("fails_at", "told_at"), [(4, 4), (5, 8), (9, 10), (10, 10)])
+def test_deferred_check_lets_the_error_out(fails_at, told_at):
+    stepper = FakeStepper(fails_at)
+    with pytest.raises(FloatingPointError):
+        checked_run(stepper)
+    assert stepper.asked[-1] == told_at
+
+
+# -- ProgressBar -----------------------------------------------------------------------
+
+
+def test_progress_bar_writes_to_stderr_and_closes(capsys):
+    trainer = FakeTrainer(40)
+    bar = ProgressBar()
+    bar.register(trainer)
+    trainer.collected_frames = 10  # of a run that continues
+    trainer.setup()
+    for _ in range(20):
+        trainer.step()
+    bar.show_return(-12.34)
+    trainer.shutdown()
+    trainer.shutdown()  # a bar that is closed can be closed again
+    written = capsys.readouterr()
+    assert written.out == ""
+    last = written.err.rstrip().split("\r")[-1]
+    assert "30/40" in last
+    assert "step/s" in last
+    assert "return=-12.3" in last
+    assert written.err.endswith("\n")
+    assert bar._bar.disable  # tqdm's mark of a closed bar
+
+
+def test_progress_bar_without_tqdm_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(ImportError, match=r"progress_bar=True.*tqdm.*\[cli\]"):
+        ProgressBar()

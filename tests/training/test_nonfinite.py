@@ -1,0 +1,190 @@
+"""Losses and gradients that are not finite: named, and nothing moves any more."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+from alm_torchrl import NonFiniteError
+from tests.helpers import make_batch
+from tests.training.stepping import (
+    CHECKED,
+    PARTS,
+    Context,
+    changed,
+    make_stepper,
+    train,
+    values_of,
+)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def spoiled(term, factor):
+    """Makes one term not finite; a gradient norm by a finite loss with a steep edge."""
+    name = term.removeprefix("grad_norm_").removeprefix("loss_")
+    method = next(method for method in PARTS if name in method)
+
+    def spoil(called, value, metadata):
+        if called != method:
+            return value, metadata
+        if term.startswith("grad_norm"):
+            # Plus zero, whose derivative is infinite.
+            return value + (value - value.detach()).sqrt(), metadata
+        if term in metadata:
+            metadata[term] = metadata[term] * factor
+        return value * factor, metadata
+
+    return method, spoil
+
+
+@pytest.mark.parametrize(
+    ("term", "factor"),
+    [
+        (term, factor)
+        for term in CHECKED
+        for factor in (math.nan, math.inf)
+        if factor == math.inf or term.startswith("loss_")
+    ],
+)
+def test_each_term_is_checked_before_its_step(term, factor):
+    stepper = make_stepper()
+    stepper.step(None, make_batch())
+    method, spoil = spoiled(term, factor)
+    context = Context(stepper, spoil)
+    with pytest.raises(NonFiniteError) as caught:
+        stepper.step(context, make_batch())
+    assert (caught.value.term, caught.value.step) == (term, 2)
+    assert f"{term} was not finite in update 2" in str(caught.value)
+
+    failed = list(PARTS).index(method)
+    found, after = context.found, values_of(stepper)
+    assert changed(found[failed], after) == set()
+    for earlier in range(failed):
+        name = list(PARTS)[earlier]
+        assert changed(found[earlier], found[earlier + 1]) == {name, *PARTS[name]}
+    # It stays so, and so does the error.
+    for _ in range(2):
+        with pytest.raises(NonFiniteError) as again:
+            stepper.step(None, make_batch())
+        assert (again.value.term, again.value.step) == (term, 2)
+    with pytest.raises(NonFiniteError, match=f"{term} was not finite in update 2"):
+        stepper.raise_if_nonfinite()
+    assert changed(after, values_of(stepper)) == set()
+    assert all(value.isfinite().all() for value in after.values())
+
+
+def bad_batch(term):
+    """A batch that by itself makes this term the first that is not finite."""
+    batch = make_batch(2)
+    if term == "loss_model":
+        batch["slice", "observation"][0, 0, 0] = math.inf
+    elif term == "loss_reward":
+        batch["transition", "next", "reward"][0] = math.nan
+    elif term == "loss_classifier":
+        batch["transition", "next", "observation"][:] = math.nan
+    else:
+        # The square is finite, the sum of the squared gradients is not.
+        assert term == "grad_norm_reward_classifier"
+        batch["transition", "next", "reward"][0] = 1.8e19
+    return batch
+
+
+BAD = ("loss_model", "loss_reward", "loss_classifier", "grad_norm_reward_classifier")
+
+
+@pytest.mark.parametrize("term", BAD)
+def test_bad_data_is_named(term):
+    stepper = make_stepper()
+    for _ in range(2):
+        stepper.step(None, make_batch())
+    with pytest.raises(NonFiniteError) as caught:
+        stepper.step(None, bad_batch(term))
+    assert (caught.value.term, caught.value.step) == (term, 3)
+
+
+def test_a_failure_in_the_first_update():
+    stepper = make_stepper()
+    before = values_of(stepper)
+    with pytest.raises(NonFiniteError, match="loss_model was not finite in update 1;"):
+        stepper.step(None, bad_batch("loss_model"))
+    after = values_of(stepper)
+    assert changed(before, {name: after[name] for name in before}) == set()
+
+
+def step_without_reading(stepper, context, batch):
+    """An update as on a device where reading the verdict would have to wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stepper, "raise_if_nonfinite", lambda: None)
+        return stepper.step(context, batch)
+
+
+def check_deferred(stepper, term, step):
+    """Updates go on after a failure and change nothing, until somebody asks."""
+    for _ in range(2):
+        step(stepper, None, make_batch())
+    stepper.raise_if_nonfinite()
+    failing = Context(stepper)
+    step(stepper, failing, bad_batch(term))
+    assert failing.methods == list(PARTS)
+    expected = failing.found[0 if term == "loss_model" else 1]
+    assert changed(expected, values_of(stepper)) == set()
+    for _ in range(3):
+        metrics = step(stepper, None, make_batch())
+        assert metrics["loss_actor"].isfinite()
+        assert changed(expected, values_of(stepper)) == set()
+    # A second failure does not replace the first.
+    other = "loss_reward" if term == "loss_model" else "loss_model"
+    step(stepper, None, bad_batch(other))
+    assert changed(expected, values_of(stepper)) == set()
+    assert stepper.optimizer_step_count == 7
+    for _ in range(2):
+        with pytest.raises(NonFiniteError) as caught:
+            stepper.raise_if_nonfinite()
+        assert (caught.value.term, caught.value.step) == (term, 3)
+
+
+@pytest.mark.parametrize("term", BAD)
+def test_failure_read_later(term):
+    check_deferred(make_stepper(), term, step_without_reading)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("term", BAD)
+def test_failure_read_later_on_cuda(term):
+    def step(stepper, context, batch):
+        return stepper.step(context, batch.to("cuda"))
+
+    check_deferred(make_stepper("cuda", cudagraph=False), term, step)
+
+
+def test_a_failure_survives_saving():
+    stepper = make_stepper()
+    train(stepper, range(1))
+    with pytest.raises(NonFiniteError):
+        stepper.step(None, bad_batch("loss_reward"))
+    resumed = make_stepper()
+    resumed.load_state_dict(stepper.state_dict())
+    with pytest.raises(NonFiniteError) as caught:
+        resumed.raise_if_nonfinite()
+    assert (caught.value.term, caught.value.step) == ("loss_reward", 2)
+
+
+def test_an_earlier_state_undoes_a_failure():
+    stepper = make_stepper()
+    train(stepper, range(1))
+    state = copy.deepcopy(stepper.state_dict())
+    with pytest.raises(NonFiniteError):
+        stepper.step(None, bad_batch("loss_reward"))
+    stepper.load_state_dict(state)
+    before = values_of(stepper)
+    train(stepper, range(1, 2))
+    everything = {name.split()[0] for name in before}
+    assert changed(before, values_of(stepper)) == everything
+    assert stepper.optimizer_step_count == 2

@@ -1,0 +1,192 @@
+"""A run that is stopped or killed and continued equals one that never was."""
+
+from __future__ import annotations
+
+import functools
+import random
+import shutil
+import time
+
+import pytest
+
+from alm_torchrl.envs.gym import TASKS
+from tests.training.resume_runs import (
+    CAPACITY,
+    HALF,
+    LIMIT,
+    TOTAL,
+    WARMUP,
+    final,
+    finish,
+    in_process,
+    keep_final_state,
+    kill_at,
+    logged,
+    make_run,
+    train,
+)
+from tests.training.trainer_runs import differing
+
+FEW = ("Pendulum-v1", "HalfCheetah-v5")
+MANY = [task.id for task in TASKS if task.id not in FEW]
+SAVES_OFTEN = {"checkpoint_interval": 4}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The folder of a run that went through, for each task."""
+
+    @functools.cache
+    def run(task):
+        folder = tmp_path_factory.mktemp("uninterrupted")
+        finish(train, folder, task)
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The folder of a run that was stopped half-way, for each task."""
+
+    @functools.cache
+    def run(task):
+        folder = tmp_path_factory.mktemp("stopped")
+        finish(train, folder, task, stop=HALF)
+        return folder
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "task", [*FEW, *(pytest.param(task, marks=pytest.mark.slow) for task in MANY)]
+)
+def test_stopped_and_continued_equals_uninterrupted(
+    task, uninterrupted, stopped, tmp_path
+):
+    shutil.copytree(stopped(task), tmp_path, dirs_exist_ok=True)
+    middle = final(tmp_path)
+    at = int(middle["/counts/0"])
+    assert WARMUP + 10 < HALF <= at < CAPACITY
+    finish(train, tmp_path, task)
+    whole, end = final(uninterrupted(task)), final(tmp_path)
+    assert differing(end, whole) == []
+    assert logged(tmp_path / "log.txt") == logged(uninterrupted(task) / "log.txt")
+
+    # In the middle of an episode; then came an end, an evaluation and a wrap.
+    row = at - 1
+    assert not middle["/replay/next/done"][row]
+    ids = end["/replay/collector/traj_ids"]
+    assert ids[row].equal(ids[(row + 1) % CAPACITY])
+    assert len(ids[row:].unique()) > 1
+    assert CAPACITY < TOTAL
+    steps = {step for step, name in logged(tmp_path / "log.txt") if name == "row"}
+    assert [step > at for step in sorted(steps)].count(True) >= 2
+    assert LIMIT < HALF
+
+
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        "environment",
+        "traj_pool",
+        "rng",
+        "trainer_module.episode_log",
+        "trainer_module.optimization_stepper",
+    ],
+)
+def test_the_comparison_notices_what_is_left_out(
+    left_out, uninterrupted, stopped, tmp_path
+):
+    task = "Pendulum-v1"
+    (newest,) = (stopped(task) / "checkpoints").glob("checkpoint-*")
+
+    def forgetful(folder):
+        trainer = make_run(folder, task)
+        checkpoint = trainer.checkpoint
+        if left_out in ("environment", "traj_pool"):
+            checkpoint.load(
+                newest, components=set(checkpoint.components) - {"collector"}
+            )
+            state = make_collector_state(newest, trainer)
+            if left_out == "environment":
+                state |= {"environment": None, "reason": "left out"}
+            else:
+                state["traj_pool"]["traj_id"] += 1
+            checkpoint.components["collector"].load_state_dict(state)
+        else:
+            checkpoint.load(newest, components=set(checkpoint.components) - {left_out})
+        keep_final_state(trainer, folder)
+        trainer.train()
+
+    finish(forgetful, tmp_path)
+    end, whole = final(tmp_path), final(uninterrupted(task))
+    assert (
+        end.keys() != whole.keys()
+        or differing(end, whole)
+        or not logged(tmp_path / "log.txt").items()
+        <= logged(uninterrupted(task) / "log.txt").items()
+    )
+
+
+def make_collector_state(checkpoint, trainer):
+    from alm_torchrl.training.files import read_state
+
+    (directory,) = (checkpoint / "components").glob("*-collector")
+    return read_state(directory)
+
+
+def _killed_and_continued(task, folder, size, delay):
+    """Kills a run once its log has a size, continues it, and says if it was killed."""
+    log = folder / "log.txt"
+    process = in_process(train, folder, task, **SAVES_OFTEN)
+    while process.is_alive() and not (log.exists() and log.stat().st_size >= size):
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.kill()
+    process.join()
+    killed = process.exitcode == -9
+    finish(train, folder, task, **SAVES_OFTEN)
+    return killed
+
+
+def _check_kills(task, count, uninterrupted, tmp_path):
+    moments = random.Random(count)
+    killed, saved = 0, 0
+    whole = uninterrupted(task)
+    size = (whole / "log.txt").stat().st_size
+    for number in range(count):
+        folder = tmp_path / str(number)
+        # Anywhere in the run, and anywhere in a step or a save.
+        moment = size * 0.95 * moments.random(), 0.03 * moments.random()
+        killed += _killed_and_continued(task, folder, *moment)
+        assert differing(final(folder), final(whole)) == []
+        assert logged(folder / "log.txt") == logged(whole / "log.txt")
+        left = {
+            path.name.partition("-")[0] for path in (folder / "checkpoints").iterdir()
+        }
+        assert left == {"checkpoint", "best"}
+        saved += 1
+    assert saved == count
+    assert killed >= count * 2 // 3
+
+
+def test_killed_at_random_moments(uninterrupted, tmp_path):
+    _check_kills("HalfCheetah-v5", 3, uninterrupted, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_at_thirty_random_moments(uninterrupted, tmp_path):
+    _check_kills("Pendulum-v1", 30, uninterrupted, tmp_path)
+
+
+@pytest.mark.parametrize("call", [2, 18, 31, 44])
+def test_killed_in_a_save(call, uninterrupted, tmp_path):
+    process = in_process(
+        kill_at, call, train, tmp_path, "Pendulum-v1", checkpoint_interval=40
+    )
+    process.join()
+    assert process.exitcode == -9
+    finish(train, tmp_path, "Pendulum-v1", checkpoint_interval=40)
+    assert differing(final(tmp_path), final(uninterrupted("Pendulum-v1"))) == []

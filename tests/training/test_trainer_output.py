@@ -1,0 +1,300 @@
+from __future__ import annotations
+
+import traceback
+from unittest import mock
+
+import pytest
+import torch
+from torchrl.checkpoint import Checkpoint, CheckpointRotation
+from torchrl.envs import SerialEnv
+from torchrl.trainers import Trainer
+
+from alm_torchrl import NonFiniteError
+from alm_torchrl.training.checkpoint import VerifiedCheckpoint
+from tests.training.trainer_runs import (
+    TOTAL,
+    WARMUP,
+    Capture,
+    Counter,
+    build,
+    counter_trainer,
+    differing,
+    tensors,
+    tiny_loss,
+)
+
+# -- a Trainer like any other ----------------------------------------------------------
+
+
+def test_a_trainer_takes_hooks_of_ones_own():
+    trainer = counter_trainer()
+    assert isinstance(trainer, Trainer)
+    frames, batches = [], []
+    trainer.register_op("post_steps", lambda: frames.append(trainer.collected_frames))
+    trainer.register_op("post_optim_log", lambda batch: batches.append(batch.shape))
+    trainer.train()
+    assert frames == list(range(1, WARMUP + TOTAL + 1))
+    assert batches == [torch.Size([4])] * TOTAL
+
+
+def test_request_stop_ends_training_early(tmp_path):
+    trainer = counter_trainer(checkpoint_dir=tmp_path)
+
+    def stop():
+        if trainer.optimization_stepper.optimizer_step_count == 3:
+            trainer.request_stop("enough")
+
+    trainer.register_op("post_steps", stop)
+    trainer.train()
+    assert trainer.collected_frames == WARMUP + 3
+    newest = CheckpointRotation(tmp_path, keep_last=1).latest()
+    assert Checkpoint.manifest(newest)["metadata"]["optim_steps"] == 3
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_checkpoints_are_kept_and_load_into_a_fresh_loss(keep, tmp_path):
+    env = Counter()
+    loss = tiny_loss(env)
+    trainer, _ = build(
+        env,
+        loss,
+        checkpoint_dir=tmp_path,
+        checkpoint_interval=5,
+        keep_checkpoints=keep,
+    )
+    trainer.train()
+    saved = [path for path in tmp_path.iterdir() if Checkpoint.is_checkpoint(path)]
+    manifests = [Checkpoint.manifest(path) for path in saved]
+    counts = sorted(
+        (m["metadata"]["collected_frames"], m["metadata"]["optim_steps"])
+        for m in manifests
+    )
+    # At each multiple of 5 environment steps, and at the end.
+    assert counts == [(20, 10), (22, 12)][-keep:]
+    assert all("replay_buffer" in m["components"] for m in manifests)
+
+    newest = CheckpointRotation(tmp_path, keep_last=keep).latest()
+    fresh = tiny_loss(env, seed=1)
+    final = tensors(loss.state_dict())
+    assert len(differing(tensors(fresh.state_dict()), final)) > 10
+    VerifiedCheckpoint(loss_module=fresh).load(newest)
+    assert differing(tensors(fresh.state_dict()), final) == []
+
+    other_env = Counter()
+    other, _ = build(other_env, tiny_loss(other_env, seed=1), checkpoint_dir=tmp_path)
+    with pytest.warns(UserWarning, match="fresh episode.*checkpoint_state"):
+        other.load_from_file(newest)
+    assert other.collected_frames == WARMUP + TOTAL
+    loaded, stepper = (
+        tensors(t.optimization_stepper.state_dict()) for t in (other, trainer)
+    )
+    assert differing(loaded, stepper) == []
+
+
+def test_a_complete_run_does_not_go_on(tmp_path):
+    counter_trainer(checkpoint_dir=tmp_path).train()
+    newest = CheckpointRotation(tmp_path, keep_last=1).latest()
+    trainer = counter_trainer(checkpoint_dir=tmp_path)
+    with pytest.warns(UserWarning, match="fresh episode"):
+        trainer.load_from_file(newest)
+    state = tensors(trainer.loss_module.state_dict())
+    trainer.train()
+    assert trainer.collected_frames == WARMUP + TOTAL
+    assert differing(tensors(trainer.loss_module.state_dict()), state) == []
+
+
+def test_no_checkpoint_directory_means_no_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    counter_trainer(checkpoint_interval=1).train()
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- logging ---------------------------------------------------------------------------
+
+
+def test_logged_values_and_steps():
+    logger = Capture()
+    trainer = counter_trainer(
+        logger=logger,
+        log_interval=4,
+        warmup_steps=8,
+        total_steps=13,
+        eval_env=Counter(),
+        eval_interval=5,
+        eval_episodes=1,
+    )
+    update = trainer.optimization_stepper.step
+    outputs = {}
+
+    def spied(*args):
+        metrics = update(*args)
+        outputs[trainer.collected_frames] = metrics.clone()
+        return metrics
+
+    with mock.patch.object(trainer.optimization_stepper, "step", spied):
+        trainer.train()
+    assert sorted(outputs) == list(range(9, 22))
+    names = set(outputs[9].keys())
+    assert {"loss_model", "grad_norm_actor", "kl", "td_error"} < names
+    for name in names:
+        expected = [(at, outputs[at][name].item()) for at in (9, 13, 17, 21)]
+        assert logger.values[name] == expected
+    updates = [(8, 0.0), (12, 4.0), (16, 8.0), (20, 12.0)]
+    assert logger.values["optim_steps"] == updates
+    assert [step for step, _ in logger.values["eval/return"]] == [8, 13, 18, 21]
+    assert {length for _, length in logger.values["eval/length"]} == {2.0}
+
+
+def test_returns_of_training_episodes_are_logged():
+    env, logger = Counter(), Capture()
+    build(env, tiny_loss(env), logger=logger, log_interval=1)[0].train()
+    total, length, returns, lengths = 0.0, 0, [], []
+    for number, step in enumerate(env.history, 1):
+        total += step["reward"].item()
+        length += 1
+        if step["done"]:
+            returns.append((number, pytest.approx(total)))
+            lengths.append((number, float(length)))
+            total, length = 0.0, 0
+    assert len(returns) >= 5
+    assert logger.values["train/return"] == returns
+    assert logger.values["train/length"] == lengths
+
+
+def test_two_trainers_log_independently():
+    loggers = [Capture(), Capture()]
+    trainers = [counter_trainer(logger=logger, log_interval=5) for logger in loggers]
+    for trainer in trainers:
+        trainer.train()
+    for logger in loggers:
+        assert [step for step, _ in logger.values["loss_model"]] == [11, 16, 21]
+
+
+def test_history_of_logged_values_stays_bounded():
+    trainer = counter_trainer(total_steps=30)
+    trainer.train()
+    assert "loss_model" in trainer._log_dict
+    assert {len(values) for values in trainer._log_dict.values()} == {1}
+
+
+# -- errors ----------------------------------------------------------------------------
+
+
+def test_nonfinite_parameters_stop_the_training_with_term_and_update():
+    trainer = counter_trainer()
+    loss = trainer.loss_module
+
+    def poison():
+        if trainer.optimization_stepper.optimizer_step_count == 3:
+            next(loss.reward_params.parameters()).data.fill_(torch.nan)
+
+    trainer.register_op("post_optim", poison)
+    with pytest.raises(NonFiniteError, match=r"loss_model.*update 4") as caught:
+        trainer.train()
+    assert (caught.value.term, caught.value.step) == ("loss_model", 4)
+    assert trainer.collected_frames == WARMUP + 4
+
+
+@pytest.mark.parametrize("entry", ["observation", "reward"])
+@pytest.mark.parametrize("at", [5, WARMUP + 5])
+def test_nonfinite_data_stops_the_training_before_it_is_stored(
+    entry, at, monkeypatch, tmp_path
+):
+    env = Counter()
+    trainer, buffer = build(
+        env, tiny_loss(env), checkpoint_dir=tmp_path, checkpoint_interval=4
+    )
+    step = env._step
+
+    def broken(tensordict):
+        result = step(tensordict)
+        if len(env.history) == at:
+            result[entry] = torch.full_like(result[entry], torch.inf)
+        return result
+
+    monkeypatch.setattr(env, "_step", broken)
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.train()
+    newest = CheckpointRotation(tmp_path, keep_last=1).latest()
+    assert newest.name.endswith(f"{(at - 1) // 4 * 4:012d}")
+    assert str(caught.value).startswith(
+        f"next/{entry} was not finite in environment step {at}; no parameter"
+    )
+    assert str(caught.value).endswith(f"Last good checkpoint: {newest}.")
+    assert len(buffer) == at - 1
+    assert trainer.optimization_stepper.optimizer_step_count == max(at - WARMUP - 1, 0)
+
+
+def test_nothing_is_saved_after_an_update_that_failed(tmp_path, monkeypatch):
+    """As on a GPU, where the update itself does not raise."""
+    trainer = counter_trainer(
+        checkpoint_dir=tmp_path,
+        checkpoint_interval=4,
+        eval_env=Counter(),
+        eval_interval=2,
+        eval_episodes=1,
+    )
+    stepper = trainer.optimization_stepper
+    check = stepper.raise_if_nonfinite
+    monkeypatch.setattr(stepper, "raise_if_nonfinite", lambda: None)
+
+    def poison():
+        if stepper.optimizer_step_count == 3:
+            monkeypatch.setattr(stepper, "raise_if_nonfinite", lambda: None)
+            next(trainer.loss_module.reward_params.parameters()).data.fill_(torch.nan)
+            # The save's own check is real.
+            monkeypatch.setattr(stepper, "raise_if_nonfinite", _only_when_saving(check))
+
+    trainer.register_op("post_optim", poison)
+    with pytest.raises(NonFiniteError, match=r"update 4.*Last good .*-000000000012"):
+        trainer.train()
+    frames = {path.name: Checkpoint.manifest(path) for path in tmp_path.iterdir()}
+    assert max(m["metadata"].get("optim_steps", 0) for m in frames.values()) <= 3
+
+
+def _only_when_saving(check):
+    def guarded():
+        names = {frame.name for frame in traceback.extract_stack()}
+        if "metadata" in names:
+            check()
+
+    return guarded
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("total_steps", 0),
+        ("warmup_steps", 1),
+        ("batch_size", 0),
+        ("horizon", 0),
+        ("capacity", 1),
+        ("lr", 0.0),
+        ("clip_norm", -1.0),
+        ("tau", 0.0),
+        ("tau", 1.5),
+        ("precision", "fp8"),
+        ("eval_interval", 0),
+        ("eval_episodes", 0),
+        ("log_interval", 0),
+        ("checkpoint_interval", 0),
+        ("keep_checkpoints", 0),
+    ],
+)
+def test_arguments_out_of_range_are_named(name, value):
+    with pytest.raises(ValueError, match=rf"{name}.*{value}"):
+        counter_trainer(**{name: value})
+
+
+def test_evaluating_on_the_training_environment_is_refused():
+    env = Counter()
+    with pytest.raises(ValueError, match="eval_env must be another environment"):
+        build(env, tiny_loss(env), eval_env=env)
+
+
+@pytest.mark.parametrize("name", ["env", "eval_env"])
+def test_environments_with_batch_dimensions_are_refused(name):
+    env = Counter()
+    environments = {"env": env, name: SerialEnv(2, Counter)}
+    with pytest.raises(ValueError, match=rf"^{name} must have no batch dim.*\[2\]"):
+        build(loss=tiny_loss(env), **environments)
