@@ -30,7 +30,6 @@ from alm_torchrl.training.checkpoint import VerifiedCheckpoint
 from alm_torchrl.training.episode import CollectorState
 from alm_torchrl.training.stepper import (
     ALMOptimizationStepper,
-    ALMTargetUpdate,
     NonFiniteError,
 )
 from alm_torchrl.training.trainer import ALMTrainer, make_trainer
@@ -40,7 +39,6 @@ __version__ = "0.1.0"
 __all__ = [
     "ALMLoss",
     "ALMOptimizationStepper",
-    "ALMTargetUpdate",
     "ALMTrainer",
     "ActingPolicy",
     "AlwaysSample",

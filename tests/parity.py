@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 import sys
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -40,7 +42,7 @@ GROUPS = {
 
 
 class Parity:
-    """One recording, replayed; also the trainer that the stepper talks to."""
+    """One recording, replayed."""
 
     def __init__(self, path: str) -> None:
         with np.load(path) as file:
@@ -52,6 +54,9 @@ class Parity:
         self.loss.deterministic_sampling_mode = ExplorationType.DETERMINISTIC
         self.stepper = ALMOptimizationStepper(self.loss)
         self._load("init")
+        for method in GROUPS:
+            compute = getattr(self.loss, method)
+            setattr(self.loss, method, partial(self._compute, method, compute))
 
     def _loss(self) -> ALMLoss:
         data = self.data
@@ -139,12 +144,14 @@ class Parity:
             self.differences[group] = difference
         self.compared.add(key)
 
-    def compute_loss(self, batch: TensorDict, method: str) -> tuple:
-        """Called by the stepper: compares all that is known before its step."""
+    def _compute(
+        self, method: str, compute: Callable, batch: TensorDict, *args: object
+    ) -> tuple:
+        """Runs a loss, and compares all that is known before its step."""
         at = f"update{self.update}"
         for name, value in getattr(self, f"_{method}_values")(batch).items():
             self._compare(f"{at}/{name}", value)
-        value, metadata = getattr(self.loss, method)(batch)
+        value, metadata = compute(batch, *args)
         name, nets = GROUPS[method]
         if method == "reward_classifier_loss":
             self._compare(f"{at}/loss_reward", metadata["loss_reward"])
@@ -174,26 +181,28 @@ class Parity:
     ) -> dict[str, torch.Tensor]:
         transition = batch["transition"]
         action, chosen = transition["action"], transition["imagined"].unsqueeze(-1)
-        z = self.loss.encode(transition).mean
-        z_next = self.loss.encode(transition["next"]).mean
-        imagined = self.loss.step(z, action).mean
+        z = self.loss.latents.encode(transition).mean
+        z_next = self.loss.latents.encode(transition["next"]).mean
+        imagined = self.loss.latents.step(z, action).mean
         mixed = torch.where(chosen, imagined, z_next)
         return {
             "z": z,
             "z_next": z_next,
             "z_next_model": imagined,
-            "classifier_logits": self.loss.classify(z, action, mixed),
+            "classifier_logits": self.loss.latents.classify(z, action, mixed),
         }
 
     def _qvalue_loss_values(self, batch: TensorDict) -> dict[str, torch.Tensor]:
         transition = batch["transition"]
-        z = self.loss.encode(transition).mean
-        q1, q2 = self.loss.state_action_value(z, transition["action"]).split(1, -1)
+        z = self.loss.latents.encode(transition).mean
+        q1, q2 = self.loss.latents.state_action_value(z, transition["action"]).split(
+            1, -1
+        )
         target = self.loss.td_target(transition).unsqueeze(-1)
         return {"target_value": target, "q1": q1, "q2": q2}
 
     def _actor_loss_values(self, batch: TensorDict) -> dict[str, torch.Tensor]:
-        z = self.loss.encode(batch["transition"]).mean
+        z = self.loss.latents.encode(batch["transition"]).mean
         rollout = self.loss.imagine(z, batch["slice"].shape[1])
         q = f"update{self.update}/imagined_q"
         value = rollout["value"].T.unsqueeze(-1)
@@ -212,7 +221,7 @@ class Parity:
         for update in range(self.updates):
             self.update = update
             batch = self._batch(update)
-            metrics = self.stepper.step(self, batch)
+            metrics = self.stepper.step(None, batch)
             for method, (name, _) in GROUPS.items():
                 norm = metrics[f"grad_norm_{method.removesuffix('_loss')}"]
                 self._compare(f"update{self.update}/grad_norm_{name}", norm)

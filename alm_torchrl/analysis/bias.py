@@ -178,8 +178,10 @@ def _estimates(
     """What an agent expects to follow on the actions taken, ``[N]`` each."""
     if isinstance(loss, BaselineLoss):
         return {"qvalue": loss.qvalue_estimate(taken)}
-    latent = loss.sample(loss.encode(taken))
-    value = loss.state_action_value(latent, taken[loss.tensor_keys.action]).amin(-1)
+    latent = loss.latents.sample(loss.latents.encode(taken))
+    value = loss.latents.state_action_value(
+        latent, taken[loss.tensor_keys.action]
+    ).amin(-1)
     return {"bound": loss.lower_bound(taken, horizon), "qvalue": value}
 
 

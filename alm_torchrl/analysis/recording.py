@@ -14,7 +14,7 @@ from alm_torchrl.baselines.losses import BaselineLoss
 from alm_torchrl.checks import check_integer, check_type
 from alm_torchrl.evaluation import check_env, undisturbed
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.objectives.networks import PARTS
+from alm_torchrl.objectives.alm import PARTS
 
 __all__ = ["evaluation_episodes", "record_transitions", "undisturbed_loss"]
 

@@ -68,7 +68,7 @@ def latent_rollout(
         episode = next(evaluation_episodes(env, loss)).to(device)
         keys = loss.encoder.in_keys
         last = episode["next"].select(*keys)[-1:]
-        latent = loss.encode(torch.cat([episode.select(*keys), last])).mean
+        latent = loss.latents.encode(torch.cat([episode.select(*keys), last])).mean
         steps = min(steps, len(episode))
         room = len(episode) - steps
         first = torch.linspace(0, room, min(starts, room + 1)).long()
@@ -77,7 +77,7 @@ def latent_rollout(
         action = episode[loss.tensor_keys.action][index[:, :-1].to(device)]
         predicted = [truth[:, 0]]
         for action_t in action.unbind(1):
-            predicted.append(loss.step(predicted[-1], action_t).mean)
+            predicted.append(loss.latents.step(predicted[-1], action_t).mean)
     guess = torch.stack(predicted, 1)
     error = (guess - truth).double().square().mean(-1).sqrt()
     deviation = latent.double().var(0, correction=0).mean().sqrt()

@@ -10,7 +10,7 @@ from alm_torchrl import functional
 from alm_torchrl.analysis.recording import undisturbed_loss
 from alm_torchrl.checks import check_integer, check_type
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.objectives.rollouts import normal_parameters
+from alm_torchrl.objectives.latents import normal_parameters
 
 __all__ = [
     "calibration_error",
@@ -65,9 +65,12 @@ def latent_statistics(
     transitions = transitions.reshape(-1)
     action = transitions[loss.tensor_keys.action]
     with undisturbed_loss(loss, seed):
-        now, after = loss.encode(transitions), loss.encode(transitions["next"])
-        latent = loss.sample(now)
-        following = loss.step(latent, action)
+        now, after = (
+            loss.latents.encode(transitions),
+            loss.latents.encode(transitions["next"]),
+        )
+        latent = loss.latents.sample(now)
+        following = loss.latents.step(latent, action)
         kl = functional.gaussian_kl(
             *normal_parameters(following, "model"), *normal_parameters(after, "encoder")
         )
@@ -81,7 +84,7 @@ def latent_statistics(
         if loss.classifier is not None:
             logits = torch.stack(
                 [
-                    loss.classify(latent, action, loss.sample(dist))
+                    loss.latents.classify(latent, action, loss.latents.sample(dist))
                     for dist in (following, after)
                 ]
             )

@@ -15,7 +15,7 @@ from torchrl.objectives.utils import distance_loss
 from alm_torchrl.checks import check_integer
 from alm_torchrl.distributions import ClampedNormal
 from alm_torchrl.networks.layers import NoiseSchedule
-from alm_torchrl.objectives.inputs import misfit
+from alm_torchrl.objectives.batch import explain_mismatch
 
 __all__ = ["BaselineLoss", "REDQBaseline", "SACBaseline", "TD3Baseline"]
 
@@ -78,7 +78,7 @@ class BaselineLoss(LossModule):
         try:
             return policy(observations).get(self.tensor_keys.action)
         except (KeyError, RuntimeError) as error:
-            raise misfit("actor", policy, observations, error) from error
+            raise explain_mismatch("actor", policy, observations, error) from error
 
     def state_action_value(self, tensordict: TensorDictBase) -> Tensor:
         """Values of all critics, ``Q_i(s, a)``, by the online networks.

@@ -1,6 +1,21 @@
-"""The ALM objective as a TorchRL loss module, and a builder for it."""
+"""The ALM objective as a TorchRL loss, its exchangeable parts, and a builder."""
 
 from alm_torchrl.objectives.alm import ALMLoss
 from alm_torchrl.objectives.builder import make_alm_loss
+from alm_torchrl.objectives.variants import (
+    EntropyBonus,
+    Logarithms,
+    QValueObjective,
+    Reconstruction,
+    ValuePrediction,
+)
 
-__all__ = ["ALMLoss", "make_alm_loss"]
+__all__ = [
+    "ALMLoss",
+    "EntropyBonus",
+    "Logarithms",
+    "QValueObjective",
+    "Reconstruction",
+    "ValuePrediction",
+    "make_alm_loss",
+]

@@ -10,21 +10,22 @@ from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 
 from alm_torchrl.checks import check_integer, check_type
-from alm_torchrl.networks.builders import (
-    HIDDEN_DIM,
-    LATENT_DIM,
-    MODEL_HIDDEN_DIM,
-    check_bounds,
+from alm_torchrl.networks import (
+    NoiseSchedule,
     make_actor,
     make_classifier,
-    make_decoder,
     make_encoder,
     make_model,
     make_qvalue,
     make_reward,
     make_stochastic_actor,
 )
-from alm_torchrl.networks.layers import NoiseSchedule
+from alm_torchrl.networks.builders import (
+    HIDDEN_DIM,
+    LATENT_DIM,
+    MODEL_HIDDEN_DIM,
+    check_bounds,
+)
 from alm_torchrl.objectives.alm import ALMLoss
 
 
@@ -43,8 +44,6 @@ def make_alm_loss(
 ) -> ALMLoss:
     """Builds the six networks of the paper and the loss over them.
 
-    A decoder is built too where ``reconstruction_coef`` is not zero.
-
     Sizes come from an environment's specs or from the arguments.
 
     Args:
@@ -62,8 +61,8 @@ def make_alm_loss(
         hidden_dim (int): width of all networks but the model. Default: ``512``.
         model_hidden_dim (int): width of the latent model. Default: ``1024``.
         noise_schedule (NoiseSchedule, optional): exploration noise.
-            Default: ``None``, 1.0 to 0.1 over 100,000 training steps; with
-            ``alpha_init``, whose actor learns its noise, there is none.
+            Default: ``None``, 1.0 to 0.1 over 100,000 training steps; not used with
+            ``entropy``, whose actor learns its noise.
         linear_classifier (bool): a classifier without hidden layers (Fig. 16).
             Default: ``False``.
         **loss_kwargs: arguments of :class:`~alm_torchrl.ALMLoss`; a network given
@@ -74,7 +73,7 @@ def make_alm_loss(
 
     Raises:
         ValueError: if sizes are missing, given twice, or the specs do not fit, or if
-            there is a ``noise_schedule`` beside ``alpha_init``.
+            a ``noise_schedule`` is given beside ``entropy``.
         TypeError: if ``env`` is no TorchRL environment.
 
     Examples:
@@ -88,10 +87,10 @@ def make_alm_loss(
         "make_alm_loss", env, observation_dim, action_low, action_high
     )
     action_dim = action_low.shape[0]
-    stochastic = loss_kwargs.get("alpha_init") is not None
+    stochastic = loss_kwargs.get("entropy") is not None
     if stochastic and noise_schedule is not None:
         raise ValueError(
-            "noise_schedule: expected None with alpha_init, as the actor learns its "
+            "noise_schedule: expected None with entropy, as the actor learns its "
             f"noise, got {noise_schedule}."
         )
     width: dict[str, int] = {"latent_dim": latent_dim, "hidden_dim": hidden_dim}
@@ -113,8 +112,6 @@ def make_alm_loss(
             action_dim, linear=linear_classifier, **width
         ),
     }
-    if loss_kwargs.get("reconstruction_coef", 0) != 0:
-        built["decoder"] = lambda: make_decoder(observation_dim, **width)
     parts = {name: build() for name, build in built.items() if name not in loss_kwargs}
     return ALMLoss(**parts, **loss_kwargs)
 

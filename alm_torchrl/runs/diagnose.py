@@ -273,7 +273,7 @@ def _statistics(
     )
     found = latent_statistics(loss, transitions, seed=options.seed)
     values = {name: found[name].item() for name in STATISTICS if name in found}
-    of = f" (of {loss.encode(transitions[:1]).mean.shape[-1]})"
+    of = f" (of {loss.latents.encode(transitions[:1]).mean.shape[-1]})"
     say(f"\nLatents and classifier: {len(transitions):,} transitions")
     for name, value in values.items():
         text = STATISTICS[name] + (of if name == "effective_dim" else "")

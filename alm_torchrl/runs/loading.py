@@ -21,9 +21,18 @@ from torchrl.objectives import SoftUpdate
 from alm_torchrl.baselines.builders import make_redq_loss, make_sac_loss, make_td3_loss
 from alm_torchrl.baselines.losses import BaselineLoss
 from alm_torchrl.functional import floored_log, shifted_log
-from alm_torchrl.networks.builders import make_identity_encoder
+from alm_torchrl.networks import make_decoder, make_identity_encoder
 from alm_torchrl.networks.layers import NoiseSchedule
-from alm_torchrl.objectives import ALMLoss, make_alm_loss
+from alm_torchrl.objectives import (
+    ALMLoss,
+    EntropyBonus,
+    Logarithms,
+    QValueObjective,
+    Reconstruction,
+    ValuePrediction,
+    make_alm_loss,
+)
+from alm_torchrl.objectives.variants import ModelTerm
 from alm_torchrl.training.checkpoint import VerifiedCheckpoint, read_manifest
 
 __all__ = [
@@ -48,12 +57,7 @@ _LOSS_ARGUMENTS = (
     "value_coef",
     "noise_clip",
     "discount_model_loss",
-    "actor_objective",
 )
-
-# Temperature of ``entropy`` at the start. Not published; an Adam of lr 1e-4 needs over
-# 20,000 updates from SAC's 1.0 to here.
-ALPHA_INIT = 0.1
 
 _REWARD_TRANSFORMS = {"plain": floored_log, "shifted": shifted_log}
 
@@ -123,26 +127,38 @@ def build_loss(
 
 
 def _alm_loss(settings: Mapping[str, Any], spaces: Mapping[str, Any]) -> ALMLoss:
-    # A run of an earlier version lacks the settings that are looked up with get().
-    arguments = {n: settings[n] for n in _LOSS_ARGUMENTS if n in settings}
-    if settings.get("entropy"):
-        arguments["alpha_init"] = ALPHA_INIT
+    arguments: dict[str, Any] = {name: settings[name] for name in _LOSS_ARGUMENTS}
+    sizes = _sizes(spaces)
+    observation_dim = spaces["observation_dim"]
+    if settings["entropy"]:
+        arguments["entropy"] = EntropyBonus()
     else:
         arguments["noise_schedule"] = _noise_schedule(settings)
-    if settings.get("encoder", "gaussian") == "identity":
-        arguments["latent_dim"] = spaces["observation_dim"]
-        arguments["encoder"] = make_identity_encoder(spaces["observation_dim"])
-    if settings.get("model_objective", "bound") == "likelihood":
-        arguments.update(reward_coef=0.0, value_coef=0.0, reconstruction_coef=1.0)
-    arguments["value_prediction"] = settings.get("value_prediction", "none")
-    log_reward = settings.get("log_reward", "none")
+    if settings["encoder"] == "identity":
+        arguments["latent_dim"] = observation_dim
+        arguments["encoder"] = make_identity_encoder(observation_dim)
+    if settings["actor_objective"] == "qvalue":
+        arguments["policy_objective"] = QValueObjective()
+    terms: list[ModelTerm] = []
+    if settings["model_objective"] == "likelihood":
+        decoder = make_decoder(
+            observation_dim,
+            latent_dim=arguments["latent_dim"],
+            hidden_dim=settings["hidden_dim"],
+        )
+        terms.append(Reconstruction(decoder))
+        arguments.update(reward_coef=0.0, value_coef=0.0)
+    if settings["value_prediction"] != "none":
+        terms.append(ValuePrediction(settings["value_prediction"]))
+    log_reward = settings["log_reward"]
     if log_reward in ("model", "bound"):
-        arguments["log_terms"] = log_reward
+        arguments["logarithms"] = Logarithms(log_reward)
     elif log_reward in _REWARD_TRANSFORMS:
         arguments["reward_transform"] = _REWARD_TRANSFORMS[log_reward]
     return make_alm_loss(
-        **_sizes(spaces),
-        linear_classifier=settings.get("classifier") == "linear",
+        **sizes,
+        linear_classifier=settings["classifier"] == "linear",
+        model_terms=terms,
         **arguments,
     )
 

@@ -11,11 +11,10 @@ from torchrl.trainers import OptimizationStepper, Trainer
 
 from alm_torchrl.checks import check_choice, check_number, check_type
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.training.update import ALMTargetUpdate, CapturedUpdate, Update
+from alm_torchrl.training.update import CapturedUpdate, Update
 
 __all__ = [
     "ALMOptimizationStepper",
-    "ALMTargetUpdate",
     "NonFiniteError",
     "deepcopy_stepper",
 ]
@@ -103,16 +102,14 @@ class ALMOptimizationStepper(OptimizationStepper):
     The whole update is one function of the batch. It runs as it is, with its terms
     compiled (``compile``), or as one captured CUDA graph (``cudagraph``), of the
     compiled terms if both are set. All modes draw the same random numbers and agree up
-    to rounding. Compiling takes a minute or more at the first update. So does not the
-    capture, but its updates must all have the shapes of the first; it first runs the
-    update a few times and puts parameters, optimizers, targets, buffers and generators
+    to rounding. Compiling takes a minute or more at the first update. Capture is
+    quick, but every later batch must have the first one's shapes. Before it, the update
+    runs a few times; parameters, optimizers, targets, buffers and generators are put
     back. Where the state is loaded later, or :meth:`recapture` is called, for example
     after a change of an optimizer's ``lr``, the graph is captured anew.
 
     Args:
-        loss (ALMLoss): the loss. Its methods are called through
-            ``trainer.compute_loss`` where an eager update has a trainer, otherwise
-            directly.
+        loss (ALMLoss): the loss. Its targets become copies of the online networks.
 
     Keyword Args:
         lr (float): learning rate of all Adams. Default: ``1e-4``.
@@ -183,12 +180,11 @@ class ALMOptimizationStepper(OptimizationStepper):
         tau = check_number("tau", tau, 0, 1, open_low=True)
         check_choice("precision", precision, ("fp32", "tf32", "bf16"))
         check_type("compile", compile, bool)
-        self.target_update = ALMTargetUpdate(loss, tau=tau)
         self._update = Update(
             loss,
-            self.target_update,
             lr=lr,
             clip_norm=clip_norm,
+            tau=tau,
             precision=precision,
             compile=compile,
         )
@@ -246,12 +242,7 @@ class ALMOptimizationStepper(OptimizationStepper):
         """
         self._count += 1
         self._update.count.fill_(self._count)
-        if self.cudagraph:
-            metrics = self._captured(sub_batch)
-        elif trainer is None or self.compile:
-            metrics = self._update(sub_batch)
-        else:
-            metrics = self._update(sub_batch, trainer.compute_loss)
+        metrics = (self._captured if self.cudagraph else self._update)(sub_batch)
         if self._update.device.type == "cpu":
             self.raise_if_nonfinite()
         return TensorDict(metrics, batch_size=[])

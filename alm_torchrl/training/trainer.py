@@ -295,7 +295,6 @@ def make_trainer(
         loss_module=loss,
         optimization_stepper=stepper,
         replay_buffer=buffer,
-        target_net_updater=stepper.target_update,
         logger=logger,
         progress_bar=False,
         # The Trainer lets one step more than its intervals pass.
@@ -397,7 +396,6 @@ def _act(loss: ALMLoss | BaselineLoss, observation: TensorDictBase) -> Tensor:
     if isinstance(loss, BaselineLoss):
         return loss.act(observation)
     # The methods of the loss have the better errors.
-    encoded = loss.encode(observation, "live")
-    policy = loss.acting_policy()
-    loss.act(loss.sample(encoded))
+    latents, policy = loss.latents, loss.acting_policy()
+    latents.act(latents.sample(latents.encode(observation, "live")))
     return policy(observation)[loss.tensor_keys.action]

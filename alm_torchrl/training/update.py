@@ -14,78 +14,28 @@ from torchrl.objectives import SoftUpdate
 
 from alm_torchrl.objectives import ALMLoss
 
-__all__ = ["STEPS", "ALMTargetUpdate", "CapturedUpdate", "Update"]
+__all__ = ["CapturedUpdate", "Update"]
 
 Precision = Literal["fp32", "tf32", "bf16"]
-Term = Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]]
-ComputeLoss = Callable[[TensorDictBase, str], tuple[Tensor, dict[str, Tensor]]]
-
-STEPS = (
-    ("model_loss", ("encoder", "model", "decoder")),
-    ("reward_classifier_loss", ("reward", "classifier")),
-    ("qvalue_loss", ("qvalue",)),
-    ("actor_loss", ("actor",)),
-)
-"""Each step of an update: the loss method, and the parts it trains.
-
-With an entropy bonus, that of its temperature follows.
-"""
 
 # Runs before a capture: libraries allocate and choose their kernels in the first.
 WARMUP = 3
-
-
-class ALMTargetUpdate(SoftUpdate):
-    """Soft update of the targets that stands still after a failed update.
-
-    Args:
-        loss_module (ALMLoss): loss with target parameters.
-
-    Keyword Args:
-        tau (float): share of the online parameters, in (0, 1]. Default: ``0.005``.
-
-    Examples:
-        >>> from alm_torchrl import make_alm_loss
-        >>> loss = make_alm_loss(
-        ...     observation_dim=3, action_low=[-1.0], action_high=[1.0], hidden_dim=8
-        ... )
-        >>> updater = ALMTargetUpdate(loss, tau=1.0)
-        >>> online = loss.qvalue_params.flatten_keys()
-        >>> _ = online.data.apply_(lambda values: values.fill_(2.0))
-        >>> updater.step()
-        >>> target = loss.target_qvalue_params.flatten_keys()
-        >>> all(bool((values == 2).all()) for values in target.values())
-        True
-    """
-
-    def __init__(self, loss_module: ALMLoss, *, tau: float = 0.005) -> None:
-        super().__init__(loss_module, tau=tau)
-        self.failed: Tensor | None = None
-
-    def _step(self, p_source: TensorDictBase, p_target: TensorDictBase) -> None:
-        weights: dict[torch.dtype, Tensor | float] = {}
-        for key, target in p_target.items(include_nested=True, leaves_only=True):
-            dtype = target.dtype
-            if dtype not in weights:
-                # TensorDict's own lerp_ would wait for a number of the device.
-                moves = 1 if self.failed is None else (~self.failed).to(dtype)
-                weights[dtype] = (1 - self.eps) * moves
-            target.data.lerp_(p_source.get(key).data, weights[dtype])
 
 
 class Update:
     """Losses, backward passes, clipping, optimizers and targets, in their order.
 
     It draws random numbers and changes tensors in place, and touches nothing else:
-    no value is read from the device, so that a CUDA graph can hold all of it.
+    no value is read from the device, so that a CUDA graph can hold all of it. Once a
+    loss or gradient norm is not finite, all later steps do nothing.
 
     Args:
-        loss (ALMLoss): the loss.
-        target_update (ALMTargetUpdate): moves the targets.
+        loss (ALMLoss): the loss. Its targets become copies of the online networks.
 
     Keyword Args:
         lr (float): learning rate.
         clip_norm (float): largest global gradient norm of each step.
+        tau (float): share by which the targets move.
         precision (str): ``"fp32"``, ``"tf32"`` or ``"bf16"``.
         compile (bool): run the loss's methods compiled.
     """
@@ -93,44 +43,52 @@ class Update:
     def __init__(
         self,
         loss: ALMLoss,
-        target_update: ALMTargetUpdate,
         *,
         lr: float,
         clip_norm: float,
+        tau: float,
         precision: Precision,
         compile: bool,
     ) -> None:
         self.loss = loss
-        self.target_update = target_update
         self.clip_norm = clip_norm
+        self.tau = tau
         self.precision = precision
-        self.optimizers: dict[str, torch.optim.Adam] = {}
-        self._parameters: dict[str, list[nn.Parameter]] = {}
-        steps = {method: list(self._part_parameters(parts)) for method, parts in STEPS}
-        if loss.log_alpha is not None:
-            steps["alpha_loss"] = [loss.log_alpha]
-        for method, params in steps.items():
-            self._parameters[method] = params
-            # Only the fused implementation can skip a step on the device.
-            self.optimizers[method] = torch.optim.Adam(params, lr=lr, fused=True)
-        names = ["encode_transitions", *self.optimizers]
-        self._terms = (
+        # Copies the networks to the targets, and tells the loss that they will move.
+        SoftUpdate(loss, tau=tau)
+        trained = {
+            "model_loss": [*self._params("encoder", "model")],
+            "reward_classifier_loss": [*self._params("reward", "classifier")],
+            "qvalue_loss": [*self._params("qvalue")],
+            "actor_loss": [*self._params("actor")],
+        }
+        trained["model_loss"] += loss.model_terms.parameters()
+        if loss.entropy is not None:
+            trained["alpha_loss"] = [*loss.entropy.parameters()]
+        self.trained: dict[str, list[nn.Parameter]] = trained
+        """The parameters that each step of an update trains, by the loss's method."""
+        # Only the fused implementation can skip a step on the device.
+        self.optimizers = {
+            name: torch.optim.Adam(params, lr=lr, fused=True)
+            for name, params in trained.items()
+        }
+        names = ["encode_transitions", *trained]
+        self._compiled = (
             {name: compile_term(getattr(loss, name)) for name in names}
             if compile
             else None
         )
-        self.device = self._parameters["model_loss"][0].device
-        # Number of this update, from 1; whoever calls fills it in.
+        self.device = trained["model_loss"][0].device
+        # Number of this update, from 1; the caller fills it in.
         self.count = torch.zeros((), dtype=torch.int64, device=self.device)
         # Update and position (from 1) of the first term that was not finite, or zeros.
         self.failure = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.checked: list[str] = []
 
-    def _part_parameters(self, parts: tuple[str, ...]) -> Iterator[nn.Parameter]:
+    def _params(self, *parts: str) -> Iterator[nn.Parameter]:
         for part in parts:
-            params = getattr(self.loss, f"{part}_params", None)
-            if params is not None:
-                yield from params.parameters()
+            if getattr(self.loss, part) is not None:
+                yield from getattr(self.loss, f"{part}_params").parameters()
 
     def tensors(self) -> Iterator[Tensor]:
         """All that an update may change, and the buffers of the loss."""
@@ -141,66 +99,84 @@ class Update:
             for state in optimizer.state.values():
                 yield from state.values()
 
-    def __call__(
-        self, batch: TensorDictBase, compute_loss: ComputeLoss | None = None
-    ) -> dict[str, Tensor]:
+    def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """Makes one update.
 
         Args:
             batch (TensorDictBase): two-draw batch or slices ``[B, K]``.
-            compute_loss (callable, optional): runs the loss method of a name on a
-                batch. Default: ``None``, the loss itself does.
 
         Returns:
             dict: detached scalars by name.
         """
         with _matrix_products(self.precision):
-            return self._run(batch, compute_loss or self._compute_loss)
+            return self._run(batch)
 
-    def _term(self, name: str) -> Callable[..., Any]:
-        return getattr(self.loss, name) if self._terms is None else self._terms[name]
-
-    def _compute_loss(
-        self, batch: TensorDictBase, method: str
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return cast("Term", self._term(method))(batch)
-
-    def _autocast(self) -> torch.autocast:
-        reduced = self.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, reduced)
-
-    def _run(
-        self, batch: TensorDictBase, compute_loss: ComputeLoss
-    ) -> dict[str, Tensor]:
+    def _run(self, batch: TensorDictBase) -> dict[str, Tensor]:
         metrics: dict[str, Tensor] = {}
         checked: dict[str, Tensor] = {}
         failed = self.failure[0] > 0
-        for method, optimizer in self.optimizers.items():
-            with self._autocast():
-                value, metadata = compute_loss(batch, method)
-            for parameter in self._parameters[method]:
-                parameter.grad = None
-            value.backward()
-            norm = nn.utils.clip_grad_norm_(self._parameters[method], self.clip_norm)
-            name = method.removesuffix("_loss")
-            new = {k: loss for k, loss in metadata.items() if k.startswith("loss_")}
-            if method != "reward_classifier_loss":  # the sum of those in its metadata
-                new[f"loss_{name}"] = value.detach()
-            new[f"grad_norm_{name}"] = norm
-            failed = failed | ~torch.stack(list(new.values())).isfinite().all()
-            # Read by the fused Adam: the step is skipped where it is 1.
-            optimizer.found_inf = failed.to(torch.float32)  # type: ignore[attr-defined]
-            optimizer.step()
+
+        def step(name: str, *args: object) -> None:
+            nonlocal failed
+            value, metadata = self._compute(name, batch, *args)
+            new = self._losses(name, value, metadata)
+            failed = self._descend(name, value, new, failed)
             metrics.update(metadata)
             checked.update(new)
-            if method == "model_loss":
-                # The targets, and so these distributions, stay to the end.
-                with self._autocast():
-                    batch = self._term("encode_transitions")(batch)
-        self.target_update.failed = failed
-        self.target_update.step()
+
+        step("model_loss")
+        # The targets, and so these distributions, stay to the end.
+        encoded = self._compute("encode_transitions", batch)
+        step("reward_classifier_loss", encoded)
+        step("qvalue_loss", encoded)
+        step("actor_loss", encoded)
+        if self.loss.entropy is not None:
+            step("alpha_loss", encoded)
+        self._move_targets(failed)
         self._note(checked, failed)
         return {**metrics, **checked}
+
+    def _compute(self, name: str, *args: object) -> Any:  # noqa: ANN401
+        """Calls a method of the loss, compiled if asked for."""
+        methods = self._compiled
+        method = getattr(self.loss, name) if methods is None else methods[name]
+        reduced = self.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, reduced):
+            return method(*args)
+
+    def _losses(
+        self, name: str, value: Tensor, metadata: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The detached losses of a step, by name."""
+        if name == "reward_classifier_loss":  # a sum, whose parts are in its metadata
+            return {k: v for k, v in metadata.items() if k.startswith("loss_")}
+        return {f"loss_{name.removesuffix('_loss')}": value.detach()}
+
+    def _descend(
+        self, name: str, value: Tensor, checked: dict[str, Tensor], failed: Tensor
+    ) -> Tensor:
+        """Backward pass, clipping and optimizer; returns whether the update failed."""
+        for parameter in self.trained[name]:
+            parameter.grad = None
+        value.backward()
+        norm = nn.utils.clip_grad_norm_(self.trained[name], self.clip_norm)
+        checked[f"grad_norm_{name.removesuffix('_loss')}"] = norm
+        failed = failed | ~torch.stack(list(checked.values())).isfinite().all()
+        optimizer = self.optimizers[name]
+        # Read by the fused Adam: the step is skipped where it is 1.
+        optimizer.found_inf = failed.to(torch.float32)  # type: ignore[attr-defined]
+        optimizer.step()
+        return failed
+
+    def _move_targets(self, failed: Tensor) -> None:
+        """Moves the targets towards the online networks, or not after a failure."""
+        for part in ("encoder", "qvalue"):
+            online = getattr(self.loss, f"{part}_params")
+            targets = getattr(self.loss, f"target_{part}_params")
+            for key, source in online.items(include_nested=True, leaves_only=True):
+                if source.requires_grad:
+                    weight = self.tau * (~failed).to(source.dtype)
+                    targets.get(key).data.lerp_(source.data, weight)
 
     def _note(self, checked: dict[str, Tensor], failed: Tensor) -> None:
         """Notes the first term that was not finite, unless one was before."""

@@ -1,4 +1,4 @@
-"""Lends a module other tensors for a while, without TensorDict's bookkeeping."""
+"""Runs a module with other parameters, without TensorDict's bookkeeping."""
 
 from __future__ import annotations
 
@@ -10,31 +10,30 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 
-__all__ = ["Loan", "lendable"]
+__all__ = ["can_swap", "swapped_params"]
 
 
-class Loan:
-    """Context in which a module holds other parameters and buffers than its own.
+class swapped_params:
+    """Context in which a module holds other parameters and buffers.
 
-    It does what ``params.to_module(module)`` does as a context manager, in a tenth of
-    the time: where each tensor goes is looked up once, when the loan is made.
+    It does what ``params.to_module(module)`` does, in a tenth of the time: the place
+    of each tensor is looked up once, when the object is made. It can be entered many
+    times, also within itself.
 
     Args:
-        module (nn.Module): the borrower, for which :func:`lendable` is true.
-        params (TensorDictParams): what it holds inside the context, with the nested
-            keys of its parameters and buffers.
+        module (nn.Module): a module for which :func:`can_swap` is true.
+        params (TensorDictParams): its parameters and buffers inside the context.
 
     Keyword Args:
-        detach (bool): lend detached tensors on the same memory. Default: ``False``.
+        detach (bool): use detached tensors on the same memory. Default: ``False``.
 
     Examples:
         >>> import torch
-        >>> from tensordict.nn import TensorDictParams
         >>> from tensordict import TensorDict
         >>> layer = nn.Linear(1, 1)
         >>> held = TensorDict.from_module(layer).detach()
         >>> zeros = TensorDictParams(held.apply(torch.zeros_like))
-        >>> with Loan(layer, zeros):
+        >>> with swapped_params(layer, zeros):
         ...     layer(torch.ones(1)).item()
         0.0
         >>> bool(layer.weight == 0)
@@ -45,19 +44,23 @@ class Loan:
         self, module: nn.Module, params: TensorDictParams, *, detach: bool = False
     ) -> None:
         self._source = params._param_td
-        self._lent = [
+        self._swapped = [
             (slots, name, tensor.detach() if detach else tensor)
             for slots, name, tensor in _places(module, params)
         ]
         self._kept: list[list[Any]] = []
 
-    def holds(self, params: TensorDictParams) -> bool:
-        """Whether it would lend these parameters, which a functional call replaces."""
+    def is_of(self, params: TensorDictParams) -> bool:
+        """Whether these are the parameters; a cast or a functional call replaces them.
+
+        Args:
+            params (TensorDictParams): the parameters to compare with.
+        """
         return self._source is params._param_td
 
     def __enter__(self) -> None:
-        self._kept.append([slots[name] for slots, name, _ in self._lent])
-        for slots, name, tensor in self._lent:
+        self._kept.append([slots[name] for slots, name, _ in self._swapped])
+        for slots, name, tensor in self._swapped:
             slots[name] = tensor
 
     def __exit__(
@@ -66,14 +69,22 @@ class Loan:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for (slots, name, _), tensor in zip(self._lent, self._kept.pop(), strict=True):
+        kept = self._kept.pop()
+        for (slots, name, _), tensor in zip(self._swapped, kept, strict=True):
             slots[name] = tensor
 
 
-def lendable(module: nn.Module) -> bool:
-    """Whether tensors can be put in place behind the back of all submodules.
+def can_swap(module: nn.Module) -> bool:
+    """Whether tensors can be exchanged without the module noticing.
 
-    Not where one of them, such as ``nn.LSTM``, acts when an attribute is set.
+    False where a part acts when an attribute is set, as ``nn.LSTM`` does.
+
+    Args:
+        module (nn.Module): the module.
+
+    Examples:
+        >>> can_swap(nn.Linear(1, 1)), can_swap(nn.LSTM(1, 1))
+        (True, False)
     """
     return all(
         type(part).__setattr__ is nn.Module.__setattr__ for part in module.modules()

@@ -1,4 +1,4 @@
-"""Batches in, reduced losses out: checks, masks and reductions of the terms.
+"""Reads batches for the terms of the loss: checks, masks and reductions.
 
 The checks look at keys, shapes, types and devices, never at values.
 """
@@ -12,20 +12,16 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
+Masked = tuple[TensorDictBase, Tensor | None]
+
+
+def entry_names(tensordict: TensorDictBase) -> list[NestedKey]:
+    """The names of all entries, for messages."""
+    return sorted(tensordict.keys(True, True), key=str)
+
 
 def read_entry(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
-    """An entry of a batch.
-
-    Args:
-        tensordict (TensorDictBase): the batch.
-        key (NestedKey): the entry.
-
-    Returns:
-        Tensor: the entry.
-
-    Raises:
-        KeyError: if there is none.
-    """
+    """An entry of a batch; raises a KeyError that lists the entries."""
     entry = tensordict.get(key, default=None)
     if entry is None:
         raise KeyError(
@@ -35,18 +31,15 @@ def read_entry(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
 
 
 def read_column(tensordict: TensorDictBase, key: NestedKey, like: Tensor) -> Tensor:
-    """An entry of a batch with one number for each row.
+    """An entry with one number for each row, ``[*]``.
 
     Args:
-        tensordict (TensorDictBase): ``[N]``.
-        key (NestedKey): entry ``[N, 1]`` or ``[N]``.
-        like (Tensor): a tensor on the device that it must be on.
-
-    Returns:
-        Tensor: ``[N]``.
+        tensordict (TensorDictBase): ``[*]``.
+        key (NestedKey): entry ``[*]`` or ``[*, 1]``.
+        like (Tensor): a tensor on the expected device.
 
     Raises:
-        KeyError: if there is none.
+        KeyError: if the entry is missing.
         ValueError: if it has another shape or device.
     """
     entry = read_entry(tensordict, key)
@@ -64,25 +57,100 @@ def read_column(tensordict: TensorDictBase, key: NestedKey, like: Tensor) -> Ten
     return entry.reshape(shape)
 
 
-def entry_names(tensordict: TensorDictBase) -> list[NestedKey]:
-    """The names of all entries, for messages."""
-    return sorted(tensordict.keys(True, True), key=str)
+def read_part(
+    tensordict: TensorDictBase, key: NestedKey, action_key: NestedKey
+) -> TensorDictBase:
+    """The entry ``key`` of a two-draw batch, or the plain batch itself."""
+    part = tensordict.get(key, default=tensordict)
+    if part.get(action_key, default=None) is None:
+        raise KeyError(
+            f"tensordict: expected the entry {action_key!r}, alone or under {key!r}, "
+            f"got {entry_names(tensordict)}."
+        )
+    return part
 
 
-def misfit(
-    part: str, module: nn.Module, inputs: TensorDictBase, error: Exception
-) -> Exception:
-    """Says why a network does not fit its inputs, after it has failed on them.
+def read_rows(
+    tensordict: TensorDictBase,
+    key: NestedKey,
+    action_key: NestedKey,
+    mask_keys: Sequence[NestedKey],
+) -> Masked:
+    """Rows with their full batch size, and the mask of those that count.
+
+    Masked rows may hold anything, so they are filled with zeros: NaN would survive a
+    gradient of zero.
 
     Args:
-        part (str): what the message calls the network.
+        tensordict (TensorDictBase): two-draw batch, slices or transitions.
+        key (NestedKey): the rows' key in a two-draw batch.
+        action_key (NestedKey): entry ``[*, A]``, whose ``*`` is the batch size.
+        mask_keys (sequence of NestedKey): boolean entries ``[*]`` or ``[*, 1]`` to
+            look for; several are combined.
+
+    Returns:
+        tuple: rows ``[*]``, and the mask ``[*]`` or ``None``.
+
+    Raises:
+        KeyError: if there is no action.
+        ValueError: if the action holds no floats, another entry has another batch
+            size, a mask is not boolean, or there are no rows.
+    """
+    rows = read_part(tensordict, key, action_key)
+    action = read_entry(rows, action_key)
+    if not action.is_floating_point():
+        raise ValueError(
+            f"tensordict: expected floating-point actions {action_key!r}, got "
+            f"{action.dtype}."
+        )
+    shape = action.shape[:-1]
+    if rows.batch_size != shape:
+        rows = rows.copy()
+        try:
+            rows.batch_size = shape
+        except RuntimeError as error:
+            raise ValueError(
+                f"tensordict: expected entries of batch size {list(shape)}, that of "
+                f"the action {action_key!r}, got {error}"
+            ) from error
+    if 0 in shape:
+        raise ValueError(
+            "tensordict: expected at least one row and step, got batch size "
+            f"{list(shape)}."
+        )
+    mask = None
+    for name in mask_keys:
+        entry = rows.get(name, default=None)
+        if entry is not None:
+            if entry.dtype != torch.bool or entry.numel() != shape.numel():
+                raise ValueError(
+                    f"tensordict: expected a boolean mask {name!r} of shape "
+                    f"{list(shape)}, got {entry.dtype} of shape {list(entry.shape)}."
+                )
+            entry = entry.reshape(shape)
+            mask = entry if mask is None else mask & entry
+    if mask is None:
+        return rows, None
+    hidden = ~mask
+    return rows.apply(
+        lambda x: x.masked_fill(hidden.reshape(shape + (1,) * (x.ndim - len(shape))), 0)
+    ), mask
+
+
+def explain_mismatch(
+    part: str, module: nn.Module, inputs: TensorDictBase, error: Exception
+) -> Exception:
+    """Explains a shape, dtype, device or key mismatch of a network and its inputs.
+
+    Args:
+        part (str): name of the network in the message.
         module (TensorDictModule): the network.
-        inputs (TensorDictBase): what it was given.
+        inputs (TensorDictBase): its inputs.
         error (Exception): what it raised.
 
     Returns:
-        Exception: a ``KeyError`` or ``ValueError`` that names the key, device, type or
-        shapes, or ``error`` itself if it is about none of these.
+        Exception: a ``KeyError`` or ``ValueError``, or ``error`` itself where it is
+        about something else.
     """
     names = entry_names(inputs)
     read: list[NestedKey] = list(module.in_keys)  # type: ignore[arg-type]
@@ -103,7 +171,7 @@ def misfit(
                 f"{part}: expected {key!r} with the type of its parameters, "
                 f"{weight.dtype}, got {tensor.dtype}."
             )
-    # A subclass tells of something else, such as a lack of memory.
+    # A subclass means something else, such as a lack of memory.
     if type(error) is not RuntimeError:
         return error
     text = str(error)
@@ -121,62 +189,6 @@ def misfit(
     return error
 
 
-def read_masked(
-    tensordict: TensorDictBase, action_key: NestedKey, mask_keys: Sequence[NestedKey]
-) -> tuple[TensorDictBase, Tensor | None]:
-    """Finds the batch size and the mask of an input, and hides what is masked.
-
-    Args:
-        tensordict (TensorDictBase): ``[*]``, perhaps with fewer declared dimensions.
-        action_key (NestedKey): entry ``[*, A]`` that tells the batch size.
-        mask_keys (sequence of NestedKey): boolean entries ``[*]`` or ``[*, 1]`` to
-            look for; several are combined.
-
-    Returns:
-        tuple: the input with its full batch size and zeros in the masked rows (which
-        may hold anything: NaN would survive a zero gradient), and the mask ``[*]`` or
-        ``None``.
-
-    Raises:
-        KeyError: if there is no action.
-        ValueError: if the action holds no floats, or another entry has not its batch
-            size.
-    """
-    action = read_entry(tensordict, action_key)
-    if not action.is_floating_point():
-        raise ValueError(
-            f"tensordict: expected floating-point actions {action_key!r}, got "
-            f"{action.dtype}."
-        )
-    shape = action.shape[:-1]
-    if tensordict.batch_size != shape:
-        tensordict = tensordict.copy()
-        try:
-            tensordict.batch_size = shape
-        except RuntimeError as error:
-            raise ValueError(
-                f"tensordict: expected entries of batch size {list(shape)}, that of "
-                f"the action {action_key!r}, got {error}"
-            ) from error
-    mask = None
-    for key in mask_keys:
-        entry = tensordict.get(key, default=None)
-        if entry is not None:
-            if entry.dtype != torch.bool or entry.numel() != shape.numel():
-                raise ValueError(
-                    f"tensordict: expected a boolean mask {key!r} of shape "
-                    f"{list(shape)}, got {entry.dtype} of shape {list(entry.shape)}."
-                )
-            entry = entry.reshape(shape)
-            mask = entry if mask is None else mask & entry
-    if mask is None:
-        return tensordict, None
-    hidden = ~mask
-    return tensordict.apply(
-        lambda x: x.masked_fill(hidden.reshape(shape + (1,) * (x.ndim - len(shape))), 0)
-    ), mask
-
-
 def reduce_masked(loss: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
     """Reduces a loss over the rows that count.
 
@@ -186,7 +198,7 @@ def reduce_masked(loss: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
         reduction (str): ``"mean"``, ``"sum"`` or ``"none"``.
 
     Returns:
-        Tensor: a scalar, or ``[B]`` with ``"none"``: averaged over K, and zero where
+        Tensor: a scalar, or with ``"none"`` ``[B]``: averaged over K, and zero where
         no row counts.
     """
     if mask is not None:
