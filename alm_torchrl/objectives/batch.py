@@ -5,14 +5,35 @@ The checks look at keys, shapes, types and devices, never at values.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
-Masked = tuple[TensorDictBase, Tensor | None]
+if TYPE_CHECKING:
+    from alm_torchrl.objectives.alm import ALMLoss
+
+
+class Rows(NamedTuple):
+    """Rows of a batch for a term of the loss, and how it averages over them."""
+
+    data: TensorDictBase
+    """Slices ``[B, K]``, or transitions flattened to ``[N]``; zeros where masked."""
+    mask: Tensor | None
+    """The rows that count, of shape :attr:`shape`."""
+    shape: torch.Size
+    """Shape of the rows before they were flattened."""
+
+    def reduce(self, loss: Tensor, reduction: str) -> Tensor:
+        """Reduces a loss of each row; ``"none"`` averages over the steps of slices."""
+        return reduce_masked(loss.reshape(self.shape), self.mask, reduction)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Detached mean of ``[N, *]`` over the rows that count."""
+        values = values.detach().reshape(*self.shape, *values.shape[1:])
+        return masked_mean(values, self.mask)
 
 
 def entry_names(tensordict: TensorDictBase) -> list[NestedKey]:
@@ -70,32 +91,57 @@ def read_part(
     return part
 
 
-def read_rows(
-    tensordict: TensorDictBase,
-    key: NestedKey,
-    action_key: NestedKey,
-    mask_keys: Sequence[NestedKey],
-) -> Masked:
+def read_slices(loss: ALMLoss, tensordict: TensorDictBase) -> Rows:
+    """The slices ``[B, K]`` of a batch; one with a masked step does not count.
+
+    Raises:
+        ValueError: if there are none, or an entry does not fit.
+    """
+    data, mask = _read_rows(loss, tensordict, loss.tensor_keys.slice)
+    if data.ndim != 2:
+        raise ValueError(
+            "model_loss expects slices with batch size [B, K], alone or under the key "
+            f"{loss.tensor_keys.slice!r}, got batch size {list(data.batch_size)}."
+        )
+    mask = None if mask is None else mask.all(1)
+    return Rows(data, mask, data.batch_size[:1])
+
+
+def read_horizon(loss: ALMLoss, tensordict: TensorDictBase) -> int | None:
+    """The length K of the slices of a batch, or ``None`` for transitions."""
+    key, action_key = loss.tensor_keys.slice, loss.tensor_keys.action
+    steps = read_part(tensordict, key, action_key)[action_key].shape[1:-1]
+    return steps[0] if len(steps) == 1 else None
+
+
+def read_transitions(loss: ALMLoss, tensordict: TensorDictBase) -> Rows:
+    """The transitions of a batch, flattened to ``[N]``.
+
+    Raises:
+        ValueError: if they are neither ``[B]`` nor ``[B, K]``, or an entry
+            does not fit.
+    """
+    data, mask = _read_rows(loss, tensordict, loss.tensor_keys.transition)
+    shape = data.batch_size
+    if len(shape) not in (1, 2):
+        raise ValueError(
+            "the one-step terms expect transitions [B] or slices [B, K], got batch "
+            f"size {list(shape)}."
+        )
+    return Rows(data.reshape(-1), mask, shape)
+
+
+def _read_rows(
+    loss: ALMLoss, tensordict: TensorDictBase, key: NestedKey
+) -> tuple[TensorDictBase, Tensor | None]:
     """Rows with their full batch size, and the mask of those that count.
 
     Masked rows may hold anything, so they are filled with zeros: NaN would survive a
-    gradient of zero.
-
-    Args:
-        tensordict (TensorDictBase): two-draw batch, slices or transitions.
-        key (NestedKey): the rows' key in a two-draw batch.
-        action_key (NestedKey): entry ``[*, A]``, whose ``*`` is the batch size.
-        mask_keys (sequence of NestedKey): boolean entries ``[*]`` or ``[*, 1]`` to
-            look for; several are combined.
-
-    Returns:
-        tuple: rows ``[*]``, and the mask ``[*]`` or ``None``.
-
-    Raises:
-        KeyError: if there is no action.
-        ValueError: if the action holds no floats, another entry has another batch
-            size, a mask is not boolean, or there are no rows.
+    gradient of zero. Raises a KeyError without an action, and a ValueError where the
+    action holds no floats, another entry has another batch size, a mask is not
+    boolean, or there are no rows.
     """
+    action_key, mask_keys = loss.tensor_keys.action, loss._loss_mask_keys()
     rows = read_part(tensordict, key, action_key)
     action = read_entry(rows, action_key)
     if not action.is_floating_point():

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -17,8 +17,9 @@ from torchrl.modules import IndependentNormal
 from alm_torchrl import functional
 from alm_torchrl.checks import check_integer
 from alm_torchrl.distributions import ClampedNormal, draw, is_random
+from alm_torchrl.networks import AlwaysSample
 from alm_torchrl.objectives.batch import entry_names, explain_mismatch
-from alm_torchrl.objectives.swapping import can_swap, swapped_params
+from alm_torchrl.objectives.binding import can_swap, swapped_params
 
 __all__ = ["Encoding", "Latents", "Rollout", "normal_parameters"]
 
@@ -54,20 +55,19 @@ class Latents:
     Each verb runs a network with one of three sets of parameters: ``"live"`` (a
     gradient reaches them), ``"frozen"`` (the same values; a gradient reaches the
     inputs only) or ``"target"`` (the slow copies of encoder and critics). Samples obey
-    the exploration type in force: random unless it says otherwise.
+    the exploration type in force: random unless it says otherwise. Latents are
+    ``[*, L]``, actions ``[*, A]``. A network that does not fit its inputs raises a
+    KeyError or ValueError that explains it.
 
     Made by :class:`~alm_torchrl.ALMLoss`, as its attribute ``latents``.
 
     Args:
-        networks (mapping): ``encoder``, ``model``, ``actor``, ``qvalue``, ``reward``
-            and ``classifier`` (or ``None``).
-        params (mapping): the parameters by name, as :class:`torchrl.objectives.\
-LossModule` registers them: ``encoder_params``, ``target_encoder_params`` and so on.
+        networks (mapping): the networks by name; ``classifier`` may be ``None``.
+        params (mapping): the loss's ``encoder_params``, ``target_encoder_params`` etc.
         keys (object): the loss's ``tensor_keys``.
 
     Keyword Args:
-        noise_clip (float, optional): clip of the noise of a
-            :class:`~alm_torchrl.ClampedNormal`; ``None`` for no clip.
+        noise_clip (float, optional): clip of the action noise, or ``None``.
 
     Examples:
         >>> from alm_torchrl import make_alm_loss
@@ -102,30 +102,11 @@ LossModule` registers them: ``encoder_params``, ``target_encoder_params`` and so
     def encode(
         self, tensordict: TensorDictBase, parameters: Parameters = "target"
     ) -> Distribution:
-        """Distribution of the encoder, ``e(z | s)``.
-
-        Args:
-            tensordict (TensorDictBase): the encoder's ``in_keys``, ``[*]``.
-            parameters (str): ``"live"``, ``"frozen"`` or ``"target"``.
-                Default: ``"target"``.
-
-        Returns:
-            Distribution: over latents ``[*, L]``.
-
-        Raises:
-            KeyError: if an observation is missing.
-        """
+        """Distribution of the encoder, ``e(z | s)``, over ``[*, L]``."""
         return self._run("encoder", parameters, self.observations(tensordict))
 
     def observations(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """The entries that the encoder reads.
-
-        Args:
-            tensordict (TensorDictBase): ``[*]``.
-
-        Raises:
-            KeyError: if one is missing.
-        """
+        """The entries ``[*]`` that the encoder reads; a KeyError if one is missing."""
         keys = self._network("encoder").in_keys
         if any(tensordict.get(key, default=None) is None for key in keys):
             raise KeyError(
@@ -137,16 +118,7 @@ LossModule` registers them: ``encoder_params``, ``target_encoder_params`` and so
     def step(
         self, latent: Tensor, action: Tensor, parameters: Parameters = "frozen"
     ) -> Distribution:
-        """Distribution of the latent model, ``m(z' | z, a)``.
-
-        Args:
-            latent (Tensor): ``[*, L]``.
-            action (Tensor): ``[*, A]``.
-            parameters (str): ``"live"`` or ``"frozen"``. Default: ``"frozen"``.
-
-        Returns:
-            Distribution: over next latents ``[*, L]``.
-        """
+        """Distribution of the latent model, ``m(z' | z, a)``, over ``[*, L]``."""
         inputs = self.inputs(latent=latent, action=action)
         dist = self._run("model", parameters, inputs)
         shape = dist.batch_shape + dist.event_shape
@@ -157,27 +129,20 @@ LossModule` registers them: ``encoder_params``, ``target_encoder_params`` and so
             )
         return dist
 
-    def sample(self, dist: Distribution) -> Tensor:
-        """Draws from a distribution; see :func:`~alm_torchrl.distributions.draw`.
-
-        Args:
-            dist (Distribution): what :meth:`encode` or :meth:`step` returned.
-        """
-        return draw(dist, self.noise_clip)
+    def sample(self, dist: Distribution, rows: Tensor | None = None) -> Tensor:
+        """Draws from a distribution (of some rows), with the loss's noise clip."""
+        if rows is None:
+            return draw(dist, self.noise_clip)
+        if type(dist) is IndependentNormal:
+            return draw(take_rows(dist, rows), self.noise_clip)
+        return draw(dist, self.noise_clip)[rows]
 
     def act(self, latent: Tensor, parameters: Parameters = "frozen") -> Tensor:
-        """Action of the actor, with the noise clipped as in the losses.
+        """Action of the actor, ``[*, A]``, with the noise clipped as in the losses.
 
         An actor with a :class:`~alm_torchrl.ClampedNormal` draws with ``noise_clip``
         (outside random exploration it gives the clamped mean), one with another
         distribution draws a reparameterised sample, one without gives its output.
-
-        Args:
-            latent (Tensor): ``[*, L]``.
-            parameters (str): ``"live"`` or ``"frozen"``. Default: ``"frozen"``.
-
-        Returns:
-            Tensor: action, ``[*, A]``.
         """
         inputs = self.inputs(latent=latent)
         if hasattr(self._network("actor"), "get_dist"):
@@ -187,15 +152,7 @@ LossModule` registers them: ``encoder_params``, ``target_encoder_params`` and so
     def act_and_score(
         self, latent: Tensor, parameters: Parameters = "frozen"
     ) -> tuple[Tensor, Tensor]:
-        """Action and its log density, of an actor that has one.
-
-        Args:
-            latent (Tensor): ``[*, L]``.
-            parameters (str): ``"live"`` or ``"frozen"``. Default: ``"frozen"``.
-
-        Returns:
-            tuple of Tensor: action ``[*, A]`` and ``log pi(a | z)`` ``[*]``.
-        """
+        """Action ``[*, A]`` and its ``log pi(a | z)``, ``[*]``."""
         dist = self._run("actor", parameters, self.inputs(latent=latent))
         if isinstance(dist, ClampedNormal):
             clip = self.noise_clip if is_random() else 0.0
@@ -210,14 +167,7 @@ LossModule` registers them: ``encoder_params``, ``target_encoder_params`` and so
         return action, log_prob.sum(-1) if log_prob.ndim == action.ndim else log_prob
 
     def mean_action(self, latent: Tensor) -> Tensor:
-        """The actor's action under deterministic exploration, not clamped.
-
-        Args:
-            latent (Tensor): ``[*, L]``.
-
-        Returns:
-            Tensor: action, ``[*, A]``.
-        """
+        """Action under deterministic exploration, not clamped, ``[*, A]``."""
         inputs = self.inputs(latent=latent)
         deterministic = set_exploration_type(ExplorationType.DETERMINISTIC)
         with deterministic, self._bound("actor", "frozen"):
@@ -226,33 +176,14 @@ LossModule` registers them: ``encoder_params``, ``target_encoder_params`` and so
     def state_action_value(
         self, latent: Tensor, action: Tensor, parameters: Parameters = "frozen"
     ) -> Tensor:
-        """Values of all critics, ``Q_i(z, a)``.
-
-        Args:
-            latent (Tensor): ``[*, L]``.
-            action (Tensor): ``[*, A]``.
-            parameters (str): ``"live"``, ``"frozen"`` or ``"target"``.
-                Default: ``"frozen"``.
-
-        Returns:
-            Tensor: ``[*, number of critics]``; the smallest is used as the value.
-        """
+        """Values of all critics, ``Q_i(z, a)``, ``[*, number of critics]``."""
         inputs = self.inputs(latent=latent, action=action)
         return self._output("qvalue", parameters, inputs, self.keys.state_action_value)
 
     def predict_reward(
         self, latent: Tensor, action: Tensor, parameters: Parameters = "frozen"
     ) -> Tensor:
-        """Reward model, ``r(z, a)``.
-
-        Args:
-            latent (Tensor): ``[*, L]``.
-            action (Tensor): ``[*, A]``.
-            parameters (str): ``"live"`` or ``"frozen"``. Default: ``"frozen"``.
-
-        Returns:
-            Tensor: predicted reward, ``[*]``.
-        """
+        """Reward model, ``r(z, a)``, ``[*]``."""
         inputs = self.inputs(latent=latent, action=action)
         key = self.keys.predicted_reward
         return self._output("reward", parameters, inputs, key, 1).squeeze(-1)
@@ -264,33 +195,17 @@ LossModule` registers them: ``encoder_params``, ``target_encoder_params`` and so
         next_latent: Tensor,
         parameters: Parameters = "frozen",
     ) -> Tensor:
-        """Logits of the classifier, ``C(z, a, z')``.
-
-        Args:
-            latent (Tensor): ``[*, L]``.
-            action (Tensor): ``[*, A]``.
-            next_latent (Tensor): ``[*, L]``.
-            parameters (str): ``"live"`` or ``"frozen"``. Default: ``"frozen"``.
-
-        Returns:
-            Tensor: ``[*, 2]``; index 1 is "real".
-        """
+        """Logits of the classifier, ``C(z, a, z')``, ``[*, 2]``; index 1 is real."""
         inputs = self.inputs(latent=latent, action=action)
         inputs.set(("next", self.keys.latent), next_latent)
         return self._output("classifier", parameters, inputs, self.keys.logits, 2)
 
     def score(self, latent: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Predicted reward and log ratio along a path, with frozen networks.
+        """Predicted reward and log ratio along a path, ``[B, K]`` each.
 
-        No gradient reaches the latents that the classifier judges.
-
-        Args:
-            latent (Tensor): ``z_0`` to ``z_K``, ``[B, K+1, L]``.
-            action (Tensor): ``a_0`` to ``a_{K-1}``, ``[B, K, A]``.
-
-        Returns:
-            tuple of Tensor: reward and log ratio, ``[B, K]`` each; the log ratio is
-            zero without a classifier.
+        From ``z_0..z_K`` ``[B, K+1, L]`` and ``a_0..a_{K-1}`` ``[B, K, A]``. No
+        gradient reaches the latents that the classifier judges; without a classifier
+        the log ratio is zero.
         """
         now, after = latent[:, :-1], latent[:, 1:].detach()
         reward = self.predict_reward(now, action)
@@ -301,20 +216,11 @@ LossModule` registers them: ``encoder_params``, ``target_encoder_params`` and so
     def imagine(
         self, latent: Tensor, horizon: int, *, log_prob: bool = False
     ) -> Rollout:
-        """Rolls the live actor out in the frozen latent model.
+        """Rolls the live actor out in the frozen model for ``horizon`` steps.
 
-        The actor sees latents without gradient; the gradient runs through actions and
-        the chain of latents. The last action has none.
-
-        Args:
-            latent (Tensor): starts ``z_0``, ``[B, L]``.
-            horizon (int): number of steps K, at least 1.
-
-        Keyword Args:
-            log_prob (bool): compute the actions' log densities. Default: ``False``.
-
-        Returns:
-            Rollout: latents, actions and log densities.
+        From starts ``z_0`` ``[B, L]``. The actor sees latents without gradient; the
+        gradient runs through actions and the chain of latents. The last action has
+        none. ``log_prob`` asks for the actions' log densities.
         """
         check_integer("horizon", horizon)
         latents, actions, log_probs = [latent], [], []
@@ -337,6 +243,28 @@ LossModule` registers them: ``encoder_params``, ``target_encoder_params`` and so
             torch.stack(latents, 1),
             torch.stack(actions, 1),
             torch.stack(log_probs, 1) if log_prob else None,
+        )
+
+    def acting_policy(self) -> TensorDictSequential:
+        """The policy that acts: online encoder, then actor.
+
+        It shares the networks, so it follows every update. The latent is always
+        sampled; the action is the actor's mean under a deterministic exploration type
+        and carries noise, not clipped, under a random one. Raises a KeyError where the
+        actor does not read what the encoder writes, or writes no action.
+        """
+        encoder, actor = self._network("encoder"), self._network("actor")
+        for part, written, needed in (
+            ("encoder", encoder.out_keys, actor.in_keys),
+            ("actor", actor.out_keys, [self.keys.action]),
+        ):
+            missing = [key for key in needed if unravel_key(key) not in written]
+            if missing:
+                raise KeyError(
+                    f"{part}: expected the outputs {missing}, got {written}."
+                )
+        return TensorDictSequential(
+            AlwaysSample(encoder), actor, selected_out_keys=[self.keys.action]
         )
 
     def _network(self, part: str) -> TensorDictModuleBase:
@@ -368,10 +296,7 @@ LossModule` registers them: ``encoder_params``, ``target_encoder_params`` and so
         return TensorDict(entries, batch_size=shape)
 
     def _run(self, part: str, parameters: Parameters, inputs: TensorDictBase) -> Any:  # noqa: ANN401
-        """Distribution or outputs of a network.
-
-        On failure, explains shape, dtype, device and key mismatches.
-        """
+        """Distribution or outputs of a network."""
         network = self._network(part)
         run = getattr(network, "get_dist", network)
         with self._bound(part, parameters):

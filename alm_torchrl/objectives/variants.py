@@ -51,7 +51,11 @@ __all__ = [
 
 
 class ModelTerm(Protocol):
-    """A term added to the objective of encoder and model; an ``nn.Module``."""
+    """A term added to the objective of encoder and model; an ``nn.Module``.
+
+    It reads the loss, slices ``[B, K]`` and the live model's latents along them,
+    ``[B, K+1, L]``.
+    """
 
     name: str
     """Its metric."""
@@ -59,20 +63,15 @@ class ModelTerm(Protocol):
     """Its weight; zero removes the term and its cost."""
 
     def __call__(self, loss: ALMLoss, slices: TensorDictBase, latent: Tensor) -> Tensor:
-        """The term at each step.
-
-        Args:
-            loss (ALMLoss): the loss.
-            slices (TensorDictBase): ``[B, K]``.
-            latent (Tensor): the live model's latents along them, ``[B, K+1, L]``.
-
-        Returns:
-            Tensor: ``[B, T]``; step t counts gamma^t where Eq. 7 is discounted.
-        """
+        """The term at each step, ``[B, T]``."""
 
 
 class PolicyObjective(Protocol):
-    """What the policy maximises in place of the lower bound."""
+    """What the policy maximises in place of the lower bound.
+
+    It reads the loss, starts ``[N, L]`` without gradient, and the number of steps K
+    (``None`` if unknown).
+    """
 
     metrics: Sequence[str]
     """The names of its metrics."""
@@ -80,16 +79,7 @@ class PolicyObjective(Protocol):
     def __call__(
         self, loss: ALMLoss, latent: Tensor, horizon: int | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objective of each start.
-
-        Args:
-            loss (ALMLoss): the loss.
-            latent (Tensor): starts, ``[N, L]``, without gradient.
-            horizon (int, optional): steps K, if the batch or the caller gives them.
-
-        Returns:
-            tuple: the objective ``[N]``, and metrics ``[N, *]`` by name.
-        """
+        """The objective ``[N]``, and metrics ``[N, *]`` by name."""
 
 
 class Reconstruction(nn.Module):
@@ -112,19 +102,9 @@ class Reconstruction(nn.Module):
         ValueError: if ``coef`` is negative.
 
     Examples:
-        >>> from alm_torchrl import make_alm_loss, make_decoder
-        >>> term = Reconstruction(make_decoder(3, hidden_dim=8))
-        >>> loss = make_alm_loss(
-        ...     observation_dim=3,
-        ...     action_low=[-1.0],
-        ...     action_high=[1.0],
-        ...     hidden_dim=8,
-        ...     reward_coef=0.0,
-        ...     value_coef=0.0,
-        ...     model_terms=[term],
-        ... )
-        >>> [key for key in loss.out_keys if key == term.name]
-        ['reconstruction']
+        >>> from alm_torchrl import make_decoder
+        >>> Reconstruction(make_decoder(3, hidden_dim=8), coef=0.5).name
+        'reconstruction'
     """
 
     name = "reconstruction"
@@ -162,15 +142,7 @@ class Reconstruction(nn.Module):
         return functional.reconstruction_error(decoded, observed)
 
     def decode(self, loss: ALMLoss, latent: Tensor) -> Tensor:
-        """Decoded observations.
-
-        Args:
-            loss (ALMLoss): gives the key of the latent.
-            latent (Tensor): ``[*, L]``.
-
-        Returns:
-            Tensor: ``[*, S]``.
-        """
+        """Observations ``[*, S]`` decoded from latents ``[*, L]``."""
         inputs = loss.latents.inputs(latent=latent)
         try:
             decoded = self.decoder(inputs.copy()).get(self.reconstruction_key, None)
@@ -230,10 +202,6 @@ class ValuePrediction(nn.Module):
         value = loss.latents.state_action_value(latent[:, :steps], action).amin(-1)
         return (value - loss.td_target(rows)).square()
 
-    def extra_repr(self) -> str:
-        """Arguments of the part."""
-        return f"{self.where!r}, coef={self.coef:g}"
-
 
 class Logarithms:
     """Takes logarithms of reward and value, floored at 0.01.
@@ -252,8 +220,8 @@ class Logarithms:
 
     Examples:
         >>> reward, value = torch.ones(1, 2), torch.full((1,), 10.0)
-        >>> Logarithms("bound").in_return(reward, value, torch.tensor(0.9))
-        (tensor([[0., 0.]]), tensor([0.]))
+        >>> Logarithms("bound").in_return(reward, value, torch.tensor(0.5))
+        (tensor([[0., 0.]]), tensor([1.6094]))
     """
 
     def __init__(self, where: Literal["model", "bound"]) -> None:
@@ -309,8 +277,6 @@ class EntropyBonus(nn.Module):
         tensor(0.5000)
     """
 
-    metrics = ("alpha", "entropy")
-
     def __init__(
         self, *, alpha_init: float = 0.1, target_entropy: float | None = None
     ) -> None:
@@ -332,28 +298,13 @@ class EntropyBonus(nn.Module):
         return functional.soft_value(value, log_prob, self.alpha)
 
     def alpha_loss(self, log_prob: Tensor, action_dim: int) -> Tensor:
-        """``- alpha (log pi(a | z) + target_entropy)`` for each action.
-
-        Args:
-            log_prob (Tensor): ``log pi(a | z)``, ``[*]``.
-            action_dim (int): number of actions, for the default target.
-
-        Returns:
-            Tensor: ``[*]``; trains ``log_alpha``.
-        """
+        """``- alpha (log pi + target_entropy)`` for log densities ``[*]``, ``[*]``."""
         target = self.target_entropy
         target = -float(action_dim) if target is None else target
         return functional.temperature_loss(self.log_alpha, log_prob, target)
 
     def check_actor(self, actor: TensorDictModuleBase) -> None:
-        """Checks that an actor learns its noise.
-
-        Args:
-            actor (TensorDictModule): the actor.
-
-        Raises:
-            TypeError: if it is not probabilistic, or has a ``NoiseSchedule``.
-        """
+        """Raises a TypeError where an actor does not learn its noise."""
         got = None
         if not hasattr(actor, "get_dist"):
             got = type(actor).__name__
@@ -369,9 +320,9 @@ class EntropyBonus(nn.Module):
         """Sets the temperature to that of the start."""
         self.log_alpha.data.fill_(math.log(self.alpha_init))
 
-    def extra_repr(self) -> str:
-        """Arguments of the part."""
-        return f"alpha_init={self.alpha_init:g}, target_entropy={self.target_entropy}"
+    def __repr__(self) -> str:
+        target = self.target_entropy
+        return f"EntropyBonus(alpha_init={self.alpha_init:g}, target_entropy={target})"
 
 
 class QValueObjective:
@@ -384,16 +335,12 @@ class QValueObjective:
 
     Examples:
         >>> from alm_torchrl import make_alm_loss
+        >>> bounds = {"action_low": [-1.0], "action_high": [1.0]}
         >>> loss = make_alm_loss(
-        ...     observation_dim=3,
-        ...     action_low=[-1.0],
-        ...     action_high=[1.0],
-        ...     hidden_dim=8,
-        ...     policy_objective=QValueObjective(),
+        ...     observation_dim=3, **bounds, policy_objective=QValueObjective()
         ... )
-        >>> value, _ = loss.policy_objective(loss, torch.zeros(4, 50), None)
-        >>> value.shape
-        torch.Size([4])
+        >>> "lambda_return" in loss.out_keys
+        False
     """
 
     metrics = ()
@@ -411,3 +358,14 @@ class QValueObjective:
 
     def __repr__(self) -> str:
         return "QValueObjective()"
+
+
+def check_term(term: ModelTerm) -> ModelTerm:
+    """A term of ``model_terms``, or a TypeError."""
+    named = hasattr(term, "name") and hasattr(term, "coef")
+    if not (isinstance(term, nn.Module) and named):
+        raise TypeError(
+            "model_terms: expected modules with a name and a coef, such as "
+            f"Reconstruction, got {type(term).__name__}."
+        )
+    return term

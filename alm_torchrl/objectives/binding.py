@@ -1,4 +1,4 @@
-"""Runs a module with other parameters, without TensorDict's bookkeeping."""
+"""Binds networks to parameters: of the loss itself, or others for a while."""
 
 from __future__ import annotations
 
@@ -7,18 +7,72 @@ from types import TracebackType
 from typing import Any
 
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictParams
+from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torchrl.objectives import LossModule
 
-__all__ = ["can_swap", "swapped_params"]
+PROBABILISTIC = ("encoder", "model")
+
+
+def bind_network(
+    loss: LossModule, name: str, network: TensorDictModuleBase | None, *, target: bool
+) -> None:
+    """Gives a network and its parameters to a loss, in TorchRL's way.
+
+    Args:
+        loss (LossModule): the loss.
+        name (str): attribute of the network; its parameters are ``<name>_params``.
+        network (TensorDictModule, optional): the network.
+
+    Keyword Args:
+        target (bool): whether it has a target copy, ``target_<name>_params``.
+
+    Raises:
+        TypeError: if it is no TensorDictModule, or should be probabilistic.
+        ValueError: if it is lazy.
+    """
+    if network is None:
+        loss.__dict__[name] = None
+        return
+    if not isinstance(network, TensorDictModuleBase):
+        raise TypeError(
+            f"{name} must be a TensorDictModule, got {type(network).__name__}."
+        )
+    if name in PROBABILISTIC and not hasattr(network, "get_dist"):
+        raise TypeError(
+            f"{name} must be probabilistic (have get_dist), for example a "
+            f"ProbabilisticTensorDictSequential, got {type(network).__name__}."
+        )
+    if any(is_lazy(parameter) for parameter in network.parameters()):
+        raise ValueError(
+            f"{name}: expected parameters of known shape, got a lazy module; call it "
+            "once on a batch first."
+        )
+    loss.convert_to_functional(network, name, create_target_params=target)
+    params = getattr(loss, f"{name}_params")
+    if not isinstance(params, TensorDictParams):
+        # TorchRL keeps no module for a network without parameters.
+        setattr(loss, f"{name}_params", TensorDictParams(params))
+
+
+def tie_networks(loss: LossModule, names: tuple[str, ...]) -> None:
+    """Makes networks hold the parameters and buffers of the loss itself.
+
+    Casting a loss replaces its buffers; copying and unpickling separate the two.
+    """
+    loss._erase_cache()
+    for name in names:
+        network = loss.__dict__.get(name)
+        if network is not None:
+            loss._modules[f"{name}_params"].to_module(network)
 
 
 class swapped_params:
     """Context in which a module holds other parameters and buffers.
 
     It does what ``params.to_module(module)`` does, in a tenth of the time: the place
-    of each tensor is looked up once, when the object is made. It can be entered many
-    times, also within itself.
+    of each tensor is looked up once. It can be entered many times, also within itself.
 
     Args:
         module (nn.Module): a module for which :func:`can_swap` is true.
@@ -51,11 +105,7 @@ class swapped_params:
         self._kept: list[list[Any]] = []
 
     def is_of(self, params: TensorDictParams) -> bool:
-        """Whether these are the parameters; a cast or a functional call replaces them.
-
-        Args:
-            params (TensorDictParams): the parameters to compare with.
-        """
+        """Whether these are the parameters; casts and functional calls replace them."""
         return self._source is params._param_td
 
     def __enter__(self) -> None:
@@ -78,13 +128,6 @@ def can_swap(module: nn.Module) -> bool:
     """Whether tensors can be exchanged without the module noticing.
 
     False where a part acts when an attribute is set, as ``nn.LSTM`` does.
-
-    Args:
-        module (nn.Module): the module.
-
-    Examples:
-        >>> can_swap(nn.Linear(1, 1)), can_swap(nn.LSTM(1, 1))
-        (True, False)
     """
     return all(
         type(part).__setattr__ is nn.Module.__setattr__ for part in module.modules()
