@@ -30,8 +30,7 @@ class BaselineOptimizationStepper(OptimizationStepper):
     A loss or gradient norm that is not finite raises before its optimizer steps.
 
     Args:
-        loss (BaselineLoss): the loss. Its methods are called through
-            ``trainer.compute_loss`` where there is a trainer, otherwise directly.
+        loss (BaselineLoss): the loss. Its targets become copies of the online networks.
 
     Keyword Args:
         lr (float): learning rate of all Adams. Default: ``1e-4``.
@@ -118,7 +117,6 @@ class BaselineOptimizationStepper(OptimizationStepper):
         """
         self.raise_if_nonfinite()
         loss = self.loss
-        compute = self._compute_loss if trainer is None else trainer.compute_loss
         transitions = sub_batch.get("transition", default=sub_batch)
         rows, updates = len(transitions), loss.updates_per_step
         if rows == 0 or rows % updates:
@@ -129,9 +127,9 @@ class BaselineOptimizationStepper(OptimizationStepper):
         self._count += 1
         delayed = self._count % loss.policy_delay == 0
         for number, batch in enumerate(transitions.split(rows // updates), start=1):
-            self._minimise("qvalue", *compute(batch, "qvalue_loss"))
+            self._minimise("qvalue", *loss.qvalue_loss(batch))
             if delayed and number == updates:
-                value, metadata = compute(batch, "actor_loss")
+                value, metadata = loss.actor_loss(batch)
                 self._minimise("actor", value, metadata)
                 if "alpha" in self.optimizers:
                     alpha_loss = loss.alpha_loss(metadata["log_prob"]).mean()
@@ -139,12 +137,6 @@ class BaselineOptimizationStepper(OptimizationStepper):
             if delayed:
                 self.target_update.step()
         return TensorDict(self._metrics, batch_size=[])
-
-    def _compute_loss(
-        self, batch: TensorDictBase, method: str
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        result: tuple[Tensor, dict[str, Tensor]] = getattr(self.loss, method)(batch)
-        return result
 
     def _minimise(self, part: str, value: Tensor, metadata: dict[str, Tensor]) -> None:
         """One step of a part's optimizer."""

@@ -31,22 +31,22 @@ __all__ = [
 
 
 class _Hook(TrainerHookBase):
-    """A hook without state of its own that knows its trainer and where it runs."""
+    """A hook without state, registered at one stage of its trainer."""
 
     stage: str
     trainer: Trainer
 
     def register(self, trainer: Trainer, name: str = "") -> None:
-        """Registers the hook at its stage; it has nothing to save."""
+        """Registers the hook at its stage."""
         self.trainer = trainer
         trainer.register_op(self.stage, self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
+        """Empty: the hook has no state."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to restore."""
+        """Restores nothing."""
 
 
 class EvaluationHook(_Hook):
@@ -118,11 +118,7 @@ class EvaluationHook(_Hook):
             self.evaluate(step)
 
     def evaluate(self, step: int) -> None:
-        """Evaluates now and reports it as the result of a training step.
-
-        Args:
-            step (int): training step, warm-up excluded; part of the seed.
-        """
+        """Evaluates now; ``step`` is the training step and part of the seed."""
         scores = evaluate_policy(
             self.env,
             self.policy,
@@ -252,37 +248,21 @@ class BestCheckpoint:
         return {"best": self._best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned.
-
-        Args:
-            state_dict (dict): the saved state.
-        """
+        """Restores what :meth:`state_dict` returned."""
         self._best = state_dict["best"]
 
 
 class NonFiniteCheck(_Hook):
-    """Reads, every now and then, whether an update met a value that was not finite.
+    """Reads at intervals whether an update met a value that was not finite.
 
-    For devices where reading it in each update would wait for the device.
+    For devices on which a reading in each update would wait for the device.
 
     Args:
-        stepper (ALMOptimizationStepper or BaselineOptimizationStepper): stepper to
-            ask.
+        stepper (ALMOptimizationStepper or BaselineOptimizationStepper): the stepper.
         interval (int): updates between two readings.
 
     Raises:
         NonFiniteError: while training.
-
-    Examples:
-        >>> from alm_torchrl import make_alm_loss, make_env, make_trainer
-        >>> env = make_env("Pendulum-v1", action_bounds="rescale")
-        >>> loss = make_alm_loss(env, hidden_dim=8, model_hidden_dim=8)
-        >>> trainer = make_trainer(
-        ...     env, loss, total_steps=2, warmup_steps=8, batch_size=4
-        ... )
-        >>> stepper = trainer.optimization_stepper
-        >>> NonFiniteCheck(stepper, interval=100).register(trainer)
-        >>> trainer.train()
     """
 
     stage = "post_steps"
@@ -313,18 +293,6 @@ class ProgressBar(_Hook):
 
     Raises:
         ImportError: if tqdm is missing.
-
-    Examples:
-        >>> from alm_torchrl import make_alm_loss, make_env, make_trainer
-        >>> env = make_env("Pendulum-v1", action_bounds="rescale")
-        >>> loss = make_alm_loss(env, hidden_dim=8, model_hidden_dim=8)
-        >>> trainer = make_trainer(
-        ...     env, loss, total_steps=2, warmup_steps=8, batch_size=4
-        ... )
-        >>> bar = ProgressBar()
-        >>> bar.register(trainer)
-        >>> trainer.train()
-        >>> bar.close()
     """
 
     stage = "post_steps"
@@ -361,11 +329,7 @@ class ProgressBar(_Hook):
             self._bar.update(self.trainer.collected_frames - self._bar.n)
 
     def show_return(self, mean_return: float) -> None:
-        """Shows a return behind the bar from now on.
-
-        Args:
-            mean_return (float): what to show.
-        """
+        """Shows a mean return behind the bar from now on."""
         if self._bar is not None:
             self._bar.set_postfix({"return": f"{mean_return:.1f}"})
 

@@ -91,22 +91,20 @@ class ALMOptimizationStepper(OptimizationStepper):
 
     In order: encoder and model; reward and classifier; critics; actor; with an entropy
     bonus, its temperature: each with its own Adam and its own clip of the global
-    gradient norm. Then the targets move.
-    (The paper's Algorithm 1 updates the policy earlier; this is the authors' code.)
+    gradient norm. Then the targets move. (The paper's Algorithm 1 updates the policy
+    earlier; this is the authors' code.)
 
     Loss and gradient norm of each step are checked on their device. Where one is not
     finite, that optimizer step and all later ones, target updates included, do
     nothing; :meth:`raise_if_nonfinite` reads the verdict. On a CPU it is read in each
-    update, elsewhere whoever logs calls it (``make_trainer`` does).
+    update; elsewhere whoever logs calls it, as ``make_trainer`` does.
 
-    The whole update is one function of the batch. It runs as it is, with its terms
-    compiled (``compile``), or as one captured CUDA graph (``cudagraph``), of the
-    compiled terms if both are set. All modes draw the same random numbers and agree up
-    to rounding. Compiling takes a minute or more at the first update. Capture is
-    quick, but every later batch must have the first one's shapes. Before it, the update
-    runs a few times; parameters, optimizers, targets, buffers and generators are put
-    back. Where the state is loaded later, or :meth:`recapture` is called, for example
-    after a change of an optimizer's ``lr``, the graph is captured anew.
+    The update runs eagerly, with its terms compiled (``compile``), or as one captured
+    CUDA graph (``cudagraph``), of the compiled terms if both are set. All modes draw
+    the same random numbers and agree up to rounding. Compiling takes a minute or more
+    at the first update. Capture is quick, but every later batch must have the first
+    one's shapes; loading a state, or :meth:`recapture` (for example after a change of
+    an optimizer's ``lr``), has the graph captured anew.
 
     Args:
         loss (ALMLoss): the loss. Its targets become copies of the online networks.
@@ -121,8 +119,7 @@ class ALMOptimizationStepper(OptimizationStepper):
             parameters, last layers, KL, returns, losses and optimizers keep full
             precision. ``"fp32"``: the parameters' own type; ``"bf16"``: bfloat16 by
             autocast; ``"tf32"``: TF32 for all layers, on CUDA only and only while an
-            update runs. In three seeds of HalfCheetah-v5 with small networks, bf16
-            learned as fp32 did (README, "Speed"). Default: ``"fp32"``.
+            update runs. Default: ``"fp32"``.
         compile (bool): run the loss's methods through :func:`torch.compile`, each as
             one graph. Default: ``False``.
         cudagraph (bool, optional): capture the update as a CUDA graph.
