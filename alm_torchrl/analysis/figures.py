@@ -175,7 +175,7 @@ def plot_reliability(statistics: TensorDictBase, title: str, output: Path) -> Pa
 
 
 def plot_terms(logged: Mapping[str, TensorDictBase], title: str, output: Path) -> Path:
-    """Draws what a run logged of :data:`TERMS`: ``step`` (of training) and ``value``."""
+    """Draws the logged :data:`TERMS`: ``value`` over ``step``, the training step."""
     shown = [name for name in TERMS if name in logged]
     rows = -(-len(shown) // 4)
     figure, panels = _panels(rows, 4, (12.0, 2.4 * rows + 0.4), title)

@@ -222,7 +222,7 @@ class _Diagnosis:
         for name, value in values.items():
             of = f" (of {found['latent_dim']})" if name == "effective_dim" else ""
             self.say(f"  {_STATISTICS[name] + of:48} {value:10.4g}")
-        columns = {"name": values.keys(), "value": values.values()}
+        columns = {"name": list(values), "value": list(values.values())}
         self._write("statistics.csv", columns)
         if "reliability" in found:
             names, table = ("confidence", "frequency", "count"), found["reliability"]
