@@ -28,12 +28,7 @@ from torchrl.envs import (
 from torchrl.envs.utils import exploration_type, set_exploration_type
 
 from alm_torchrl.envs import make_env
-from alm_torchrl.evaluation import (
-    evaluate_policy,
-    isolated_rng,
-    random_policy,
-    zero_policy,
-)
+from alm_torchrl.evaluation import evaluate_policy, random_policy, zero_policy
 
 
 class Countdown(gymnasium.Env):
@@ -83,21 +78,6 @@ class Shared(EnvBase):
         )
 
 
-class Still(Shared):
-    """Its random numbers are always the same, so that only the policy's differ."""
-
-    def _set_seed(self, seed):
-        pass
-
-    def _step(self, tensordict):
-        self.steps += 1
-        return TensorDict(
-            observation=torch.zeros(1),
-            reward=tensordict["action"],
-            done=torch.tensor([self.steps == 3]),
-        )
-
-
 def countdown(limit=None):
     env = Countdown()
     if limit is not None:
@@ -142,33 +122,25 @@ def starts(seed, episodes):
     return [int(env.reset()[0][0]) for _ in range(episodes)]
 
 
-def test_known_returns_and_lengths():
-    scores = evaluate_policy(countdown(), constant(0.5), episodes=8, seed=3)
-    counts = starts(3, 8)
-    assert len(set(counts)) > 2
-    assert scores["length"].tolist() == counts
-    expected = [n * (n + 1) / 2 + 0.5 * n for n in counts]
-    assert scores["return"].tolist() == expected
-    assert scores.batch_size == (8,)
-    assert scores["return"].dtype == torch.float32
-    assert scores["length"].dtype == torch.int64
-
-
-@pytest.mark.parametrize("limited", ["gymnasium", "torchrl"])
-def test_terminated_and_truncated_episodes_are_whole(limited):
-    limit = 10
+@pytest.mark.parametrize("limited", [None, "gymnasium", "torchrl"])
+def test_returns_and_lengths_of_whole_episodes(limited):
+    env, limit = countdown(), 99 if limited is None else 10
     if limited == "gymnasium":
         env = countdown(limit)
-    else:
-        env = TransformedEnv(countdown(), StepCounter(max_steps=limit))
-    scores = evaluate_policy(env, constant(0.0), episodes=10, seed=0)
-    counts = starts(0, 10)
+    elif limited == "torchrl":
+        env = TransformedEnv(env, StepCounter(max_steps=limit))
+    scores = evaluate_policy(env, constant(0.5), episodes=10, seed=3)
+    counts = starts(3, 10)
+    assert min(counts) < 10 < max(counts)
     lengths = [min(n, limit) for n in counts]
-    assert min(counts) < limit < max(counts)
     assert scores["length"].tolist() == lengths
     pairs = zip(counts, lengths, strict=True)
-    expected = [sum(range(n - steps + 1, n + 1)) for n, steps in pairs]
+    expected = [sum(range(n - k + 1, n + 1)) + 0.5 * k for n, k in pairs]
     assert scores["return"].tolist() == expected
+    assert (scores["return"].dtype, scores["length"].dtype) == (
+        torch.float32,
+        torch.int64,
+    )
 
 
 @pytest.mark.parametrize("make", [countdown, Shared])
@@ -192,19 +164,21 @@ def test_same_seed_same_scores_whatever_ran_before(make, kind):
     assert first["return"].unique().numel() > 1
 
 
-def test_the_seed_is_that_of_the_policys_stream_too():
-    env = Still()
-    first, other, again = (
-        evaluate_policy(env, random_policy(env), episodes=1, seed=seed)["return"]
-        for seed in (0, 1, 1)
-    )
-    assert first != other
-    assert other == again
-    draws = []
-    for seed in (0, 1):
-        with isolated_rng(seed=seed):
-            draws.append((random.random(), np.random.rand(), torch.rand(())))  # noqa: NPY002
-    assert all(a != b for a, b in zip(*draws, strict=True))
+def test_the_policy_draws_from_streams_with_the_seed():
+    def first_draws(seed):
+        draws = []
+
+        def policy(tensordict):
+            numpy_draw = np.random.rand()  # noqa: NPY002
+            draws.append((torch.rand(()).item(), numpy_draw, random.random()))
+            return constant(0.0)(tensordict)
+
+        evaluate_policy(countdown(), policy, episodes=1, seed=seed)
+        return draws[0]
+
+    zero, one = first_draws(0), first_draws(1)
+    assert first_draws(1) == one
+    assert all(a != b for a, b in zip(zero, one, strict=True))
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -232,52 +206,17 @@ def test_generators_modes_and_gradients_are_restored(fails):
     assert set(seen) == {(False, False)}
 
 
-def test_training_is_bit_equal_with_and_without():
-    def train(evaluate):
-        torch.manual_seed(0)
-        policy = gaussian(dropout=0.5)
-        optimizer = torch.optim.SGD(policy.parameters(), 1e-2)
-        for _ in range(4):
-            if evaluate:
-                evaluate_policy(
-                    Shared(),
-                    policy,
-                    episodes=2,
-                    exploration_type=ExplorationType.RANDOM,
-                )
-            batch = TensorDict(observation=torch.rand(16, 1), batch_size=[16])
-            loss = policy(batch)["loc"].square().mean() + torch.rand(())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        return policy.state_dict()
-
-    with_it, without = train(True), train(False)
-    assert all(torch.equal(with_it[key], without[key]) for key in without)
-
-
 def test_exploration_type():
     env, policy = countdown(), gaussian()
-    kinds = []
-
-    def spy(tensordict):
-        kinds.append(exploration_type())
-        return policy(tensordict)
-
-    with set_exploration_type(ExplorationType.MEAN):
-        modes = evaluate_policy(env, spy, episodes=3)
-        draws = evaluate_policy(
-            env, spy, episodes=3, exploration_type=ExplorationType.RANDOM
-        )
-        assert exploration_type() == ExplorationType.MEAN
-    assert set(kinds) == {ExplorationType.DETERMINISTIC, ExplorationType.RANDOM}
-    mean = TensorDictModule(
-        policy[0].module, in_keys=["observation"], out_keys=["action"]
-    )
-    expected = evaluate_policy(env, mean, episodes=3)
-    assert torch.equal(modes["return"], expected["return"])
-    assert not torch.equal(draws["return"], expected["return"])
-    assert torch.equal(draws["length"], expected["length"])
+    mean = TensorDictModule(policy[0].module, ["observation"], ["action"])
+    expected = evaluate_policy(env, mean, episodes=3)["return"]
+    with set_exploration_type(ExplorationType.RANDOM):
+        modes = evaluate_policy(env, policy, episodes=3)["return"]
+    draws = evaluate_policy(
+        env, policy, episodes=3, exploration_type=ExplorationType.RANDOM
+    )["return"]
+    assert torch.equal(modes, expected)
+    assert (draws != expected).all()
 
 
 def test_zero_policy_stands_still():
