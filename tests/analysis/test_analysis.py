@@ -27,6 +27,7 @@ from tests.line_agent import (
     GAMMA,
     QVALUE,
     VALUE,
+    Line,
     make_line,
     make_line_baseline,
     make_line_loss,
@@ -223,6 +224,8 @@ def test_participation_ratio_of_known_variances(deviations, seed):
     expected = variance.sum().square() / variance.square().sum()
     torch.testing.assert_close(participation_ratio(points), expected)
     assert participation_ratio(torch.ones(3, 2)).isnan()
+    with pytest.raises(ValueError, match=r"two points.*\[1, 2\]"):
+        participation_ratio(torch.ones(1, 2))
 
 
 def test_calibrated_logits_have_no_error():
@@ -244,6 +247,10 @@ def test_reliability_bins():
     assert_close(table["confidence"], [0.12, 0.26, 0.74, 1.0])
     expected = (2 * 0.38 + 0.74 + 0.74 + 0) / 5
     assert calibration_error(table).item() == pytest.approx(expected)
+    with pytest.raises(ValueError, match=r"\[5, 2\].*got \[4, 2\]"):
+        reliability(logits[:4], real)
+    with pytest.raises(ValueError, match=r"bins.*got 0"):
+        reliability(logits, real, bins=0)
 
 
 # What is shared
@@ -330,55 +337,24 @@ def test_recorded_transitions_are_the_agents():
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    ("function", "changed", "error", "message"),
     [
-        (lambda env, loss: bound_bias(env, torch.nn.Linear(1, 1)), TypeError, "Linear"),
+        (bound_bias, {"loss": torch.nn.Linear(1, 1)}, TypeError, "loss.*got Linear"),
+        (bound_bias, {"cutoff": 0}, ValueError, "cutoff.*got 0"),
+        (bound_bias, {"env": SerialEnv(2, make_line)}, ValueError, r"env.*\[2\]"),
+        (latent_rollout, {"env": Line()}, TypeError, "env.*got Line"),
         (
-            lambda env, loss: bound_bias(env, loss, cutoff=0),
-            ValueError,
-            "cutoff.*got 0",
-        ),
-        (
-            lambda env, loss: bound_bias(SerialEnv(2, make_line), loss),
-            ValueError,
-            r"env.*no batch dimensions.*\[2\]",
-        ),
-        (
-            lambda env, loss: latent_rollout(
-                env, make_line_baseline("sac", [0.0, 0.0])
-            ),
+            latent_rollout,
+            {"loss": make_line_baseline("sac", [0.0, 0.0])},
             TypeError,
             "loss: expected ALMLoss, got SACBaseline",
         ),
-        (lambda env, loss: latent_rollout(env._env, loss), TypeError, "env.*got Line"),
-        (lambda env, loss: latent_rollout(env, loss, starts=0), ValueError, "starts"),
-        (
-            lambda env, loss: record_transitions(env, loss, transitions=0),
-            ValueError,
-            "transitions",
-        ),
-        (
-            lambda env, loss: latent_statistics(loss, env.rollout(3), bins=0),
-            ValueError,
-            "bins.*got 0",
-        ),
-        (
-            lambda env, loss: latent_statistics(loss, env.rollout(3), seed=-1),
-            ValueError,
-            "seed.*got -1",
-        ),
-        (
-            lambda env, loss: participation_ratio(torch.ones(1, 2)),
-            ValueError,
-            r"two points.*\[1, 2\]",
-        ),
-        (
-            lambda env, loss: reliability(torch.ones(4, 2), torch.ones(5)),
-            ValueError,
-            r"\[5, 2\].*got \[4, 2\]",
-        ),
+        (latent_rollout, {"starts": 0}, ValueError, "starts.*got 0"),
+        (record_transitions, {"transitions": 0}, ValueError, "transitions.*got 0"),
+        (record_transitions, {"seed": -1}, ValueError, "seed.*got -1"),
     ],
 )
-def test_errors_say_what_was_expected_and_given(call, error, message):
+def test_errors_say_what_was_expected_and_given(function, changed, error, message):
+    arguments = {"env": make_line(lengths=(4,)), "loss": make_line_loss()} | changed
     with pytest.raises(error, match=message):
-        call(make_line(lengths=(4,)), make_line_loss())
+        function(**arguments)

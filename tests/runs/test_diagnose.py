@@ -31,7 +31,7 @@ TINY = [
     *("--hidden-dim", "16", "--model-hidden-dim", "16", "--eval-episodes", "1"),
     *("--device", "cpu", "--threads", "1", "--action-bounds", "rescale"),
     *("--checkpoint-interval", "30", "--keep-checkpoints", "9"),
-    *("--log-interval", "5", "--dynamics-noise", "0.01"),
+    *("--log-interval", "5", "--dynamics-noise", "0.01", "--horizon", "2"),
 ]
 
 
@@ -71,7 +71,7 @@ def test_tables_hold_what_the_library_measures(run, env, tmp_path, capsys):
     assert diagnose(run, tmp_path, "--pairs", "60", "--steps", "3", "--seed", "2") == 0
     text = capsys.readouterr().out
     loss = loading.load_loss(run)
-    pairs = bound_bias(env, loss, pairs=60, seed=2)
+    pairs = bound_bias(env, loss, horizon=2, pairs=60, seed=2)
     for name in ("monte_carlo", "bound", "qvalue", "missing", "step"):
         assert column(tmp_path / "bias.csv", name) == pairs[name].tolist()
     summary = bias_summary(pairs)
@@ -123,7 +123,7 @@ def test_history_covers_every_checkpoint(run, env, tmp_path):
     assert [int(row["training_step"]) for row in table[::6]] == [0, 30, 40]
     oldest, *_ = sorted((run / "checkpoints").glob("checkpoint-*"))
     assert oldest.name.endswith("030")  # and another one at 60, both in the warm-up
-    pairs = bound_bias(env, loading.load_loss(oldest), pairs=20)
+    pairs = bound_bias(env, loading.load_loss(oldest), horizon=2, pairs=20)
     first = bias_summary(pairs)["bound", "overall", "mean"].item()
     assert first in [float(row["mean"]) for row in table[:6]]
     assert (tmp_path / "bias_history.png").is_file()
