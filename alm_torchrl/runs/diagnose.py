@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,6 +26,8 @@ from alm_torchrl.runs.loading import (
 __all__ = ["DiagnoseOptions", "read_logged", "run_diagnose"]
 
 Section = Literal["bias", "history", "rollout", "statistics", "terms"]
+MakeEnv = Callable[[dict[str, Any]], EnvBase]
+Say = Callable[[str], None]
 
 _OF_BASELINES = ("bias", "history")
 _KINDS = {
@@ -72,11 +74,7 @@ class DiagnoseOptions:
         check_integer("pairs", self.pairs, 2)
 
 
-def run_diagnose(
-    options: DiagnoseOptions,
-    make_env: Callable[[dict[str, Any]], EnvBase],
-    say: Callable[[str], None],
-) -> list[Path]:
+def run_diagnose(options: DiagnoseOptions, make_env: MakeEnv, say: Say) -> list[Path]:
     """Measures what the options ask for, and writes tables and figures.
 
     Args:
@@ -95,8 +93,7 @@ def run_diagnose(
         CheckpointError: if the checkpoint is damaged or of another program.
         ImportError: if a package for figures or logs is missing.
     """
-    diagnosis = _Diagnosis(options, say)
-    diagnosis.env = make_env(diagnosis.settings)
+    diagnosis = _Diagnosis(options, make_env, say)
     sections = {
         "bias": diagnosis.bias,
         "history": diagnosis.history,
@@ -114,15 +111,13 @@ def run_diagnose(
 class _Diagnosis:
     """An agent, with one method for each section."""
 
-    env: EnvBase
-
-    def __init__(self, options: DiagnoseOptions, say: Callable[[str], None]) -> None:
+    def __init__(self, options: DiagnoseOptions, make_env: MakeEnv, say: Say) -> None:
         self.options, self.say = options, say
         self.written: list[Path] = []
         self.checkpoint = find_checkpoint(options.checkpoint)
         metadata = checkpoint_metadata(self.checkpoint)
         self.settings, self.step = metadata["settings"], _training_step(metadata)
-        # An ALMLoss, except for the sections of baselines.
+        # Of ALM or a baseline: the check below leaves a baseline its own sections.
         self.loss: Any = load_loss(self.checkpoint, baselines=True)
         self.estimator = f"K = {self.settings['horizon']}"
         if isinstance(self.loss, BaselineLoss):
@@ -143,6 +138,7 @@ class _Diagnosis:
         self.task = self.settings["task"]
         self.title = f"{self.task}{noisy}, training step {self.step:,}"
         say(f"{self.title}\n{self.checkpoint}")
+        self.env = make_env(self.settings)
 
     def bias(self) -> None:
         pairs = self._pairs(self.loss)
@@ -171,10 +167,10 @@ class _Diagnosis:
     def history(self) -> None:
         self.say("\nBias over training: estimate - return, over |mean return|")
         kept = self.options.checkpoint / "checkpoints"
-        # The newest come first. Those of the warm-up are alike: the last one stays.
+        # All checkpoints of the warm-up are alike; the oldest, which comes last, stays.
         by_step = {
             _training_step(checkpoint_metadata(path)): path
-            for path in list(usable_checkpoints(kept, ("loss_module",)))
+            for path in usable_checkpoints(kept, ("loss_module",))
         }
         summaries = {}
         for step, path in sorted(by_step.items()):
@@ -191,7 +187,7 @@ class _Diagnosis:
         steps, seed = self.options.steps, self.options.seed
         found = analysis.latent_rollout(self.env, self.loss, steps=steps, seed=seed)
         starts, length = found.shape
-        columns: dict[str, Collection[Any]] = {"predicted_steps": range(length)} | {
+        columns: dict[str, Sequence[Any]] = {"predicted_steps": range(length)} | {
             f"{name}_{quantile}": found[name].quantile(share, 0).tolist()
             for name in ("error", "normalised_error")
             for quantile, share in figures.QUANTILES.items()
@@ -201,13 +197,10 @@ class _Diagnosis:
             "episode\n  steps   median RMS error   "
             "over the latents' deviation (1: constant guess)"
         )
-        medians = zip(
-            *(columns[f"{name}_median"] for name in ("error", "normalised_error")),
-            strict=True,
-        )
-        for step, (error, normalised) in enumerate(medians):
-            if step in (1, 2, 5, 10, 20, length - 1):
-                self.say(f"  {step:>5}   {error:>16.4f}   {normalised:.3f}")
+        for step in sorted({1, 2, 5, 10, 20, length - 1} & set(range(length))):
+            error = columns["error_median"][step]
+            normalised = columns["normalised_error_median"][step]
+            self.say(f"  {step:>5}   {error:>16.4f}   {normalised:.3f}")
         self._write("rollout.csv", columns)
         self._draw(figures.plot_rollout, found, self.title, "rollout.png")
 
@@ -253,10 +246,9 @@ class _Diagnosis:
             "environment_step": steps,
         }
         for name, entry in logged.items():
-            values = dict(
-                zip(*(entry[k].tolist() for k in ("step", "value")), strict=True)
-            )
-            columns[name] = [values.get(step, "") for step in steps]
+            at, values = entry["step"].tolist(), entry["value"].tolist()
+            by_step = dict(zip(at, values, strict=True))
+            columns[name] = [by_step.get(step, "") for step in steps]
             entry["step"] -= warmup
         self._write("terms.csv", columns)
         if shown:
@@ -272,7 +264,7 @@ class _Diagnosis:
             seed=self.options.seed,
         )
 
-    def _write(self, name: str, columns: Mapping[str, Collection[Any]]) -> None:
+    def _write(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
         path = self.options.output / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:
