@@ -17,7 +17,7 @@ from torchrl.modules import RandomPolicy
 
 from alm_torchrl.checks import check_integer, check_type
 
-__all__ = ["evaluate_policy", "random_policy", "zero_policy"]
+__all__ = ["evaluate_policy", "isolated_rng", "random_policy", "zero_policy"]
 
 Policy = Callable[[TensorDictBase], TensorDictBase]
 
@@ -30,37 +30,34 @@ def evaluate_policy(
     seed: int = 0,
     exploration_type: ExplorationType = ExplorationType.DETERMINISTIC,
 ) -> TensorDict:
-    """Runs whole episodes and returns what each of them scored.
+    """Runs whole episodes and returns the score of each.
 
-    The numbers depend on ``env``, ``policy`` and ``seed`` alone, whatever ran before:
-    the environment and PyTorch's, NumPy's and Python's global generators are seeded.
-    Nothing of that stays: the generators, the exploration type and the policy's
-    training or evaluation mode are restored, also after an error, so that a training
-    run is bit-equal with and without evaluations. The environment is reset and
-    stepped, so give it one of its own, not the one that data is collected from.
+    The scores depend on ``env``, ``policy`` and ``seed`` alone. A training run is
+    bit-equal with and without evaluations, because :func:`isolated_rng` restores all
+    state. The environment is reset and stepped: use one that collects no data.
 
     Args:
-        env: Any TorchRL environment without batch dimensions whose episodes end.
-            TorchRL's time limits (``StepCounter``) and Gymnasium's count as ends.
-        policy: Reads and writes tensordicts; an ``nn.Module`` is switched to its
-            evaluation mode. It may lie on another device than ``env``.
+        env: environment without batch dimensions whose episodes end. Time limits of
+            TorchRL (``StepCounter``) and Gymnasium count as ends.
+        policy: reads and writes tensordicts; an ``nn.Module`` runs in evaluation mode.
+            It may be on another device than ``env``.
 
     Keyword Args:
-        episodes: How many episodes. Default: ``5``.
-        seed: Seed of the environment and of the random stream that the policy draws
-            from. The episodes start from different states. Default: ``0``.
-        exploration_type: Default: ``ExplorationType.DETERMINISTIC``, the mode of the
-            policy's distribution. (The encoder samples its latent nevertheless.)
+        episodes: number of episodes. Default: ``5``.
+        seed: seed of the environment and of the policy's random draws. Each episode
+            starts from another state. Default: ``0``.
+        exploration_type: how the policy draws actions. ALM's encoder samples its
+            latent in any case. Default: ``ExplorationType.DETERMINISTIC``.
 
     Returns:
-        A tensordict of batch size ``[episodes]`` on the CPU: ``"return"`` (float32,
-        undiscounted sum of rewards) and ``"length"`` (int64, steps).
+        TensorDict: ``[episodes]``, on the CPU. ``"return"`` (float32) is the sum of
+        the undiscounted rewards, ``"length"`` (int64) the number of steps.
 
     Raises:
-        TypeError: If ``env`` is no TorchRL environment or ``policy`` no callable.
-        KeyError: If ``policy`` reads what ``env`` does not give, or writes no action.
-        ValueError: If ``episodes`` or ``seed`` is out of range, ``env`` has batch
-            dimensions, or its reward is not one single number.
+        TypeError: if ``env`` is not a TorchRL environment or ``policy`` not callable.
+        KeyError: if ``policy`` reads an entry that ``env`` lacks, or writes no action.
+        ValueError: if ``episodes`` or ``seed`` is out of range, ``env`` has batch
+            dimensions, or its reward is not a single number.
 
     Example:
         >>> from alm_torchrl.envs import make_env
@@ -77,16 +74,16 @@ def evaluate_policy(
             "policy: expected a callable that reads and writes tensordicts, got "
             f"{type(policy).__name__}"
         )
-    check_integer("episodes", episodes)
-    check_integer("seed", seed, 0, 2**32 - 1)
-    given = list(env.observation_spec.keys(True, True))
-    read = list(getattr(policy, "in_keys", []))
-    if any(key not in given for key in read):
+    episodes = check_integer("episodes", episodes)
+    seed = check_integer("seed", seed, 0, 2**32 - 1)
+    available = list(env.observation_spec.keys(True, True))
+    needed = list(getattr(policy, "in_keys", []))
+    if any(key not in available for key in needed):
         raise KeyError(
-            f"policy: expected in_keys among {given}, which env gives, got {read}"
+            f"policy: expected in_keys among {available}, which env gives, got {needed}"
         )
-    policy_on_env = _moved_to_policy(policy, env)
-    with undisturbed(policy, seed=seed, exploration_type=exploration_type):
+    policy_on_env = _with_transfers(policy, env)
+    with isolated_rng(policy, seed=seed, exploration_type=exploration_type):
         env.set_seed(seed)
         scores = [_run_episode(env, policy_on_env) for _ in range(episodes)]
     returns, lengths = zip(*scores, strict=True)
@@ -100,68 +97,85 @@ def evaluate_policy(
 
 
 def check_env(env: EnvBase) -> None:
-    """Checks that whole episodes of an environment can be run one by one.
-
-    Args:
-        env: The environment.
-
-    Raises:
-        TypeError: If it is no TorchRL environment.
-        ValueError: If it has batch dimensions, or its reward is not one number.
-    """
+    """Raises an error unless ``env`` is a single environment with one reward."""
     check_type("env", env, EnvBase, "make_env makes one from a Gymnasium task")
     if env.batch_size:
         raise ValueError(
-            f"env must have no batch dimensions, got batch size {env.batch_size}"
+            f"env: expected no batch dimensions, got batch size {env.batch_size}"
         )
     rewards = {key: env.full_reward_spec[key].shape for key in env.reward_keys}
     if [shape.numel() for shape in rewards.values()] != [1]:
-        raise ValueError(f"env must have one reward of one number, got {rewards}")
+        raise ValueError(f"env: expected one reward of one number, got {rewards}")
 
 
 @contextmanager
-def undisturbed(
+def isolated_rng(
     *modules: object,
     seed: int,
     exploration_type: ExplorationType = ExplorationType.DETERMINISTIC,
 ) -> Iterator[None]:
-    """Runs what must leave no trace in a training run, and depend on nothing else.
+    """Runs code on its own random stream, without a trace in the training run.
 
-    Inside, PyTorch's, NumPy's and Python's global generators are seeded, the modules
-    are in their evaluation mode and nothing is recorded for gradients. All of it is
-    put back at the end, also after an error.
+    Inside, the global generators of PyTorch, NumPy and Python are seeded, the modules
+    are in evaluation mode, and gradients are off. Afterwards all of this is restored,
+    also after an error.
 
     Args:
-        *modules: What is run; anything but an ``nn.Module`` is left alone.
+        *modules: networks that run inside; anything but an ``nn.Module`` is ignored.
 
     Keyword Args:
-        seed: Seed of the global generators.
-        exploration_type: Default: ``ExplorationType.DETERMINISTIC``.
+        seed: seed of the global generators.
+        exploration_type: exploration type inside.
+            Default: ``ExplorationType.DETERMINISTIC``.
 
     Example:
-        >>> with undisturbed(seed=0):
+        >>> with isolated_rng(seed=0):
         ...     first = torch.rand(())
-        >>> with undisturbed(seed=0):
+        >>> with isolated_rng(seed=0):
         ...     bool(torch.rand(()) == first)
         True
     """
-    with (
-        _random_stream(seed),
-        _evaluation_mode(*modules),
-        set_exploration_type(exploration_type),
-        torch.no_grad(),
-    ):
-        yield
+    training = [
+        part
+        for module in modules
+        if isinstance(module, nn.Module)
+        for part in module.modules()
+        if part.training
+    ]
+    cuda = torch.cuda.is_initialized()
+    devices = range(torch.cuda.device_count()) if cuda else ()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()  # noqa: NPY002
+    try:
+        with (
+            torch.random.fork_rng(devices=devices),
+            set_exploration_type(exploration_type),
+            torch.no_grad(),
+        ):
+            # torch.manual_seed would leave a seed that CUDA takes up at its first use.
+            torch.default_generator.manual_seed(seed)
+            if cuda:
+                torch.cuda.manual_seed_all(seed)
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            for part in training:
+                part.training = False
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        for part in training:
+            part.training = True
 
 
 def random_policy(env: EnvBase) -> RandomPolicy:
-    """Makes a policy that draws uniformly from the action space of ``env``.
+    """Makes a policy that draws uniformly from the action space.
 
     Args:
-        env: The environment to act in.
+        env: environment to act in.
 
     Returns:
-        A callable on tensordicts that draws from PyTorch's global generator.
+        RandomPolicy: draws from PyTorch's global generator.
 
     Example:
         >>> from alm_torchrl.envs import make_env
@@ -173,14 +187,14 @@ def random_policy(env: EnvBase) -> RandomPolicy:
 
 
 def zero_policy(env: EnvBase) -> TensorDictModule:
-    """Makes a policy that stands still: the action is zero at every step.
+    """Makes a policy whose action is always zero.
 
     Args:
-        env: The environment to act in. Where zero lies outside its action bounds,
-            the nearest action within is taken.
+        env: environment to act in. If zero is outside its action bounds, the nearest
+            action inside is used.
 
     Returns:
-        A module without inputs or parameters that writes the action.
+        TensorDictModule: has no inputs and no parameters.
 
     Example:
         >>> from alm_torchrl.envs import make_env
@@ -193,7 +207,7 @@ def zero_policy(env: EnvBase) -> TensorDictModule:
 
 
 def _run_episode(env: EnvBase, policy: Policy) -> tuple[float, int]:
-    """Runs one episode; keeps nothing of it but its return and length."""
+    """Return and length of one episode."""
     reward_key, done_keys = env.reward_key, env.done_keys
     total, length = 0.0, 0
     tensordict = env.reset()
@@ -213,8 +227,8 @@ def _run_episode(env: EnvBase, policy: Policy) -> tuple[float, int]:
         tensordict = env.step_mdp(tensordict)
 
 
-def _moved_to_policy(policy: Policy, env: EnvBase) -> Policy:
-    """Returns ``policy``, with transfers around it if it lies on another device."""
+def _with_transfers(policy: Policy, env: EnvBase) -> Policy:
+    """The policy, with transfers between devices if it is not on that of ``env``."""
     parameter = None
     if isinstance(policy, nn.Module):
         parameter = next(policy.parameters(), None)
@@ -223,46 +237,3 @@ def _moved_to_policy(policy: Policy, env: EnvBase) -> Policy:
         return policy
     policy_device = parameter.device
     return lambda tensordict: policy(tensordict.to(policy_device)).to(env_device)
-
-
-@contextmanager
-def _random_stream(seed: int) -> Iterator[None]:
-    """Seeds the global random generators, and puts them back at the end.
-
-    ``torch.manual_seed`` is avoided: before CUDA is used for the first time, it
-    leaves a seed behind that takes effect later.
-    """
-    cuda = torch.cuda.is_initialized()
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()  # noqa: NPY002
-    try:
-        devices = range(torch.cuda.device_count()) if cuda else ()
-        with torch.random.fork_rng(devices=devices):
-            torch.default_generator.manual_seed(seed)
-            if cuda:
-                torch.cuda.manual_seed_all(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-
-
-@contextmanager
-def _evaluation_mode(*modules: object) -> Iterator[None]:
-    """Switches every submodule to evaluation mode, and each back at the end."""
-    training = [
-        part
-        for module in modules
-        if isinstance(module, nn.Module)
-        for part in module.modules()
-        if part.training
-    ]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import random
 
 import gymnasium
@@ -92,9 +93,10 @@ def constant(value):
     )
 
 
-def gaussian(dropout=0.0):
+def gaussian(dropout=0.0, inputs=1, actions=1):
     """A stochastic policy whose mean is a network of the observation."""
-    net = nn.Sequential(nn.Linear(1, 8), nn.Dropout(dropout), nn.Linear(8, 1))
+    layers = nn.Linear(inputs, 8), nn.Dropout(dropout), nn.Linear(8, actions)
+    net = nn.Sequential(*layers)
     return ProbabilisticTensorDictSequential(
         TensorDictModule(net, in_keys=["observation"], out_keys=["loc"]),
         TensorDictModule(torch.ones_like, in_keys=["loc"], out_keys=["scale"]),
@@ -120,54 +122,25 @@ def starts(seed, episodes):
     return [int(env.reset()[0][0]) for _ in range(episodes)]
 
 
-def test_known_returns_and_lengths():
-    scores = evaluate_policy(countdown(), constant(0.5), episodes=8, seed=3)
-    counts = starts(3, 8)
-    assert len(set(counts)) > 2
-    assert scores["length"].tolist() == counts
-    expected = [n * (n + 1) / 2 + 0.5 * n for n in counts]
-    assert scores["return"].tolist() == expected
-    assert scores.batch_size == (8,)
-    assert scores["return"].dtype == torch.float32
-    assert scores["length"].dtype == torch.int64
-
-
-@pytest.mark.parametrize("limited", ["gymnasium", "torchrl"])
-def test_terminated_and_truncated_episodes_are_whole(limited):
-    limit = 10
+@pytest.mark.parametrize("limited", [None, "gymnasium", "torchrl"])
+def test_returns_and_lengths_of_whole_episodes(limited):
+    env, limit = countdown(), 99 if limited is None else 10
     if limited == "gymnasium":
         env = countdown(limit)
-    else:
-        env = TransformedEnv(countdown(), StepCounter(max_steps=limit))
-    scores = evaluate_policy(env, constant(0.0), episodes=10, seed=0)
-    counts = starts(0, 10)
+    elif limited == "torchrl":
+        env = TransformedEnv(env, StepCounter(max_steps=limit))
+    scores = evaluate_policy(env, constant(0.5), episodes=10, seed=3)
+    counts = starts(3, 10)
+    assert min(counts) < 10 < max(counts)
     lengths = [min(n, limit) for n in counts]
-    assert min(counts) < limit < max(counts)
     assert scores["length"].tolist() == lengths
     pairs = zip(counts, lengths, strict=True)
-    expected = [sum(range(n - steps + 1, n + 1)) for n, steps in pairs]
+    expected = [sum(range(n - k + 1, n + 1)) + 0.5 * k for n, k in pairs]
     assert scores["return"].tolist() == expected
-
-
-def test_agrees_with_rollouts():
-    env = make_env("Hopper-v5")
-    policy = constant_tanh(env)
-    scores = evaluate_policy(env, policy, episodes=2, seed=5)
-    env.set_seed(5)
-    rollouts = [env.rollout(1000, policy) for _ in range(2)]
-    assert scores["length"].tolist() == [len(rollout) for rollout in rollouts]
-    returns = torch.stack([rollout["next", "reward"].sum() for rollout in rollouts])
-    torch.testing.assert_close(scores["return"], returns)
-
-
-def constant_tanh(env):
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(11, 3), nn.Tanh())
-    return TensorDictModule(net, in_keys=["observation"], out_keys=["action"])
-
-
-def test_default_is_five_episodes():
-    assert evaluate_policy(countdown(), constant(0.0)).batch_size == (5,)
+    assert (scores["return"].dtype, scores["length"].dtype) == (
+        torch.float32,
+        torch.int64,
+    )
 
 
 @pytest.mark.parametrize("make", [countdown, Shared])
@@ -191,106 +164,59 @@ def test_same_seed_same_scores_whatever_ran_before(make, kind):
     assert first["return"].unique().numel() > 1
 
 
-@pytest.mark.parametrize("make", [countdown, Shared])
-def test_leaves_global_generators_alone(make):
-    env, policy = make(), gaussian()
-    before = generator_states()
-    evaluate_policy(
-        env, policy, episodes=2, exploration_type=ExplorationType.RANDOM, seed=9
-    )
-    evaluate_policy(env, random_policy(env), episodes=2)
-    assert generator_states() == before
+def test_the_policy_draws_from_streams_with_the_seed():
+    def first_draws(seed):
+        draws = []
+
+        def policy(tensordict):
+            numpy_draw = np.random.rand()  # noqa: NPY002
+            draws.append((torch.rand(()).item(), numpy_draw, random.random()))
+            return constant(0.0)(tensordict)
+
+        evaluate_policy(countdown(), policy, episodes=1, seed=seed)
+        return draws[0]
+
+    zero, one = first_draws(0), first_draws(1)
+    assert first_draws(1) == one
+    assert all(a != b for a, b in zip(zero, one, strict=True))
 
 
-def test_restores_after_an_error():
-    policy = gaussian()
-    before = generator_states()
-
-    def fails(tensordict):
-        torch.rand(1), np.random.rand(), random.random()  # noqa: NPY002
-        raise RuntimeError("on purpose")
-
-    policy.forward = fails
-    with pytest.raises(RuntimeError, match="on purpose"):
-        evaluate_policy(countdown(), policy)
-    assert generator_states() == before
-    assert all(module.training for module in policy.modules())
-    assert torch.is_grad_enabled()
-
-
-def test_training_is_bit_equal_with_and_without():
-    def train(evaluate):
-        torch.manual_seed(0)
-        policy = gaussian(dropout=0.5)
-        optimizer = torch.optim.SGD(policy.parameters(), 1e-2)
-        for _ in range(4):
-            if evaluate:
-                evaluate_policy(
-                    Shared(),
-                    policy,
-                    episodes=2,
-                    exploration_type=ExplorationType.RANDOM,
-                )
-            batch = TensorDict(observation=torch.rand(16, 1), batch_size=[16])
-            loss = policy(batch)["loc"].square().mean() + torch.rand(())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        return policy.state_dict()
-
-    with_it, without = train(True), train(False)
-    assert all(torch.equal(with_it[key], without[key]) for key in without)
-
-
-def test_modes_of_mixed_policies_are_restored():
-    policy = gaussian(dropout=0.5)
-    net = policy[0].module
-    net[0].eval()
-    before = {name: module.training for name, module in policy.named_modules()}
+@pytest.mark.parametrize("fails", [False, True])
+def test_generators_modes_and_gradients_are_restored(fails):
+    env, policy = Shared(), gaussian(dropout=0.5)
+    policy[0].module[0].eval()
     seen = []
-    net[1].register_forward_hook(lambda module, *_: seen.append(module.training))
-    evaluate_policy(countdown(), policy, episodes=1)
-    after = {name: module.training for name, module in policy.named_modules()}
-    assert seen
-    assert not any(seen)
-    assert before == after
-    assert set(before.values()) == {True, False}
 
+    def watch(module, inputs, output):
+        seen.append((module.training, torch.is_grad_enabled()))
+        if fails:
+            raise RuntimeError("on purpose")
 
-def test_nothing_is_recorded_for_gradients():
-    policy = gaussian()
-    seen = []
-    policy.register_forward_hook(
-        lambda module, args, output: seen.append(output["loc"].requires_grad)
-    )
-    evaluate_policy(countdown(), policy, episodes=1)
-    assert seen
-    assert not any(seen)
-    assert torch.is_grad_enabled()
+    policy[0].module[1].register_forward_hook(watch)
+
+    def state():
+        modes = [module.training for module in policy.modules()]
+        return generator_states(), modes, torch.is_grad_enabled(), exploration_type()
+
+    before = state()
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        evaluate_policy(env, policy, exploration_type=ExplorationType.RANDOM, seed=9)
+    assert state() == before
+    assert set(before[1]) == {True, False}
+    assert set(seen) == {(False, False)}
 
 
 def test_exploration_type():
     env, policy = countdown(), gaussian()
-    kinds = []
-
-    def spy(tensordict):
-        kinds.append(exploration_type())
-        return policy(tensordict)
-
-    with set_exploration_type(ExplorationType.MEAN):
-        modes = evaluate_policy(env, spy, episodes=3)
-        draws = evaluate_policy(
-            env, spy, episodes=3, exploration_type=ExplorationType.RANDOM
-        )
-        assert exploration_type() == ExplorationType.MEAN
-    assert set(kinds) == {ExplorationType.DETERMINISTIC, ExplorationType.RANDOM}
-    mean = TensorDictModule(
-        policy[0].module, in_keys=["observation"], out_keys=["action"]
-    )
-    expected = evaluate_policy(env, mean, episodes=3)
-    assert torch.equal(modes["return"], expected["return"])
-    assert not torch.equal(draws["return"], expected["return"])
-    assert torch.equal(draws["length"], expected["length"])
+    mean = TensorDictModule(policy[0].module, ["observation"], ["action"])
+    expected = evaluate_policy(env, mean, episodes=3)["return"]
+    with set_exploration_type(ExplorationType.RANDOM):
+        modes = evaluate_policy(env, policy, episodes=3)["return"]
+    draws = evaluate_policy(
+        env, policy, episodes=3, exploration_type=ExplorationType.RANDOM
+    )["return"]
+    assert torch.equal(modes, expected)
+    assert (draws != expected).all()
 
 
 def test_zero_policy_stands_still():
@@ -298,11 +224,7 @@ def test_zero_policy_stands_still():
     scores = evaluate_policy(env, zero_policy(env), episodes=3, seed=1)
     assert scores["return"].tolist() == [n * (n + 1) / 2 for n in starts(1, 3)]
     first, second = (zero_policy(env)(env.reset())["action"] for _ in range(2))
-    assert torch.equal(first, torch.zeros(1))
     assert first.data_ptr() != second.data_ptr()
-
-
-def test_zero_policy_stays_within_bounds():
     env = Shared()
     env.action_spec = Bounded(0.25, 1.0, (1,))
     assert zero_policy(env)(env.reset())["action"].tolist() == [0.25]
@@ -320,40 +242,45 @@ def test_random_policy_fills_the_bounds():
 @pytest.mark.gpu
 @pytest.mark.parametrize("env_device", [None, "cpu", "cuda"])
 def test_policy_on_a_gpu(env_device):
-    torch.manual_seed(0)
-    torch.cuda.manual_seed_all(0)
     env = make_env("Hopper-v5", device=env_device)
-    net = nn.Linear(11, 3, device="cuda")
-    policy = ProbabilisticTensorDictSequential(
-        TensorDictModule(net, in_keys=["observation"], out_keys=["loc"]),
-        TensorDictModule(torch.ones_like, in_keys=["loc"], out_keys=["scale"]),
-        ProbabilisticTensorDictModule(
-            in_keys=["loc", "scale"],
-            out_keys=["action"],
-            distribution_class=torch.distributions.Normal,
-            default_interaction_type=InteractionType.RANDOM,
-        ),
-    )
+    policy = gaussian(inputs=11, actions=3).to("cuda")
     before = torch.cuda.get_rng_state()
-
-    def scores():
-        return evaluate_policy(
+    first, again = (
+        evaluate_policy(
             env, policy, episodes=2, exploration_type=ExplorationType.RANDOM
         )
-
-    first = scores()
-    torch.testing.assert_close(scores(), first)
+        for _ in range(2)
+    )
+    torch.testing.assert_close(again, first)
     assert first.device is None or first.device.type == "cpu"
     assert torch.equal(before, torch.cuda.get_rng_state())
 
 
-def test_errors():
-    env = countdown()
-    with pytest.raises(ValueError, match="episodes: expected an integer >= 1, got 0"):
-        evaluate_policy(env, constant(0.0), episodes=0)
-    with pytest.raises(ValueError, match=r"no batch dimensions.*\[2\]"):
-        evaluate_policy(SerialEnv(2, countdown), constant(0.0))
-    pair = Shared()
-    pair.reward_spec = Unbounded(2)
-    with pytest.raises(ValueError, match=r"one reward of one number.*\[2\]"):
-        evaluate_policy(pair, constant(0.0))
+def two_rewards():
+    env = Shared()
+    env.reward_spec = Unbounded(2)
+    return env
+
+
+@pytest.mark.parametrize(
+    ("env", "policy", "options", "error", "message"),
+    [
+        (object, None, {}, TypeError, "env: expected EnvBase, got object"),
+        (lambda: SerialEnv(2, Shared), None, {}, ValueError, r"env: .*\[2\]"),
+        (two_rewards, None, {}, ValueError, r"one reward of one number.*\[2\]"),
+        (Shared, 7, {}, TypeError, "policy: expected a callable.*got int"),
+        (
+            Shared,
+            TensorDictModule(nn.Identity(), ["pixels"], ["action"]),
+            {},
+            KeyError,
+            "in_keys among.*observation.*got.*pixels",
+        ),
+        (Shared, lambda td: td, {}, KeyError, "policy: expected it to write 'action'"),
+        (Shared, None, {"episodes": 0}, ValueError, "episodes: .*>= 1, got 0"),
+        (Shared, None, {"seed": -1}, ValueError, "seed: .*>= 0.*got -1"),
+    ],
+)
+def test_errors_say_what_was_expected_and_given(env, policy, options, error, message):
+    with pytest.raises(error, match=message):
+        evaluate_policy(env(), constant(0.0) if policy is None else policy, **options)

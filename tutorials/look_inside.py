@@ -2,21 +2,22 @@
 
 **What you will learn**
 
-- how far its latent model predicts, without seeing anything;
-- whether the bound that it maximises is one, and how it compares with its critics;
-- how much of the state is in its latent, and in how many dimensions;
+- how far its latent model predicts without new observations;
+- whether the bound that it maximises is below the return, and how it compares with its
+  critics;
+- how much of the state its latent holds, and in how many dimensions;
 - what its classifier knows, and what it could know.
 
-Everything is measured on two agents: one that has been trained for a minute, and its
-own copy from before. A number alone says little.
+A number alone says little. So everything is measured on two agents: one trained for a
+minute, and a copy of it from before the training.
 
-It assumes that you know the parts (`parts.py`) and the terms of the loss
-(`loss_and_gradients.py`). The theory of the bound is in `theory.py`. The tutorial after
-it is `stop_resume_act.py`.
+You should know the parts (`parts.py`) and the terms of the loss
+(`loss_and_gradients.py`). `theory.py` has the theory of the bound. The next tutorial is
+`stop_resume_act.py`.
 
-Run it as `python tutorials/look_inside.py`: about a minute on one processor core. The
-four figures go to `runs/tutorial-look-inside`, or to the folder in `ALM_OUTPUT`.
-`ALM_SMOKE=1` makes everything small, to see that it runs.
+Run it with `python tutorials/look_inside.py`. It takes about a minute on one core. The
+four figures go to `runs/tutorial-look-inside`, or to the folder in `ALM_OUTPUT`. With
+`ALM_SMOKE=1` everything is small, to check that it runs.
 """
 
 # %%
@@ -40,11 +41,14 @@ from alm_torchrl import (
     make_env,
     make_trainer,
 )
-from alm_torchrl.analysis.bias import bias_summary, bound_bias
+from alm_torchrl.analysis import (
+    bias_summary,
+    bound_bias,
+    latent_rollout,
+    latent_statistics,
+    record_transitions,
+)
 from alm_torchrl.analysis.figures import plot_bias, plot_reliability, plot_rollout
-from alm_torchrl.analysis.recording import record_transitions
-from alm_torchrl.analysis.rollouts import latent_rollout
-from alm_torchrl.analysis.statistics import latent_statistics
 
 torch.set_num_threads(1)
 SMOKE = os.environ.get("ALM_SMOKE") == "1"
@@ -60,9 +64,9 @@ SEED = 0
 # %% [markdown]
 # ## An agent
 #
-# A pendulum has to be swung up and held there. The state is its angle and its speed;
-# the observation is cosine and sine of the angle, and the speed. The discount is such
-# that the reward 100 steps ahead counts less than 1 %, so that a return can be measured
+# The task is to swing a pendulum up and hold it there. The state is its angle and its
+# speed. The observation is the cosine and sine of the angle, and the speed. With this
+# discount, a reward 100 steps ahead counts less than 1 %. So the return can be measured
 # within an episode of 200 steps.
 
 # %%
@@ -98,17 +102,17 @@ scores = {
     for name, agent in agents.items()
 }
 if not SMOKE:
-    # A pendulum that hangs costs about 1000, one that is swung up at once 150.
+    # A hanging pendulum costs about 1000, one that is swung up at once about 150.
     assert scores["before"] < -700
     assert scores["trained"] > -600
 
 # %% [markdown]
 # ## How far does the model see?
 #
-# The latent model gets one latent, then its own predictions, and the actions that were
-# taken. What it says after t steps is compared with the latent that the encoder gives
-# for what was really observed then. The error is in units of the spread of the latents:
-# at 1, the mean of all latents would do as well.
+# The latent model gets one latent and the actions that were taken. From then on it
+# reads its own predictions. Its prediction for t steps ahead is compared with the
+# latent that the encoder gives for the observation of that step. The error is in units
+# of the spread of the latents: at 1, the mean of all latents is as good a guess.
 
 # %%
 rollouts = {name: latent_rollout(test_env, agent) for name, agent in agents.items()}
@@ -118,17 +122,17 @@ errors = {
 }
 if not SMOKE:
     assert errors["before"][1] > 0.8
-    # Three steps are what it was trained to imagine. Fifty are too many.
+    # It was trained to imagine three steps. Fifty are too many.
     assert errors["trained"][3] < 0.3
     assert errors["trained"][50] > errors["trained"][3]
 
 # %% [markdown]
-# ## Is the bound one?
+# ## Is the bound below the return?
 #
-# Along whole episodes without action noise the return of each step is known. Next to it
-# stand the two estimates that the agent has: the K-step bound that its policy
-# maximises, and the smaller of its critics. (The weight of what the time limit cuts off
-# is in `missing`.)
+# In whole episodes without action noise, the return of each step is known. It is
+# compared with the agent's two estimates: the K-step bound that its policy maximises,
+# and the smaller of its critics. (`missing` is the weight of what the time limit cuts
+# off.)
 
 # %%
 bias = {
@@ -145,11 +149,11 @@ def correlation(pairs: TensorDictBase, estimate: str) -> float:
 
 
 # %% [markdown]
-# An untrained agent estimates nothing, and its returns are far below that, so its
-# "bound" is above all of them. The trained one knows which states are better, and its
-# bound lies below the returns: nothing in practice makes it a bound (`theory.py`), but
-# here it is one on average. So are the critics, which lag behind an agent that gets
-# better. The bound, whose first three rewards are predicted, lags less.
+# The untrained agent estimates values near zero. Its returns are far below zero, so its
+# "bound" is above all of them. The trained agent knows which states are better, and its
+# bound is below the returns on average. In practice nothing guarantees that
+# (`theory.py`). The critics are below the returns too, because they lag behind an agent
+# that improves. The bound lags less, because its first three rewards are predicted.
 
 # %%
 summary = {name: bias_summary(pairs) for name, pairs in bias.items()}
@@ -162,10 +166,10 @@ if not SMOKE:
 # %% [markdown]
 # ## What is in the latent?
 #
-# The latent has sixteen dimensions, and the state two. `effective_dim` counts those
-# that are used: 16 if all directions vary alike, 1 if all latents lie on a line. And a
-# linear map shows what can be read off a latent: here, the observation that it came
-# from, on transitions that the map was not fitted to.
+# The latent has sixteen dimensions, the state has two. `effective_dim` says how many
+# are used: 16 if all directions vary alike, 1 if all latents are on a line. A linear
+# map shows what can be read from a latent: here the observation behind it. The map is
+# fitted to some transitions and tested on others.
 
 # %%
 data = {
@@ -175,7 +179,7 @@ data = {
 
 
 def explained(agent: ALMLoss) -> Tensor:
-    """Share of the variance of cosine, sine and speed that is read off, `[3]`."""
+    """Explained share of the variance of cosine, sine and speed, `[3]`."""
     latent = {seed: agent.encode(rows).mean for seed, rows in data.items()}
     inputs = {k: torch.nn.functional.pad(z, (0, 1), value=1) for k, z in latent.items()}
     weights = torch.linalg.lstsq(inputs[0], data[0]["observation"]).solution
@@ -190,8 +194,8 @@ if not SMOKE:
     assert bool((explained(loss) > 0.8).all())
 
 # %% [markdown]
-# A picture of the same: the latents, turned so that their two widest directions lie in
-# the plane, with the color of the angle and of the speed that they stand for.
+# The next figure shows the latents along their two principal directions. The colors are
+# the angle and the speed of the pendulum.
 
 # %%
 COLORS = {"angle, rad": "hsv", "speed, rad/s": "viridis"}
@@ -202,7 +206,7 @@ state = {
 }
 figure = Figure(figsize=(9.0, 3.8), layout="constrained")
 panels = figure.subplots(1, 2)
-latent = loss.encode(data[1]).mean
+latent = loss.latents.encode(data[1]).mean
 flat = torch.pca_lowrank(latent, 2)[0].mT
 for panel, (name, values) in zip(panels, state.items(), strict=True):
     points = panel.scatter(*flat, c=values, cmap=COLORS[name], s=6)
@@ -215,21 +219,21 @@ figure.savefig(OUTPUT / "latents.png", dpi=150)
 # %% [markdown]
 # ## What does the classifier know?
 #
-# It is asked whether a latent came from the encoder or from the latent model, and what
-# it says is a part of the policy's reward: its logits stand for the log of the ratio of
-# the two densities (Eq. 9). Half of its answers are right by chance. Two others show
-# what there is to know. One is a new classifier of the same kind that learns from the
-# same latents, but which do not change meanwhile. The other is the ratio of the
-# densities itself, computed with the next observation, which no classifier gets.
+# The classifier says whether a latent came from the encoder or from the latent model.
+# Its answer is part of the policy's reward: the logits estimate the log ratio of the
+# two densities (Eq. 9). Half of the answers are right by chance. Two comparisons show
+# what can be known. The first is a new classifier of the same kind, trained on the same
+# latents while encoder and model stay fixed. The second is the ratio of the densities
+# itself. It needs the next observation, which no classifier gets.
 
 
 # %%
 def questions(rows: TensorDictBase) -> tuple[TensorDict, Tensor, Tensor]:
-    """Real and imagined transitions `[2, N]`, which are real, and the log ratio."""
-    now, after = loss.encode(rows), loss.encode(rows["next"])
-    latent, action = loss.sample(now), rows["action"]
-    imagined = loss.step(latent, action)
-    following = torch.stack([loss.sample(imagined), loss.sample(after)])
+    """Imagined and real transitions `[2, N]`, which are real, and the log ratio."""
+    now, after = loss.latents.encode(rows), loss.latents.encode(rows["next"])
+    latent, action = now.rsample(), rows["action"]
+    imagined = loss.latents.step(latent, action)
+    following = torch.stack([imagined.rsample(), after.rsample()])
     asked = TensorDict(
         {
             "latent": latent.expand_as(following),
@@ -243,7 +247,7 @@ def questions(rows: TensorDictBase) -> tuple[TensorDict, Tensor, Tensor]:
 
 
 def accuracy(logit: Tensor, real: Tensor) -> float:
-    """Share of right answers, where a positive logit says "real"."""
+    """Share of correct answers, where a positive logit means "real"."""
     return ((logit > 0) == (real == 1)).float().mean().item()
 
 
@@ -270,27 +274,26 @@ if not SMOKE:
     assert 0.5 < knows["the agent's"] < knows["a new one"] < knows["the densities"] < 1
 
 # %% [markdown]
-# The agent's own classifier is the worst of the three: it learns while encoder and
-# model change with every update, so it is always late. Its probabilities are modest,
-# and the picture shows whether they are right: it is calibrated where the points lie on
-# the diagonal. A policy that trusted a classifier which is certain and wrong would be
-# led astray by it. The gap between the new one and the densities is what cannot be
-# known without seeing the next observation, or what this network has not found in so
-# few steps.
+# The agent's own classifier is the worst of the three. Encoder and model change with
+# every update, so it is always late. The figure shows whether its probabilities are
+# right: a calibrated classifier has its points on the diagonal. A classifier that is
+# certain and wrong would mislead the policy. The densities are better than the new
+# classifier, either because they use the next observation or because the new classifier
+# was trained for few steps.
 
 # %% [markdown]
 # ## Conclusion
 #
-# The model sees a few steps ahead, and more than the three that its bound needs. The
+# The model predicts a few steps ahead, more than the three that its bound needs. The
 # bound orders the states as the returns do. The latent holds the whole state in about
-# two of its sixteen dimensions. The classifier is the weak part of this agent. What it
-# would be without one (`classifier_coef=0`) is a question of a run, not of a picture.
+# two of its sixteen dimensions. The classifier is the weak part of this agent. Whether
+# the agent is better without one (`classifier_coef=0`), only another run can tell.
 #
 # **Next steps**
 #
-# - `alm-torchrl diagnose RUN` measures and draws all of this for any run of
-#   `alm-torchrl train`, and the bias over its checkpoints.
+# - `alm-torchrl diagnose RUN` measures and draws this for any run of `alm-torchrl
+#   train`; with `--which history` also the bias of each checkpoint.
 # - `stop_resume_act.py`: checkpoints, and policies that act.
-# - `theory.py`: when the bound is a bound.
-# - Train the classifier alone for longer between the updates of the rest (`own_loop.py`
-#   shows where), and look whether the return changes, over several seeds.
+# - `theory.py`: when the bound holds.
+# - Train the classifier for more steps between the other updates (`own_loop.py` shows
+#   where), and see over several seeds whether the return changes.

@@ -1,17 +1,12 @@
-"""What a trained agent has learned: its bound, its latent model, its latents.
+"""What a trained agent has learned: its bound, its latent model and its latents.
 
-The functions read modules and return TensorDicts. Like
-:func:`~alm_torchrl.evaluate_policy` they have a random stream of their own and leave no
-trace in a training run.
+The functions take an environment and a loss, and return TensorDicts. Like
+:func:`~alm_torchrl.evaluate_policy` they use their own random stream and leave no trace
+in a training run. :mod:`alm_torchrl.analysis.figures` draws what they return.
 """
 
-from alm_torchrl.analysis.bias import (
-    bias_summary,
-    bound_bias,
-    normalised_bias,
-)
-from alm_torchrl.analysis.recording import record_transitions
-from alm_torchrl.analysis.rollouts import latent_rollout
+from alm_torchrl.analysis.bias import bias_summary, bound_bias, normalised_bias
+from alm_torchrl.analysis.rollouts import latent_rollout, record_transitions
 from alm_torchrl.analysis.statistics import (
     calibration_error,
     latent_statistics,

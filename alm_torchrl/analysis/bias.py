@@ -6,13 +6,10 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from alm_torchrl import functional
-from alm_torchrl.analysis.recording import (
-    check_agent,
-    evaluation_episodes,
-    undisturbed_loss,
-)
+from alm_torchrl.analysis.rollouts import noiseless_episodes
 from alm_torchrl.baselines.losses import BaselineLoss
 from alm_torchrl.checks import check_integer
 from alm_torchrl.objectives import ALMLoss
@@ -20,7 +17,7 @@ from alm_torchrl.objectives import ALMLoss
 __all__ = ["ESTIMATES", "bias_summary", "bound_bias", "normalised_bias"]
 
 ESTIMATES = ("bound", "qvalue")
-"""Entries of :func:`bound_bias` that are estimates of the return, where present."""
+"""Entries of :func:`bound_bias` that estimate the return; baselines have no bound."""
 
 _SMALLEST_RETURN = 10.0
 
@@ -34,44 +31,32 @@ def bound_bias(
     cutoff: int = 350,
     seed: int = 0,
 ) -> TensorDict:
-    """The bound and the critics' value next to Monte-Carlo returns (appendix E).
+    """Compares the bound and the critics with Monte-Carlo returns (appendix E).
 
-    Episodes of the agent without action noise are run until there are ``pairs`` states
-    with the action taken there, only the first ``cutoff`` steps of each counting. The
-    return of a pair is the discounted sum of *all* later rewards of its episode. Where
-    a time limit ends the episode, what would have followed is not in it: its weight
-    ``gamma^(steps left)`` is given as ``missing``. (With the paper's tasks, 1000 steps
-    and ``gamma = 0.99``, it is at most 0.0015 at the default cutoff.)
-
-    A baseline has no bound; its critics are measured in the same way. SAC's and REDQ's
-    are soft values: in them is the entropy bonus of all later steps of the *stochastic*
-    policy, whereas the return is here, as for ALM, of rewards only and of the policy
-    without noise. So part of their bias is that bonus. (REDQ's own study,
-    https://arxiv.org/abs/2101.05982, draws the actions and adds the bonus to the
-    return.)
+    The pairs are the states and actions of episodes without action noise. The return
+    of a pair is the discounted sum of *all* later rewards of its episode, without the
+    entropy bonus that the critics of SAC and REDQ include: it is part of their bias.
 
     Args:
-        env: environment without batch dimensions whose episodes end; its rewards are
-            those that the agent was trained on.
+        env: environment without batch dimensions whose episodes end.
         loss: the agent.
 
     Keyword Args:
         horizon: steps K of ALM's bound. Default: ``3``.
-        pairs: fewest pairs to find; an episode's are kept together. Default: ``1000``.
-        cutoff: steps at the start of an episode that count. Default: ``350``.
-        seed: of the environment and of the latent samples. Default: ``0``.
+        pairs: smallest number of pairs; episodes stay whole. Default: ``1000``.
+        cutoff: number of steps used from the start of each episode. Default: ``350``.
+        seed: seed of the environment and of the latent samples. Default: ``0``.
 
     Returns:
-        TensorDict: ``[N]`` with N at least ``pairs``, on the CPU, float64:
-        ``monte_carlo``; of ALM only, ``bound``
-        (:meth:`~alm_torchrl.ALMLoss.lower_bound`); ``qvalue``: of ALM ``min Q(z, a)``
-        with ``z ~ e'(s)``, of TD3 and SAC ``min Q(s, a)``, of REDQ the mean over its
-        critics, as in its own study; ``missing``, 0 where the episode terminated; and
-        int64 ``episode`` and ``step``, both from 0.
+        TensorDict: ``[N]`` on the CPU, N at least ``pairs``. Float64: ``monte_carlo``,
+        the return; ``bound`` (only of ALM), :meth:`~alm_torchrl.ALMLoss.lower_bound`;
+        ``qvalue``, ``min Q(z, a)`` with ``z ~ e'(s)`` (ALM), ``min Q(s, a)`` (TD3, SAC)
+        or the mean over the critics (REDQ); ``missing``, the weight
+        ``gamma^(steps left)`` of what a time limit cuts off, 0 after a termination.
+        Int64: ``episode`` and ``step``, from 0.
 
     Raises:
-        TypeError: if ``env`` is no TorchRL environment, or ``loss`` neither an
-            ``ALMLoss`` nor a ``BaselineLoss``.
+        TypeError: if ``env`` or ``loss`` has the wrong type.
         ValueError: if a number is out of range, or ``env`` has batch dimensions.
 
     Example:
@@ -84,38 +69,34 @@ def bound_bias(
         >>> round(found["missing"][0].item(), 3)  # 200 steps are few for gamma = 0.99
         0.134
     """
-    check_agent(env, loss, seed, (ALMLoss, BaselineLoss))
     for name, number in (("horizon", horizon), ("pairs", pairs), ("cutoff", cutoff)):
         check_integer(name, number)
     returns: list[TensorDictBase] = []
-    rows: list[TensorDictBase] = []
-    taken_keys = (*loss.acting_policy().in_keys, loss.tensor_keys.action)
-    with undisturbed_loss(loss, seed):
-        env.set_seed(seed)
-        for number, episode in enumerate(evaluation_episodes(env, loss)):
-            returns.append(_returns(episode, env, loss, number)[:cutoff])
-            rows.append(episode.select(*taken_keys)[:cutoff])
-            if sum(map(len, rows)) >= pairs:
-                break
-        device = next(loss.parameters()).device
-        taken = torch.cat(rows).to(device)
-        estimates = _estimates(loss, taken, horizon)
+    taken: list[TensorDictBase] = []
+    accepted = (ALMLoss, BaselineLoss)
+    with noiseless_episodes(env, loss, seed, accepted) as episodes:
+        keys = (*loss.acting_policy().in_keys, loss.tensor_keys.action)
+        while sum(map(len, taken)) < pairs:
+            episode = next(episodes)
+            returns.append(_returns(episode, env, loss, len(returns))[:cutoff])
+            taken.append(episode.select(*keys)[:cutoff])
+        rows = torch.cat(taken).to(next(loss.parameters()).device)
+        estimates = _estimates(loss, rows, horizon)
     found: TensorDict = torch.cat(returns)
     return found.update({k: v.double().cpu() for k, v in estimates.items()})
 
 
 def normalised_bias(pairs: TensorDictBase) -> TensorDict:
-    """Bias of each estimate of each pair, plain and normalised in two ways.
+    """Computes the bias of each estimate, as it is and normalised in two ways.
 
     Args:
-        pairs: ``[N]``, what :func:`bound_bias` returned.
+        pairs: ``[N]``, from :func:`bound_bias`.
 
     Returns:
-        TensorDict: ``[N]``; under ``bound``, where there is one, and ``qvalue`` each
-        ``bias``, the estimate minus the return; ``per_pair``, divided by
-        ``max(|return|, 10)`` of that pair, as the authors' code does (which has the
-        opposite sign); ``overall``, divided by ``|mean return|``, as the paper's
-        appendix E does.
+        TensorDict: ``[N]``. Under each of :data:`ESTIMATES`: ``bias``, estimate minus
+        return; ``per_pair``, the bias over ``max(|return|, 10)`` of the pair, as in
+        the authors' code (there with the opposite sign); ``overall``, the bias over
+        ``|mean return|``, as in the paper's appendix E.
 
     Example:
         >>> pairs = TensorDict(
@@ -128,28 +109,30 @@ def normalised_bias(pairs: TensorDictBase) -> TensorDict:
         >>> bias["per_pair"], bias["overall"]
         (tensor([-0.5000,  0.1000]), tensor([-1.0000,  0.1000]))
     """
-    target = pairs["monte_carlo"]
-    biases = {}
-    for name in (name for name in ESTIMATES if name in pairs):
-        bias = pairs[name] - target
-        biases[name] = {
-            "bias": bias,
-            "per_pair": bias / target.abs().clamp_min(_SMALLEST_RETURN),
-            "overall": bias / target.mean().abs(),
-        }
-    return TensorDict(biases, batch_size=pairs.batch_size)
+    returns = pairs["monte_carlo"]
+    biases = {n: pairs[n] - returns for n in ESTIMATES if n in pairs}
+    return TensorDict(
+        {
+            name: {
+                "bias": bias,
+                "per_pair": bias / returns.abs().clamp_min(_SMALLEST_RETURN),
+                "overall": bias / returns.mean().abs(),
+            }
+            for name, bias in biases.items()
+        },
+        batch_size=pairs.batch_size,
+    )
 
 
 def bias_summary(pairs: TensorDictBase) -> TensorDict:
-    """Mean and standard deviation of the biases over all pairs.
+    """Computes mean and standard deviation of each bias over all pairs.
 
     Args:
-        pairs: ``[N]``, what :func:`bound_bias` returned.
+        pairs: ``[N]``, from :func:`bound_bias`.
 
     Returns:
-        TensorDict: no batch size; ``("bound", "per_pair", "mean")`` and so on, for
-        each entry of :func:`normalised_bias`. The deviation ``"std"`` divides by N, as
-        the authors do.
+        TensorDict: no batch size; ``"mean"`` and ``"std"`` (which divides by N, as in
+        the authors' code) under each entry of :func:`normalised_bias`.
 
     Example:
         >>> zero, one = torch.zeros(2), torch.ones(2)
@@ -159,15 +142,11 @@ def bias_summary(pairs: TensorDictBase) -> TensorDict:
         >>> bias_summary(pairs)["bound", "overall", "mean"]
         tensor(-1.)
     """
-    biases = normalised_bias(pairs)
+    columns = normalised_bias(pairs).items(True, True)
     return TensorDict(
         {
-            name: {
-                kind: {"mean": column.mean(), "std": column.std(correction=0)}
-                for kind, column in biases[name].items()
-            }
-            for name in ESTIMATES
-            if name in biases
+            key: TensorDict(mean=column.mean(), std=column.std(correction=0))
+            for key, column in columns
         }
     )
 
@@ -175,22 +154,21 @@ def bias_summary(pairs: TensorDictBase) -> TensorDict:
 def _estimates(
     loss: ALMLoss | BaselineLoss, taken: TensorDictBase, horizon: int
 ) -> dict[str, Tensor]:
-    """What an agent expects to follow on the actions taken, ``[N]`` each."""
+    """What the agent expects after the actions taken, ``[N]`` each."""
     if isinstance(loss, BaselineLoss):
         return {"qvalue": loss.qvalue_estimate(taken)}
-    latent = loss.latents.sample(loss.latents.encode(taken))
-    value = loss.latents.state_action_value(
-        latent, taken[loss.tensor_keys.action]
-    ).amin(-1)
-    return {"bound": loss.lower_bound(taken, horizon), "qvalue": value}
+    with set_exploration_type(ExplorationType.RANDOM):
+        latents = loss.latents
+        latent = latents.sample(latents.encode(taken))
+        value = latents.state_action_value(latent, taken[loss.tensor_keys.action])
+        return {"bound": loss.lower_bound(taken, horizon), "qvalue": value.amin(-1)}
 
 
 def _returns(
     episode: TensorDictBase, env: EnvBase, loss: ALMLoss | BaselineLoss, number: int
 ) -> TensorDict:
     """Discounted return from each step of an episode, ``[T]``, on the CPU."""
-    length = len(episode)
-    following = episode["next"]
+    length, following = len(episode), episode["next"]
     reward = following[env.reward_key].reshape(length).double().cpu()
     baseline = isinstance(loss, BaselineLoss)
     gamma = (loss.value_estimator.gamma if baseline else loss.gamma).item()
@@ -199,10 +177,9 @@ def _returns(
     step = torch.arange(length)
     terminated = bool(following[loss.tensor_keys.terminated][-1].any())
     left = (length - step).double()
-    missing = torch.zeros_like(left) if terminated else gamma**left
     return TensorDict(
         monte_carlo=returns,
-        missing=missing,
+        missing=torch.zeros_like(left) if terminated else gamma**left,
         episode=torch.full_like(step, number),
         step=step,
         batch_size=[length],

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+from torchrl.envs.utils import ExplorationType
 
 from alm_torchrl import functional
-from alm_torchrl.analysis.recording import undisturbed_loss
+from alm_torchrl.analysis.rollouts import isolated_loss
 from alm_torchrl.checks import check_integer, check_type
+from alm_torchrl.distributions import draw
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.objectives.latents import normal_parameters
 
@@ -23,35 +25,34 @@ __all__ = [
 def latent_statistics(
     loss: ALMLoss, transitions: TensorDictBase, *, bins: int = 10, seed: int = 0
 ) -> TensorDict:
-    """How the latents, the latent model and the classifier look on some transitions.
+    """Measures latents, latent model and classifier on transitions.
 
     Args:
         loss: the agent.
-        transitions: what the loss reads, ``[N]`` or ``[B, K]``, on the device of the
-            networks; :func:`~alm_torchrl.diagnostics.record_transitions` gives some.
+        transitions: ``[N]`` or ``[B, K]``, on the device of the networks, for example
+            from :func:`~alm_torchrl.analysis.record_transitions`.
 
     Keyword Args:
-        bins: of the classifier's probabilities. Default: ``10``.
-        seed: of the latent samples. Default: ``0``.
+        bins: number of bins of the classifier's probabilities. Default: ``10``.
+        seed: seed of the latent samples. Default: ``0``.
 
     Returns:
         TensorDict: no batch size, on the device of the networks. ``kl``, the mean of
-        ``KL(m(z, a) || e'(s'))`` with ``z ~ e'(s)``, in nats; ``effective_dim``, the
-        :func:`participation_ratio` of the means of ``e'(s)``; ``latent_deviation`` and
-        ``latent_noise``, the root mean squares of how far these means lie apart and of
-        the encoder's own standard deviation. Where there is a classifier, each
-        transition serves it twice, with ``z' ~ e'(s')`` and ``z' ~ m(z, a)``:
+        ``KL(m(z, a) || e'(s'))`` with ``z ~ e'(s)``, in nats; ``latent_dim``, the
+        latent's dimensions; ``effective_dim``, the :func:`participation_ratio` of the
+        means of ``e'(s)``; ``latent_deviation``, the root mean square deviation of
+        these means; ``latent_noise``, that of the encoder. With a classifier also
         ``classifier_accuracy``, ``calibration_error`` and the table ``reliability``
-        ``[bins]``.
+        ``[bins]``, on each transition with ``z' ~ e'(s')`` and with ``z' ~ m(z, a)``.
 
     Raises:
-        TypeError: if ``loss`` is no ``ALMLoss``, or its encoder or model no diagonal
-            Gaussian.
-        ValueError: if ``bins`` or the seed is out of range.
+        TypeError: if ``loss`` is no ``ALMLoss`` with a diagonal Gaussian encoder and
+            model.
+        ValueError: if ``bins`` or ``seed`` is out of range.
 
     Example:
         >>> from alm_torchrl import make_alm_loss, make_env
-        >>> from alm_torchrl.analysis.recording import (record_transitions)
+        >>> from alm_torchrl.analysis import record_transitions
         >>> env = make_env("Pendulum-v1", action_bounds="rescale")
         >>> loss = make_alm_loss(env, hidden_dim=8, model_hidden_dim=8)
         >>> batch = record_transitions(env, loss, transitions=100)
@@ -61,54 +62,48 @@ def latent_statistics(
     """
     check_type("loss", loss, ALMLoss)
     check_integer("bins", bins)
-    check_integer("seed", seed, 0, 2**32 - 1)
     transitions = transitions.reshape(-1)
     action = transitions[loss.tensor_keys.action]
-    with undisturbed_loss(loss, seed):
-        now, after = (
-            loss.latents.encode(transitions),
-            loss.latents.encode(transitions["next"]),
-        )
-        latent = loss.latents.sample(now)
-        following = loss.latents.step(latent, action)
-        kl = functional.gaussian_kl(
-            *normal_parameters(following, "model"), *normal_parameters(after, "encoder")
-        )
-        mean, scale = normal_parameters(now, "encoder")
-        found = {
-            "kl": kl.mean(),
-            "effective_dim": participation_ratio(mean),
-            "latent_deviation": mean.var(0, correction=0).mean().sqrt(),
-            "latent_noise": scale.square().mean().sqrt(),
-        }
+    with isolated_loss(loss, seed, ExplorationType.RANDOM):
+        latents = loss.latents
+        now, after = latents.encode(transitions), latents.encode(transitions["next"])
+        latent = draw(now)
+        following = latents.step(latent, action)
+        logits = None
         if loss.classifier is not None:
-            logits = torch.stack(
-                [
-                    loss.latents.classify(latent, action, loss.latents.sample(dist))
-                    for dist in (following, after)
-                ]
-            )
-            real = torch.zeros_like(logits[..., 0], dtype=torch.bool)
-            real[1] = True
-            table = reliability(logits, real, bins=bins)
-            found["classifier_accuracy"] = (
-                ((logits.argmax(-1) == 1) == real).to(logits.dtype).mean()
-            )
-            found["calibration_error"] = calibration_error(table)
-            found["reliability"] = table
-    return TensorDict(found)
+            samples = [draw(following), draw(after)]
+            logits = torch.stack([latents.classify(latent, action, z) for z in samples])
+    kl = functional.gaussian_kl(
+        *normal_parameters(following, "model"), *normal_parameters(after, "encoder")
+    )
+    mean, scale = normal_parameters(now, "encoder")
+    found = TensorDict(
+        kl=kl.mean(),
+        latent_dim=torch.tensor(mean.shape[-1], device=mean.device),
+        effective_dim=participation_ratio(mean),
+        latent_deviation=mean.var(0, correction=0).mean().sqrt(),
+        latent_noise=scale.square().mean().sqrt(),
+    )
+    if logits is not None:
+        real = torch.zeros_like(logits[..., 0], dtype=torch.bool)
+        real[1] = True
+        right = (logits.argmax(-1) == 1) == real
+        found["classifier_accuracy"] = right.to(logits.dtype).mean()
+        found["reliability"] = reliability(logits, real, bins=bins)
+        found["calibration_error"] = calibration_error(found["reliability"])
+    return found
 
 
 def participation_ratio(latent: Tensor) -> Tensor:
     """Effective number of dimensions, ``(tr C)^2 / tr C^2`` with the covariance C.
 
-    It is L where all directions vary alike and 1 where all points lie on a line.
+    It is L if all directions vary alike, and 1 if all points are on a line.
 
     Args:
         latent: points, ``[N, L]``.
 
     Returns:
-        Tensor: between 1 and L; NaN if the points do not vary. Shape ``[]``, float64.
+        Tensor: ``[]``, float64, between 1 and L; NaN if the points do not vary.
 
     Raises:
         ValueError: if ``latent`` is not ``[N, L]`` with N at least 2.
@@ -131,22 +126,22 @@ def participation_ratio(latent: Tensor) -> Tensor:
 
 
 def reliability(logits: Tensor, real: Tensor, *, bins: int = 10) -> TensorDict:
-    """How often latents were real, by the probability that the classifier gave.
+    """Computes how often latents were real, for each probability of the classifier.
 
     Args:
         logits: classifier output, ``[*, 2]``; index 1 is "real".
         real: which latents were real, boolean, ``[*]``.
 
     Keyword Args:
-        bins: equal parts of [0, 1]. Default: ``10``.
+        bins: number of equal parts of [0, 1]. Default: ``10``.
 
     Returns:
-        TensorDict: ``[bins]``, float64: ``confidence``, the mean probability of "real"
-        in a bin; ``frequency``, the share of real ones; ``count``. The first two are
-        NaN where nothing fell.
+        TensorDict: ``[bins]``, float64. ``confidence`` is the mean probability of
+        "real" in a bin, ``frequency`` the share of real latents (both NaN in an empty
+        bin), ``count`` their number.
 
     Raises:
-        ValueError: if ``bins`` is not positive, or the shapes do not fit.
+        ValueError: if ``bins`` is not positive, or the shapes do not match.
 
     Example:
         >>> table = reliability(torch.zeros(4, 2), torch.arange(4) == 0, bins=3)
@@ -156,7 +151,7 @@ def reliability(logits: Tensor, real: Tensor, *, bins: int = 10) -> TensorDict:
     check_integer("bins", bins)
     if logits.shape != (*real.shape, 2):
         raise ValueError(
-            f"logits: expected the shape of real and two, {[*real.shape, 2]}, got "
+            f"logits: expected shape {[*real.shape, 2]}, that of real and two, got "
             f"{list(logits.shape)}."
         )
     probability = logits.double().softmax(-1)[..., 1].reshape(-1)
@@ -172,14 +167,14 @@ def reliability(logits: Tensor, real: Tensor, *, bins: int = 10) -> TensorDict:
 
 
 def calibration_error(table: TensorDictBase) -> Tensor:
-    """Expected calibration error: mean distance of confidence and frequency.
+    """Computes the expected calibration error.
 
     Args:
-        table: what :func:`reliability` returned.
+        table: ``[bins]``, from :func:`reliability`.
 
     Returns:
-        Tensor: mean over all latents of their bin's ``|confidence - frequency|``, in
-        [0, 1]; shape ``[]``.
+        Tensor: ``[]``, the mean over all latents of ``|confidence - frequency|`` of
+        their bin, in [0, 1].
 
     Example:
         >>> certain = torch.tensor([[0.0, 99.0]]).expand(4, 2)

@@ -1,34 +1,21 @@
-"""The sections of ``alm-torchrl diagnose``: measured, written, put into words."""
+"""The ``diagnose`` command: measures a trained agent, prints and writes the results."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
-from tensordict import TensorDictBase
+import torch
+from tensordict import TensorDict, TensorDictBase
 from torchrl.envs import EnvBase
 
-from alm_torchrl.analysis.bias import bias_summary, bound_bias
-from alm_torchrl.analysis.figures import (
-    QUANTILES,
-    estimate_labels,
-    plot_bias,
-    plot_history,
-    plot_reliability,
-    plot_rollout,
-    plot_terms,
-)
-from alm_torchrl.analysis.logged import TERMS, read_logged
-from alm_torchrl.analysis.recording import record_transitions
-from alm_torchrl.analysis.rollouts import latent_rollout
-from alm_torchrl.analysis.statistics import latent_statistics
+from alm_torchrl import analysis
+from alm_torchrl.analysis import figures
 from alm_torchrl.baselines.losses import BaselineLoss
 from alm_torchrl.checks import check_integer
-from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.runs.loading import (
     checkpoint_metadata,
     find_checkpoint,
@@ -36,18 +23,19 @@ from alm_torchrl.runs.loading import (
     usable_checkpoints,
 )
 
-__all__ = ["DiagnoseOptions", "run_diagnose"]
+__all__ = ["DiagnoseOptions", "read_logged", "run_diagnose"]
 
 Section = Literal["bias", "history", "rollout", "statistics", "terms"]
-SECTIONS: tuple[Section, ...] = ("bias", "rollout", "statistics", "terms")
-OF_BASELINES: tuple[Section, ...] = ("bias", "history")
+MakeEnv = Callable[[dict[str, Any]], EnvBase]
+Say = Callable[[str], None]
 
-KINDS = {
+_OF_BASELINES = ("bias", "history")
+_KINDS = {
     "bias": "estimate - return",
     "per_pair": "over max(|return|, 10)",
     "overall": "over |mean return|",
 }
-STATISTICS = {
+_STATISTICS = {
     "kl": "KL, latent model to target encoder (nats)",
     "effective_dim": "effective dimension of the latent",
     "latent_deviation": "RMS deviation of the latents' means",
@@ -55,7 +43,6 @@ STATISTICS = {
     "classifier_accuracy": "classifier accuracy (0.5 is chance)",
     "calibration_error": "classifier calibration error",
 }
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -63,14 +50,14 @@ class DiagnoseOptions:
     """Look into a trained agent: bias of its bound, latent model, latents, losses.
 
     Raises:
-        ValueError: if nothing is asked for or a number is out of range.
+        ValueError: if nothing is asked for or ``pairs`` is below 2.
     """
 
     checkpoint: Path
     """A run folder (its newest checkpoint) or one of its checkpoints."""
     output: Path = Path("diagnostics")
     """Folder for the tables (CSV) and pictures (PNG)."""
-    which: tuple[Section, ...] = SECTIONS
+    which: tuple[Section, ...] = ("bias", "rollout", "statistics", "terms")
     """What to look into; history: bias of each checkpoint (baselines: bias only)."""
     pairs: int = 1000
     """State-action pairs for the bias, and transitions for the statistics."""
@@ -80,295 +67,272 @@ class DiagnoseOptions:
     """Seed of the episodes and of the latent samples."""
 
     def __post_init__(self) -> None:
-        """Check what no other part checks."""
+        """Checks what no other part checks."""
         if not self.which:
-            raise ValueError(
-                f"which: expected some of {', '.join(get_args(Section))}, got none."
-            )
+            sections = ", ".join(get_args(Section))
+            raise ValueError(f"which: expected some of {sections}, got none.")
         check_integer("pairs", self.pairs, 2)
 
 
-@dataclass(frozen=True)
-class _Agent:
-    """An agent and where it comes from."""
-
-    loss: ALMLoss | BaselineLoss
-    settings: dict[str, Any]
-    step: int
-
-    @classmethod
-    def load(cls, checkpoint: Path) -> _Agent:
-        loss = load_loss(checkpoint, baselines=True)
-        metadata = checkpoint_metadata(checkpoint)
-        return cls(loss, metadata["settings"], _training_step(metadata))
-
-    @property
-    def title(self) -> str:
-        noise = self.settings.get("dynamics_noise", 0.0)
-        noisy = f", dynamics noise {noise:g}" if noise else ""
-        return f"{self.settings['task']}{noisy}, training step {self.step:,}"
-
-    @property
-    def measured(self) -> str:
-        """Whose bias is measured: that of the bound of K steps, or of a baseline."""
-        if isinstance(self.loss, BaselineLoss):
-            return self.loss.agent.upper()
-        return f"K = {self.settings['horizon']}"
-
-    def require_alm(self) -> ALMLoss:
-        """The loss of an agent of ALM, for what no other has."""
-        if isinstance(self.loss, BaselineLoss):
-            raise ValueError(
-                f"which: expected some of {', '.join(OF_BASELINES)} for a run of "
-                f"{self.loss.agent}; the others need an agent of ALM, which has a "
-                "latent model"
-            )
-        return self.loss
-
-    def bias(self, env: EnvBase, options: DiagnoseOptions) -> TensorDictBase:
-        return bound_bias(
-            env,
-            self.loss,
-            horizon=self.settings["horizon"],
-            pairs=options.pairs,
-            seed=options.seed,
-        )
-
-
-def run_diagnose(
-    options: DiagnoseOptions, make_env: Callable[[dict[str, Any]], EnvBase], say: Say
-) -> list[Path]:
-    """Measures what the options ask for, and writes tables and pictures.
+def run_diagnose(options: DiagnoseOptions, make_env: MakeEnv, say: Say) -> list[Path]:
+    """Measures what the options ask for, and writes tables and figures.
 
     Args:
         options: what to look into.
         make_env: makes the environment of a run from its settings.
-        say: receives the tables as text, each once it is measured.
+        say: receives each table as text as soon as it is measured.
 
     Returns:
-        list[Path]: the files that were written.
+        list[Path]: the files written.
 
     Raises:
-        FileNotFoundError: if there is no checkpoint; or if nothing but the terms is
-            asked for, and the run logged none.
-        ValueError: if something is asked for that only an agent of ALM has, and this
-            is another; or if a number is out of range.
-        CheckpointError: if the checkpoint is damaged or foreign.
-        ImportError: if a package for pictures or logs is missing.
+        FileNotFoundError: if there is no checkpoint, or only the terms are asked for
+            and the run logged none.
+        ValueError: if a number is out of range, or the agent is a baseline and lacks
+            what is asked for.
+        CheckpointError: if the checkpoint is damaged or of another program.
+        ImportError: if a package for figures or logs is missing.
     """
-    checkpoint = find_checkpoint(options.checkpoint)
-    agent = _Agent.load(checkpoint)
-    if not set(options.which) <= set(OF_BASELINES):
-        # Before anything is measured.
-        agent.require_alm()
-    say(f"{agent.title}\n{checkpoint}")
-    if "history" in options.which and not (options.checkpoint / "checkpoints").is_dir():
-        raise ValueError(
-            "which: expected a run folder for the history, which would have a folder "
-            f"named checkpoints, got {options.checkpoint}"
-        )
-    measures = {
-        "bias": _bias,
-        "history": _history,
-        "rollout": _rollout,
-        "statistics": _statistics,
+    diagnosis = _Diagnosis(options, make_env, say)
+    sections = {
+        "bias": diagnosis.bias,
+        "history": diagnosis.history,
+        "rollout": diagnosis.rollout,
+        "statistics": diagnosis.statistics,
+        "terms": diagnosis.terms,
     }
-    env = make_env(agent.settings)
-    written: list[Path] = []
     for section in options.which:
-        if section == "terms":
-            written += _terms(checkpoint, options, agent, say)
-        else:
-            written += measures[section](env, agent, options, say)
-    env.close()
-    say("\nWritten\n" + "\n".join(f"  {path}" for path in written))
-    return written
+        sections[section]()
+    diagnosis.env.close()
+    say("\nWritten\n" + "\n".join(f"  {path}" for path in diagnosis.written))
+    return diagnosis.written
 
 
-def _bias(
-    env: EnvBase, agent: _Agent, options: DiagnoseOptions, say: Say
-) -> list[Path]:
-    pairs = agent.bias(env, options)
-    missing = pairs["missing"]
-    lines = [
-        f"\nBias: {len(pairs):,} pairs of {int(pairs['episode'].max()) + 1} episodes, "
-        f"{agent.measured}",
-        *_bias_table(bias_summary(pairs)),
-        f"  Mean return {pairs['monte_carlo'].mean():.2f}. Weight of what the time "
-        "limit cuts off:",
-        f"  mean {missing.mean():.4f}, largest {missing.max():.4f}.",
-    ]
-    say("\n".join(lines))
-    columns = ("episode", "step", "monte_carlo", *estimate_labels(pairs), "missing")
-    values = zip(*(pairs[name].tolist() for name in columns), strict=True)
-    title = f"{agent.title}, {agent.measured}"
-    return [
-        _write(options.output / "bias.csv", columns, values),
-        _write_summaries(
-            options.output / "bias_summary.csv", {agent.step: bias_summary(pairs)}
-        ),
-        plot_bias(pairs, title, options.output / "bias.png"),
-    ]
+class _Diagnosis:
+    """An agent, with one method for each section."""
 
-
-def _history(
-    env: EnvBase, agent: _Agent, options: DiagnoseOptions, say: Say
-) -> list[Path]:
-    say("\nBias over training: estimate - return, over |mean return|")
-    directory = options.checkpoint / "checkpoints"
-    kept = list(usable_checkpoints(directory, ("loss_module",)))
-    # The newest come first: of those in the warm-up, which are alike, one remains.
-    by_step = {_training_step(checkpoint_metadata(path)): path for path in kept}
-    summaries = {}
-    for step, checkpoint in sorted(by_step.items()):
-        summary = bias_summary(_Agent.load(checkpoint).bias(env, options))
-        summaries[step] = summary
-        labels = estimate_labels(summary)
-        cells = (f"{text} {_cell(summary, name)}" for name, text in labels.items())
-        say(f"  training step {step:>9,}   " + "   ".join(cells))
-    title = f"{agent.settings['task']}, {agent.measured}"
-    output = options.output
-    return [
-        _write_summaries(output / "bias_history.csv", summaries),
-        plot_history(summaries, title, output / "bias_history.png"),
-    ]
-
-
-def _rollout(
-    env: EnvBase, agent: _Agent, options: DiagnoseOptions, say: Say
-) -> list[Path]:
-    loss = agent.require_alm()
-    rollout = latent_rollout(env, loss, steps=options.steps, seed=options.seed)
-    starts, length = rollout.shape
-    summary = {
-        f"{name}_{quantile}": rollout[name].quantile(share, 0).tolist()
-        for name in ("error", "normalised_error")
-        for quantile, share in QUANTILES.items()
-    }
-    say(
-        f"\nOpen-loop rollouts of the latent model: {starts} starts along one episode\n"
-        "  steps   median RMS error   over the latents' deviation (1: constant guess)"
-    )
-    for step in sorted({1, 2, 5, 10, 20, length - 1}):
-        if step < length:
-            error, relative = (
-                summary[f"{name}_median"][step]
-                for name in ("error", "normalised_error")
+    def __init__(self, options: DiagnoseOptions, make_env: MakeEnv, say: Say) -> None:
+        self.options, self.say = options, say
+        self.written: list[Path] = []
+        self.checkpoint = find_checkpoint(options.checkpoint)
+        metadata = checkpoint_metadata(self.checkpoint)
+        self.settings, self.step = metadata["settings"], _training_step(metadata)
+        # Of ALM or a baseline: the check below leaves a baseline its own sections.
+        self.loss: Any = load_loss(self.checkpoint, baselines=True)
+        self.estimator = f"K = {self.settings['horizon']}"
+        if isinstance(self.loss, BaselineLoss):
+            self.estimator = self.loss.agent.upper()
+            if not set(options.which) <= set(_OF_BASELINES):
+                raise ValueError(
+                    f"which: expected some of {', '.join(_OF_BASELINES)} for a run of "
+                    f"{self.loss.agent}, which has no latent model"
+                )
+        kept = options.checkpoint / "checkpoints"
+        if "history" in options.which and not kept.is_dir():
+            raise ValueError(
+                "which: expected a run folder for the history, with a folder named "
+                f"checkpoints, got {options.checkpoint}"
             )
-            say(f"  {step:>5}   {error:>16.4f}   {relative:.3f}")
-    rows = zip(range(length), *summary.values(), strict=True)
-    header = ("predicted_steps", *summary)
-    return [
-        _write(options.output / "rollout.csv", header, rows),
-        plot_rollout(rollout, agent.title, options.output / "rollout.png"),
-    ]
+        noise = self.settings.get("dynamics_noise", 0.0)
+        noisy = f", dynamics noise {noise:g}" if noise else ""
+        self.task = self.settings["task"]
+        self.title = f"{self.task}{noisy}, training step {self.step:,}"
+        say(f"{self.title}\n{self.checkpoint}")
+        self.env = make_env(self.settings)
+
+    def bias(self) -> None:
+        pairs = self._pairs(self.loss)
+        summary, labels = analysis.bias_summary(pairs), figures.estimate_labels(pairs)
+        episodes, missing = int(pairs["episode"].max()) + 1, pairs["missing"]
+        rows = {"mean and deviation": labels.values()} | {
+            text: [_cell(summary, name, kind) for name in labels]
+            for kind, text in _KINDS.items()
+        }
+        self.say(
+            f"\nBias: {len(pairs):,} pairs of {episodes} episodes, {self.estimator}"
+        )
+        for text, cells in rows.items():
+            self.say(f"  {text:24}" + "".join(f"{cell:>20}" for cell in cells))
+        self.say(
+            f"  Mean return {pairs['monte_carlo'].mean():.2f}. "
+            "Weight of what the time limit cuts off:\n"
+            f"  mean {missing.mean():.4f}, largest {missing.max():.4f}."
+        )
+        columns = ("episode", "step", "monte_carlo", *labels, "missing")
+        self._write("bias.csv", {name: pairs[name].tolist() for name in columns})
+        self._write_summaries("bias_summary.csv", {self.step: summary})
+        title = f"{self.title}, {self.estimator}"
+        self._draw(figures.plot_bias, pairs, title, "bias.png")
+
+    def history(self) -> None:
+        self.say("\nBias over training: estimate - return, over |mean return|")
+        kept = self.options.checkpoint / "checkpoints"
+        # All checkpoints of the warm-up are alike; the oldest, which comes last, stays.
+        by_step = {
+            _training_step(checkpoint_metadata(path)): path
+            for path in usable_checkpoints(kept, ("loss_module",))
+        }
+        summaries = {}
+        for step, path in sorted(by_step.items()):
+            pairs = self._pairs(load_loss(path, baselines=True))
+            summaries[step] = summary = analysis.bias_summary(pairs)
+            labels = figures.estimate_labels(summary)
+            cells = (f"{text} {_cell(summary, name)}" for name, text in labels.items())
+            self.say(f"  training step {step:>9,}   " + "   ".join(cells))
+        self._write_summaries("bias_history.csv", summaries)
+        title = f"{self.task}, {self.estimator}"
+        self._draw(figures.plot_history, summaries, title, "bias_history.png")
+
+    def rollout(self) -> None:
+        steps, seed = self.options.steps, self.options.seed
+        found = analysis.latent_rollout(self.env, self.loss, steps=steps, seed=seed)
+        starts, length = found.shape
+        columns: dict[str, Sequence[Any]] = {"predicted_steps": range(length)} | {
+            f"{name}_{quantile}": found[name].quantile(share, 0).tolist()
+            for name in ("error", "normalised_error")
+            for quantile, share in figures.QUANTILES.items()
+        }
+        self.say(
+            f"\nOpen-loop rollouts of the latent model: {starts} starts along one "
+            "episode\n  steps   median RMS error   "
+            "over the latents' deviation (1: constant guess)"
+        )
+        for step in sorted({1, 2, 5, 10, 20, length - 1} & set(range(length))):
+            error = columns["error_median"][step]
+            normalised = columns["normalised_error_median"][step]
+            self.say(f"  {step:>5}   {error:>16.4f}   {normalised:.3f}")
+        self._write("rollout.csv", columns)
+        self._draw(figures.plot_rollout, found, self.title, "rollout.png")
+
+    def statistics(self) -> None:
+        count, seed = self.options.pairs, self.options.seed
+        transitions = analysis.record_transitions(
+            self.env, self.loss, transitions=count, seed=seed
+        )
+        found = analysis.latent_statistics(self.loss, transitions, seed=seed)
+        values = {name: found[name].item() for name in _STATISTICS if name in found}
+        self.say(f"\nLatents and classifier: {count:,} transitions")
+        for name, value in values.items():
+            of = f" (of {found['latent_dim']})" if name == "effective_dim" else ""
+            self.say(f"  {_STATISTICS[name] + of:48} {value:10.4g}")
+        columns = {"name": list(values), "value": list(values.values())}
+        self._write("statistics.csv", columns)
+        if "reliability" in found:
+            names, table = ("confidence", "frequency", "count"), found["reliability"]
+            self._write("reliability.csv", {n: table[n].tolist() for n in names})
+            self._draw(figures.plot_reliability, found, self.title, "reliability.png")
+        else:
+            self.say("  The agent has no classifier (classifier_coef 0).")
+
+    def terms(self) -> None:
+        run = self.checkpoint.resolve().parents[1]
+        try:
+            logged = read_logged(run)
+        except FileNotFoundError as error:
+            if self.options.which == ("terms",):
+                raise
+            self.say(f"\nTerms of the objective: {error}.")
+            return
+        self.say(f"\nTerms of the objective, logged in {run}")
+        self.say(f"  {'':36} {'first':>10} {'last':>10}")
+        shown = [name for name in figures.TERMS if name in logged]
+        for name in shown:
+            first, last = logged[name]["value"][[0, -1]].tolist()
+            self.say(f"  {figures.TERMS[name]:36} {first:>10.4g} {last:>10.4g}")
+        warmup = self.settings["warmup_steps"]
+        steps = torch.cat([e["step"] for e in logged.values()]).unique().tolist()
+        columns = {
+            "training_step": [step - warmup for step in steps],
+            "environment_step": steps,
+        }
+        for name, entry in logged.items():
+            at, values = entry["step"].tolist(), entry["value"].tolist()
+            by_step = dict(zip(at, values, strict=True))
+            columns[name] = [by_step.get(step, "") for step in steps]
+            entry["step"] -= warmup
+        self._write("terms.csv", columns)
+        if shown:
+            title = f"{self.task}: terms of the objective"
+            self._draw(figures.plot_terms, logged, title, "terms.png")
+
+    def _pairs(self, loss: Any) -> TensorDict:  # noqa: ANN401
+        return analysis.bound_bias(
+            self.env,
+            loss,
+            horizon=self.settings["horizon"],
+            pairs=self.options.pairs,
+            seed=self.options.seed,
+        )
+
+    def _write(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        path = self.options.output / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
+        self.written.append(path)
+
+    def _write_summaries(self, name: str, summaries: dict[int, TensorDict]) -> None:
+        rows = [
+            (step, estimate, kind, entry["mean"].item(), entry["std"].item())
+            for step, summary in summaries.items()
+            for estimate, kinds in summary.items()
+            for kind, entry in kinds.items()
+        ]
+        names = ("training_step", "estimate", "bias", "mean", "std")
+        self._write(name, dict(zip(names, zip(*rows, strict=True), strict=True)))
+
+    def _draw(
+        self, plot: Callable[..., Path], shown: object, title: str, name: str
+    ) -> None:
+        self.written.append(plot(shown, title, self.options.output / name))
 
 
-def _statistics(
-    env: EnvBase, agent: _Agent, options: DiagnoseOptions, say: Say
-) -> list[Path]:
-    loss = agent.require_alm()
-    transitions = record_transitions(
-        env, loss, transitions=options.pairs, seed=options.seed
-    )
-    found = latent_statistics(loss, transitions, seed=options.seed)
-    values = {name: found[name].item() for name in STATISTICS if name in found}
-    of = f" (of {loss.latents.encode(transitions[:1]).mean.shape[-1]})"
-    say(f"\nLatents and classifier: {len(transitions):,} transitions")
-    for name, value in values.items():
-        text = STATISTICS[name] + (of if name == "effective_dim" else "")
-        say(f"  {text:48} {value:10.4g}")
-    written = [
-        _write(options.output / "statistics.csv", ("name", "value"), values.items())
-    ]
-    if "reliability" not in found:
-        say("  The agent has no classifier (classifier_coef 0).")
-        return written
-    table = found["reliability"]
-    columns = ("confidence", "frequency", "count")
-    rows = zip(*(table[name].tolist() for name in columns), strict=True)
-    picture = options.output / "reliability.png"
-    return [
-        *written,
-        _write(options.output / "reliability.csv", columns, rows),
-        plot_reliability(found, agent.title, picture),
-    ]
+def read_logged(run: Path) -> dict[str, TensorDict]:
+    """Reads all that a run logged to TensorBoard; the latest value of a step counts.
 
+    Returns:
+        dict: by name, ``[N]`` with ``step`` (int64, environment steps, warm-up
+        included) and ``value`` (float64).
 
-def _terms(
-    checkpoint: Path, options: DiagnoseOptions, agent: _Agent, say: Say
-) -> list[Path]:
-    run = checkpoint.resolve().parents[1]
+    Raises:
+        FileNotFoundError: if the run logged nothing.
+        ImportError: if tensorboard is missing.
+    """
     try:
-        logged = read_logged(run)
-    except FileNotFoundError as error:
-        if options.which == ("terms",):
-            raise
-        say(f"\nTerms of the objective: {error}.")
-        return []
-    warmup = agent.settings["warmup_steps"]
-    say(f"\nTerms of the objective, logged in {run}")
-    say(f"  {'':36} {'first':>10} {'last':>10}")
-    shown = [name for name in TERMS if name in logged]
-    for name in shown:
-        first, last = logged[name].values[[0, -1]]
-        say(f"  {TERMS[name]:36} {first:>10.4g} {last:>10.4g}")
-    steps = np.unique(np.concatenate([entry.steps for entry in logged.values()]))
-    columns = {
-        name: dict(zip(entry.steps.tolist(), entry.values.tolist(), strict=True))
-        for name, entry in logged.items()
-    }
-    rows = (
-        (step - warmup, step, *(column.get(step, "") for column in columns.values()))
-        for step in steps.tolist()
-    )
-    header = ("training_step", "environment_step", *columns)
-    written = [_write(options.output / "terms.csv", header, rows)]
-    if shown:
-        title = f"{agent.settings['task']}: terms of the objective"
-        picture = options.output / "terms.png"
-        written.append(plot_terms(logged, warmup, title, picture))
-    return written
+        from tensorboard.backend.event_processing import event_accumulator
+    except ImportError as error:
+        raise ImportError(
+            "reading logs needs tensorboard: pip install 'alm_torchrl[cli]'"
+        ) from error
+    folder = run / "tensorboard"
+    logged = {}
+    if folder.is_dir():
+        # Zero keeps all events, not a sample of them.
+        events = event_accumulator.EventAccumulator(str(folder), {"scalars": 0})
+        events.Reload()
+        for name in events.Tags()["scalars"]:
+            scalars = events.Scalars(name)
+            logged[name] = TensorDict(
+                step=torch.tensor([scalar.step for scalar in scalars]),
+                value=torch.tensor([scalar.value for scalar in scalars]).double(),
+                batch_size=[len(scalars)],
+            )
+    if not logged:
+        raise FileNotFoundError(
+            f"{run} logged nothing to TensorBoard: there are no scalars in {folder}. "
+            "Train with --logger tensorboard, and for longer than --log-interval"
+        )
+    return logged
 
 
 def _training_step(metadata: Mapping[str, Any]) -> int:
-    """Updates before a checkpoint; the best one of a run counts under another name."""
+    """Updates before a checkpoint; the run's best checkpoint has another entry."""
     frames = metadata.get("environment_step", metadata.get("collected_frames"))
     return max(frames - metadata["settings"]["warmup_steps"], 0)
-
-
-def _bias_table(summary: TensorDictBase) -> list[str]:
-    labels = estimate_labels(summary)
-    lines = [f"  {'mean and deviation':24}" + _columns(labels.values())]
-    for kind, text in KINDS.items():
-        cells = (_cell(summary, name, kind) for name in labels)
-        lines.append(f"  {text:24}" + _columns(cells))
-    return lines
-
-
-def _columns(cells: Iterable[str]) -> str:
-    return "".join(f"{cell:>20}" for cell in cells)
 
 
 def _cell(summary: TensorDictBase, name: str, kind: str = "overall") -> str:
     entry = summary[name, kind]
     return f"{entry['mean'].item():.3f} +- {entry['std'].item():.3f}"
-
-
-def _write_summaries(path: Path, summaries: Mapping[int, TensorDictBase]) -> Path:
-    rows = (
-        (step, name, kind, *(summary[name, kind, s].item() for s in ("mean", "std")))
-        for step, summary in summaries.items()
-        for name in estimate_labels(summary)
-        for kind in KINDS
-    )
-    return _write(path, ("training_step", "estimate", "bias", "mean", "std"), rows)
-
-
-def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-    return path
