@@ -95,7 +95,7 @@ def test_an_actor_of_torchrl_is_trained(deterministic):
     assert found
     assert all(name.startswith("actor_params") for name in found)
     assert any(gradient.any() for gradient in found.values())
-    assert loss.act(torch.zeros(5, LATENT)).shape == (5, ACTION)
+    assert loss.latents.act(torch.zeros(5, LATENT)).shape == (5, ACTION)
 
 
 def test_a_squashed_normal_has_its_deterministic_sample(loc):

@@ -110,16 +110,16 @@ def means_for_samples(loss: ALMLoss) -> Iterator[None]:
 # %%
 def imagine_along(loss: ALMLoss, slices: TensorDictBase) -> tuple[Tensor, ...]:
     """KL and predicted reward of each step, [B, K], and the terminal value, [B]."""
-    latent = loss.sample(loss.encode(slices[:, 0], "live"))
+    latent = loss.latents.sample(loss.latents.encode(slices[:, 0], "live"))
     kl, reward = [], []
     for t in range(HORIZON):
         action = slices["action"][:, t]
-        imagined = loss.step(latent, action, "live")
-        encoded = loss.encode(slices["next"][:, t])
+        imagined = loss.latents.step(latent, action, "live")
+        encoded = loss.latents.encode(slices["next"][:, t])
         kl.append(kl_divergence(imagined, encoded))
-        reward.append(loss.predict_reward(latent, action))
-        latent = loss.sample(imagined)
-    value = loss.state_action_value(latent, loss.act(latent)).amin(-1)
+        reward.append(loss.latents.predict_reward(latent, action))
+        latent = loss.latents.sample(imagined)
+    value = loss.latents.state_action_value(latent, loss.latents.act(latent)).amin(-1)
     return torch.stack(kl, 1), torch.stack(reward, 1), value
 
 
@@ -136,13 +136,13 @@ with means_for_samples(loss):
 action, recorded = transitions["action"], transitions["next", "reward"][:, 0]
 going_on = (~transitions["next", "terminated"][:, 0]).float()
 with means_for_samples(loss):
-    latent = loss.encode(transitions).mean
-    following = loss.encode(transitions["next"]).mean
-    error = loss.predict_reward(latent, action) - recorded
+    latent = loss.latents.encode(transitions).mean
+    following = loss.latents.encode(transitions["next"]).mean
+    error = loss.latents.predict_reward(latent, action) - recorded
     assert_close(loss.reward_loss(batch)[0].detach(), error.square().mean().detach())
-    next_values = loss.state_action_value(following, loss.act(following), "target")
+    next_values = loss.latents.state_action_value(following, loss.latents.act(following), "target")
     target = recorded + 0.95 * going_on * next_values.amin(-1)
-    values = loss.state_action_value(latent, action)
+    values = loss.latents.state_action_value(latent, action)
     error = values - target[:, None]
     assert_close(loss.qvalue_loss(batch)[0].detach(), error.square().mean().detach())
 
@@ -154,9 +154,9 @@ with means_for_samples(loss):
 chosen = torch.arange(64) < 32
 transitions["imagined"] = chosen
 with means_for_samples(loss):
-    imagined = loss.step(latent, action).mean
+    imagined = loss.latents.step(latent, action).mean
     shown = torch.where(chosen[:, None], imagined, following)
-    logits = loss.classify(latent, action, shown)
+    logits = loss.latents.classify(latent, action, shown)
     by_hand = cross_entropy(logits, (~chosen).long())
     assert_close(loss.classifier_loss(batch)[0].detach(), by_hand.detach())
 
@@ -171,12 +171,12 @@ with means_for_samples(loss):
     z = latent
     earned, expected = [], []
     for _ in range(HORIZON):
-        a = loss.act(z)
-        after = loss.step(z, a).mean
-        logits = loss.classify(z, a, after)
+        a = loss.latents.act(z)
+        after = loss.latents.step(z, a).mean
+        logits = loss.latents.classify(z, a, after)
         log_ratio = logits[:, 1] - logits[:, 0]
-        earned.append(loss.predict_reward(z, a) + 0.1 * log_ratio)
-        expected.append(loss.state_action_value(after, loss.act(after)).amin(-1))
+        earned.append(loss.latents.predict_reward(z, a) + 0.1 * log_ratio)
+        expected.append(loss.latents.state_action_value(after, loss.latents.act(after)).amin(-1))
         z = after
     step, total = expected[-1], torch.zeros(64)
     for t in reversed(range(HORIZON)):
@@ -359,7 +359,7 @@ def imagined_return(classifier_coef: float) -> Tensor:
     torch.manual_seed(2)
     loss.classifier_coef = classifier_coef
     with torch.no_grad():
-        return loss.imagine(loss.sample(loss.encode(transitions)), HORIZON)[
+        return loss.imagine(loss.latents.sample(loss.latents.encode(transitions)), HORIZON)[
             "lambda_return"
         ]
 
@@ -415,8 +415,8 @@ figure.savefig(OUTPUT / "weights.png", dpi=150)
 # %%
 with torch.no_grad():
     actions = loss.actor.get_dist(loss.encoder(transitions.copy()))
-    latent = loss.sample(loss.encode(transitions, "live"))
-    inside = torch.stack([loss.act(latent) for _ in range(20)])
+    latent = loss.latents.sample(loss.latents.encode(transitions, "live"))
+    inside = torch.stack([loss.latents.act(latent) for _ in range(20)])
     outside = torch.stack([actions.sample() for _ in range(20)])
 assert (inside.amax(0) - inside.amin(0)).max() <= 0.6 + 1e-6
 assert (outside.amax(0) - outside.amin(0)).max() > 0.6

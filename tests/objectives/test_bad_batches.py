@@ -284,7 +284,7 @@ BATCHES = {
     "no horizon": (
         lambda: make_loss().actor_loss(make_rows(B)),
         ValueError,
-        r"horizon from slices \[B, K\] or from horizon .* got .*\[6\] and horizon=None",
+        r"expected slices \[B, K\] or a horizon .* got .*horizon=None",
     ),
     "horizon of zero": (
         lambda: make_loss().lower_bound(make_rows(B), 0),

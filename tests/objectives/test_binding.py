@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictParams
 from torch import nn
 
-from alm_torchrl.objectives.binding import Loan, lendable
+from alm_torchrl.objectives.binding import can_swap, swapped_params
 from tests.helpers import make_batch, make_loss
 
 
@@ -34,7 +34,7 @@ def test_a_loan_computes_what_to_module_computes_and_is_given_back():
     params, before = other_params(net), tensors(net)
     with params.to_module(net):
         expected = net(x)
-    with Loan(net, params):
+    with swapped_params(net, params):
         assert torch.equal(net(x), expected)
     assert all(a is b for a, b in zip(tensors(net), before, strict=True))
     assert not torch.equal(net(x), expected)
@@ -43,10 +43,10 @@ def test_a_loan_computes_what_to_module_computes_and_is_given_back():
 def test_a_loan_is_given_back_after_an_error_and_from_within_another():
     net = make_net()
     params, before = other_params(net), tensors(net)
-    loan = Loan(net, params)
+    loan = swapped_params(net, params)
     with pytest.raises(ZeroDivisionError), loan:
         raise ZeroDivisionError
-    inner = Loan(net, other_params(net))
+    inner = swapped_params(net, other_params(net))
     with loan:
         lent = tensors(net)
         with inner:
@@ -60,15 +60,15 @@ def test_a_loan_is_given_back_after_an_error_and_from_within_another():
 def test_a_detached_loan_shares_memory_and_has_no_gradient():
     net = nn.Linear(2, 2)
     params = TensorDict.from_module(net, as_module=True)
-    with Loan(net, params, detach=True):
+    with swapped_params(net, params, detach=True):
         assert not net.weight.requires_grad
         assert net.weight.data_ptr() == params["weight"].data_ptr()
     assert net.weight.requires_grad
 
 
 def test_modules_that_react_to_attributes_are_left_to_tensordict():
-    assert lendable(make_net())
-    assert not lendable(nn.Sequential(nn.LSTM(2, 2)))
+    assert can_swap(make_net())
+    assert not can_swap(nn.Sequential(nn.LSTM(2, 2)))
 
 
 @pytest.mark.parametrize("term", ["model_loss", "actor_loss", "qvalue_loss"])

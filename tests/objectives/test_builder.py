@@ -141,7 +141,7 @@ def test_a_part_of_ones_own():
     loss.set_keys(predicted_reward="predicted")
     z, a = torch.randn(3, 4), torch.randn(3, 2)
     expected = reward.module(z, a).squeeze(-1)
-    torch.testing.assert_close(loss.predict_reward(z, a), expected)
+    torch.testing.assert_close(loss.latents.predict_reward(z, a), expected)
     assert built.gamma == 0.5
 
 

@@ -32,6 +32,7 @@ from tests.helpers import (
     part_of,
     probabilistic,
     seeded,
+    targets,
     total,
     variant,
 )
@@ -75,7 +76,8 @@ class TestTerms:
         for term, method in METHODS.items():
             # An encoder run of its own has fewer rows, and may round otherwise.
             assert_close(getattr(loss, method)(batch)[0], values[term])
-            value, metadata = getattr(loss, method)(encoded)
+            extra = (encoded,) if term != "loss_model" else ()
+            value, metadata = getattr(loss, method)(batch, *extra)
             equal(value, values[term])
             found |= set(metadata)
             for key, metric in metadata.items():
@@ -86,7 +88,7 @@ class TestTerms:
     def test_reward_and_classifier_together(self, batch):
         loss = make_loss(deterministic=True)
         values, encoded = loss(batch), loss.encode_transitions(batch)
-        value, metadata = loss.reward_classifier_loss(encoded)
+        value, metadata = loss.reward_classifier_loss(batch, encoded)
         equal(value, values["loss_reward"] + values["loss_classifier"])
         assert set(metadata) == {
             "loss_reward",
@@ -95,24 +97,37 @@ class TestTerms:
         }
         assert not any(metric.requires_grad for metric in metadata.values())
         bare = variant(loss, classifier_coef=0.0)
-        equal(bare.reward_classifier_loss(encoded)[0], values["loss_reward"])
+        equal(bare.reward_classifier_loss(batch, encoded)[0], values["loss_reward"])
+
+    def test_a_batch_used_again_follows_the_targets(self, batch):
+        loss = make_loss(deterministic=True)
+        before, copied = loss(batch), batch.clone()
+        for target in targets(loss).values():
+            target.data.add_(0.1 * torch.randn_like(target))
+        other = variant(loss)
+        equal(loss(batch).to_dict(), other(copied).to_dict())
+        for term, method in METHODS.items():
+            value, _ = getattr(loss, method)(batch)
+            assert_close(value, other(copied)[term])
+        assert (loss(batch)["loss_qvalue"] != before["loss_qvalue"]).all()
+        assert set(batch.keys(True, True)) == set(copied.keys(True, True))
 
     @pytest.mark.parametrize("term", METHODS)
     def test_a_subclass_may_have_a_term_of_its_own(self, batch, term):
         loss = make_loss(deterministic=True)
         method = METHODS[term]
 
-        def doubled(self, tensordict):
-            value, metadata = getattr(ALMLoss, method)(self, tensordict)
+        def doubled(self, tensordict, *shared):
+            value, metadata = getattr(ALMLoss, method)(self, tensordict, *shared)
             return 2 * value, {**metadata, "own": value.detach()}
 
         plain, encoded = loss(batch), loss.encode_transitions(batch)
-        together, parts = loss.reward_classifier_loss(encoded)
+        together, parts = loss.reward_classifier_loss(batch, encoded)
         loss.__class__ = type("Own", (ALMLoss,), {method: doubled})
         equal(loss(batch)[term], 2 * plain[term])
         equal(loss(batch)["own"], plain[term])
         if term in parts:
-            changed, seen = loss.reward_classifier_loss(encoded)
+            changed, seen = loss.reward_classifier_loss(batch, encoded)
             assert_close(changed, together + plain[term])
             equal(seen["own"], plain[term])
 
@@ -164,7 +179,7 @@ class TestTerms:
         loss = make_loss(
             deterministic=True, gamma=gamma, lmbda=lmbda, classifier_coef=0.7
         )
-        z = loss.encode(batch["transition"]).mean
+        z = loss.latents.encode(batch["transition"]).mean
         rollout = loss.imagine(z, K)
         reward = rollout["reward"] + 0.7 * rollout["log_ratio"]
         if lmbda == 1.0:
@@ -183,14 +198,19 @@ class TestTerms:
     def test_qvalue_target(self, batch):
         loss = make_loss(deterministic=True, gamma=0.5)
         rows = batch["transition"]
-        z, after = loss.encode(rows).mean, loss.encode(rows["next"]).mean
+        z, after = (
+            loss.latents.encode(rows).mean,
+            loss.latents.encode(rows["next"]).mean,
+        )
         with set_exploration_type(ExplorationType.DETERMINISTIC):
-            q = loss.state_action_value(after, loss.act(after), "target")
+            q = loss.latents.state_action_value(
+                after, loss.latents.act(after), "target"
+            )
         alive = ~rows["next", "terminated"]
         assert alive.any()
         assert not alive.all()
         target = rows["next", "reward"] + 0.5 * alive * q.amin(-1, keepdim=True)
-        error = loss.state_action_value(z, rows["action"], "live") - target
+        error = loss.latents.state_action_value(z, rows["action"], "live") - target
         value, metadata = loss.qvalue_loss(batch)
         assert_close(value, error.square().mean())
         assert_close(metadata["td_error"], error.abs().mean().detach())
@@ -241,7 +261,7 @@ class TestCoefficientsAtZero:
 
     @staticmethod
     def actor_objective(loss, batch):
-        z = loss.encode(batch["transition"]).mean
+        z = loss.latents.encode(batch["transition"]).mean
         rollout = loss.imagine(z, K)
         step, returns = rollout["value"][:, -1], []
         for t in reversed(range(K)):
@@ -302,15 +322,16 @@ class TestDraws:
 
     @staticmethod
     def spy(loss, monkeypatch, seen):
-        sample, step, classify = loss._sample, loss.step, loss.classify
+        latents = loss.latents
+        sample, step, classify = latents.sample, latents.step, latents.classify
         made = []
 
         def recorded_step(*args):
             made.append(step(*args))
             return made[-1]
 
-        def recorded_sample(dist):
-            draw = sample(dist)
+        def recorded_sample(dist, *rows):
+            draw = sample(dist, *rows)
             if made and dist is made[-1]:
                 seen["imagined"] = draw
             else:
@@ -323,9 +344,9 @@ class TestDraws:
             seen["logits"] = classify(z, action, after, *args)
             return seen["logits"]
 
-        monkeypatch.setattr(loss, "step", recorded_step)
-        monkeypatch.setattr(loss, "_sample", recorded_sample)
-        monkeypatch.setattr(loss, "classify", recorded_classify)
+        monkeypatch.setattr(latents, "step", recorded_step)
+        monkeypatch.setattr(latents, "sample", recorded_sample)
+        monkeypatch.setattr(latents, "classify", recorded_classify)
 
     def test_reward_and_classifier_share_a_latent_but_not_the_model(
         self, batch, monkeypatch
@@ -334,13 +355,13 @@ class TestDraws:
         seen = {}
 
         def spy(name):
-            method = getattr(loss, name)
+            method = getattr(loss.latents, name)
 
             def recorded(latent, *args):
                 seen[name] = latent
                 return method(latent, *args)
 
-            monkeypatch.setattr(loss, name, recorded)
+            monkeypatch.setattr(loss.latents, name, recorded)
 
         for name in ("predict_reward", "classify", "step"):
             spy(name)
@@ -355,9 +376,9 @@ class TestDraws:
         loss = make_loss(encoder=encoder)
         rows, first = batch["transition"], batch["slice"][:, 0]
         means = {
-            "z": loss.encode(rows).mean,
-            "z'": loss.encode(rows["next"]).mean,
-            "z_0 of the slices": loss.encode(first, "live").mean,
+            "z": loss.latents.encode(rows).mean,
+            "z'": loss.latents.encode(rows["next"]).mean,
+            "z_0 of the slices": loss.latents.encode(first, "live").mean,
         }
         loss(batch)
         found = [
@@ -376,14 +397,16 @@ class TestDraws:
     def test_noise_clip(self, batch):
         loss = make_loss(noise=5.0, bound=100.0)
         z = torch.randn(64, LATENT)
-        mean = seeded(variant(loss, noise_clip=0.0).act, z)
+        mean = seeded(variant(loss, noise_clip=0.0).latents.act, z)
         assert mean.abs().max() < 1
-        assert_close((loss.act(z) - mean).abs().max(), torch.tensor(0.3))
-        assert (variant(loss, noise_clip=None).act(z) - mean).abs().max() > 1
+        assert_close((loss.latents.act(z) - mean).abs().max(), torch.tensor(0.3))
+        assert (variant(loss, noise_clip=None).latents.act(z) - mean).abs().max() > 1
         for clip, other in ((0.3, loss), (0.5, variant(loss, noise_clip=0.5))):
             rollout = other.imagine(z, K)
             for t in range(K + 1):
-                means = variant(loss, noise_clip=0.0).act(rollout["latent"][:, t])
+                means = variant(loss, noise_clip=0.0).latents.act(
+                    rollout["latent"][:, t]
+                )
                 noise = (rollout["action"][:, t] - means).abs().max()
                 assert_close(noise, torch.tensor(clip))
 

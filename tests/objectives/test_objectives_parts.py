@@ -142,11 +142,11 @@ class TestOwnParts:
         assert loss.noise_schedule is None
         self.check(loss, batch)
         z = torch.randn(B, LATENT)
-        equal(loss.act(z), net(z))
+        equal(loss.latents.act(z), net(z))
 
     @staticmethod
     def check(loss, batch):
-        assert loss.act(torch.randn(B, LATENT)).shape == (B, ACTION)
+        assert loss.latents.act(torch.randn(B, LATENT)).shape == (B, ACTION)
         grads = gradients(loss(batch)["loss_actor"], loss)
         assert {part_of(name) for name in grads} == {"actor"}
         assert all(grad.norm() > 0 for grad in grads.values())

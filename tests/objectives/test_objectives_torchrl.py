@@ -61,7 +61,6 @@ KEYS = {
     "predicted_reward": "predicted_reward",
     "state_action_value": "state_action_value",
     "logits": "logits",
-    "reconstruction": "reconstruction",
     "imagined": "imagined",
     "slice": "slice",
     "transition": "transition",

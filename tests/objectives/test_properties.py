@@ -395,10 +395,10 @@ def test_the_td_target_equals_a_loop(sizes, seed):
     for end, rows in zip(ends, ([0, 1], [2, 3]), strict=True):
         end.zero_()
         end[rows] = True
-    latent = loss.encode(batch["next"]).deterministic_sample
+    latent = loss.latents.encode(batch["next"]).deterministic_sample
     with set_exploration_type(ExplorationType.DETERMINISTIC):
-        action = loss.act(latent)
-    values = loss.state_action_value(latent, action, "target")
+        action = loss.latents.act(latent)
+    values = loss.latents.state_action_value(latent, action, "target")
     gamma, expected = loss.gamma.item(), []
     for row in range(6):
         value = min(values[row].tolist())

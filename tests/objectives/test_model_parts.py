@@ -1,4 +1,4 @@
-"""Variants of encoder and model against formulas written out by hand."""
+"""Parts of the objective of encoder and model, against formulas by hand."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from torch import nn
 from torch.testing import assert_close
 from torchrl.modules import IndependentNormal
 
-from alm_torchrl import ALMOptimizationStepper, functional, make_identity_encoder
-from alm_torchrl.runs.loading import build_loss
-from alm_torchrl.runs.settings import preset_config
+from alm_torchrl import (
+    ALMOptimizationStepper,
+    functional,
+    make_decoder,
+    make_identity_encoder,
+)
+from alm_torchrl.objectives import Logarithms, Reconstruction, ValuePrediction
 from alm_torchrl.testing import ROUTES, check_loss
 from tests.helpers import (
     ACTION,
@@ -40,25 +44,44 @@ from tests.helpers import (
 from tests.objectives.model_rows import discounted, live, mean_over_slices
 from tests.objectives.reference import elu_net
 
-LIKELIHOOD = {"reconstruction_coef": 1.0, "reward_coef": 0.0, "value_coef": 0.0}
-
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
 
 
+def reconstruction(coef=1.0):
+    return Reconstruction(
+        make_decoder(OBSERVATION, latent_dim=LATENT, hidden_dim=HIDDEN), coef=coef
+    )
+
+
+def likelihood_loss(**kwargs):
+    coefs = {"reward_coef": 0.0, "value_coef": 0.0}
+    return make_loss(model_terms=[reconstruction()], **coefs, **kwargs)
+
+
+def decoder_params(loss):
+    return list(loss.model_terms[0].decoder.module.parameters())
+
+
+def value_loss(where, coef=1.0, **kwargs):
+    return make_loss(model_terms=[ValuePrediction(where, coef=coef)], **kwargs)
+
+
 def calls(loss, method, batch):
     """How often a method of the loss runs each network."""
-    counts, hooks = {}, []
-    for part in ("encoder", "model", "actor", "qvalue", "reward", "decoder"):
-        if getattr(loss, part) is not None:
-            counts[part] = 0
+    networks = {part: network(loss, part) for part in ("encoder", "model", "actor")}
+    networks |= {part: network(loss, part) for part in ("qvalue", "reward")}
+    if len(loss.model_terms) and hasattr(loss.model_terms[0], "decoder"):
+        networks["decoder"] = loss.model_terms[0].decoder.module
+    counts, hooks = dict.fromkeys(networks, 0), []
+    for part, net in networks.items():
 
-            def count(*_, part=part):
-                counts[part] += 1
+        def count(*_, part=part):
+            counts[part] += 1
 
-            hooks.append(network(loss, part).register_forward_hook(count))
+        hooks.append(net.register_forward_hook(count))
     getattr(loss, method)(batch)
     for hook in hooks:
         hook.remove()
@@ -82,46 +105,15 @@ def differing(values, expected):
     return {key for key, value in values.items() if value != expected[key]}
 
 
-def from_settings(**changes):
-    """The loss that ``train`` builds with some flags, small."""
-    sizes = {"hidden_dim": HIDDEN, "model_hidden_dim": HIDDEN, "latent_dim": LATENT}
-    config = preset_config("quick", **sizes, **changes)
-    spaces = {
-        "observation_dim": OBSERVATION,
-        "action_low": [-1.0] * ACTION,
-        "action_high": [1.0] * ACTION,
-    }
-    return build_loss(config.to_dict(), spaces)
-
-
-def assert_resumes(**changes):
-    """A loss and stepper built anew continue from the state of others."""
-    loss = from_settings(**changes)
-    stepper = ALMOptimizationStepper(loss)
-    stepper.step(None, make_batch())
-    again = from_settings(**changes)
-    restored = ALMOptimizationStepper(again)
-    again.load_state_dict(loss.state_dict())
-    restored.load_state_dict(copy.deepcopy(stepper.state_dict()))
-    batch = make_batch()
-    results = []
-    for one in (stepper, restored):
-        torch.manual_seed(1)
-        results.append(one.step(None, batch))
-    assert results[0].keys() == results[1].keys()
-    assert (results[0] == results[1]).all()
-    return results[0]
-
-
 class TestLikelihood:
     @pytest.mark.parametrize("discount", [False, True])
     def test_is_kl_and_reconstruction(self, discount):
-        loss = make_loss(deterministic=True, discount_model_loss=discount, **LIKELIHOOD)
+        loss = likelihood_loss(deterministic=True, discount_model_loss=discount)
         gamma = loss.gamma.item() if discount else 1.0
 
         def objective(terms):
             errors = [
-                0.5 * ((elu_net(z, live(loss, "decoder")) - s) ** 2).sum()
+                0.5 * ((elu_net(z, decoder_params(loss)) - s) ** 2).sum()
                 for z, s in zip(terms["latent"], terms["observed"], strict=True)
             ]
             return discounted(terms["kl"], gamma) + discounted(errors, gamma)
@@ -129,10 +121,12 @@ class TestLikelihood:
         assert_same_model_loss(loss, make_rows(B, K), objective)
 
     def test_joins_the_bound_with_its_coefficient(self):
-        loss = make_loss(deterministic=True, reconstruction_coef=0.5, reward_coef=2.0)
+        loss = make_loss(
+            deterministic=True, model_terms=[reconstruction(0.5)], reward_coef=2.0
+        )
 
         def objective(terms):
-            decoded = [elu_net(z, live(loss, "decoder")) for z in terms["latent"]]
+            decoded = [elu_net(z, decoder_params(loss)) for z in terms["latent"]]
             errors = [
                 0.5 * ((loc - s) ** 2).sum()
                 for loc, s in zip(decoded, terms["observed"], strict=True)
@@ -143,7 +137,7 @@ class TestLikelihood:
         assert_same_model_loss(loss, make_rows(B, K), objective)
 
     def test_trains_encoder_model_and_decoder_and_runs_nothing_else(self):
-        loss, batch = make_loss(**LIKELIHOOD), make_batch()
+        loss, batch = likelihood_loss(), make_batch()
         used = calls(loss, "model_loss", batch)
         assert used == {
             "encoder": 2,
@@ -156,40 +150,46 @@ class TestLikelihood:
         for term, method in METHODS.items():
             grads = gradients(getattr(loss, method)(batch)[0].sum(), loss)
             reached = {part_of(name) for name, grad in grads.items() if grad.any()}
-            own = {"decoder"} if term == "loss_model" else set()
+            own = {"model_terms"} if term == "loss_model" else set()
             assert reached == TRAINS[term] | own
 
     def test_keeps_the_contract_of_the_loss(self):
-        routes = {**ROUTES, "loss_model": ("encoder", "model", "decoder")}
-        loss = make_loss(**LIKELIHOOD)
+        routes = {**ROUTES, "loss_model": ("encoder", "model", "model_terms")}
+        loss = likelihood_loss()
         check_loss(loss, make_rows(B, K), routes)
         assert not {"model_reward", "terminal_value"} & set(loss.out_keys)
         assert "reconstruction" in loss.out_keys
 
     def test_without_a_coefficient_there_is_no_decoder(self):
-        loss = make_loss(decoder=make_loss(**LIKELIHOOD).decoder)
-        assert loss.decoder is None
+        loss = make_loss(model_terms=[reconstruction(0.0)])
+        assert len(loss.model_terms) == 0
         assert "reconstruction" not in loss.out_keys
-        assert "decoder" not in repr(loss)
+        assert not any("decoder" in name for name, _ in loss.named_parameters())
 
-    def test_is_trained_and_resumed(self):
-        metrics = assert_resumes(model_objective="likelihood")
-        assert {"reconstruction", "kl"} <= set(metrics.keys())
-        loss = from_settings(model_objective="likelihood")
-        before = [p.clone() for p in loss.decoder_params.parameters()]
+    def test_is_trained_reset_copied_and_saved(self):
+        loss = likelihood_loss(updater=False)
+        before = [p.detach().clone() for p in decoder_params(loss)]
         ALMOptimizationStepper(loss).step(None, make_batch())
-        after = loss.decoder_params.parameters()
-        assert all((p != q).any() for p, q in zip(before, after, strict=True))
+        pairs = list(zip(before, decoder_params(loss), strict=True))
+        assert all((old != new).any() for old, new in pairs)
+        other, twin = likelihood_loss(), copy.deepcopy(loss)
+        other.load_state_dict(loss.state_dict())
+        for same in (other, twin):
+            assert_close(decoder_params(same), decoder_params(loss), rtol=0, atol=0)
+        loss.reset_parameters_recursive()
+        assert (decoder_params(loss)[0] != decoder_params(twin)[0]).any()
 
     def test_errors(self):
-        with pytest.raises(ValueError, match="decoder may be None only with"):
-            make_loss(decoder=None, reconstruction_coef=1.0)
+        with pytest.raises(TypeError, match="decoder: expected TensorDictModuleBase"):
+            Reconstruction(nn.Linear(1, 1))
+        with pytest.raises(TypeError, match="model_terms: expected modules"):
+            make_loss(model_terms=[nn.Linear(1, 1)])
         with pytest.raises(ValueError, match="expected one that is not 0"):
             make_loss(kl_coef=0.0, reward_coef=0.0, value_coef=0.0)
         wrong = TensorDictModule(
             Concatenated(LATENT, OBSERVATION + 1), ["latent"], ["reconstruction"]
         )
-        loss = make_loss(decoder=wrong, reconstruction_coef=1.0)
+        loss = make_loss(model_terms=[Reconstruction(wrong)])
         with pytest.raises(ValueError, match=r"decoder: expected the shape .* got"):
             loss.model_loss(make_batch())
 
@@ -249,7 +249,7 @@ class TestIdentityEncoder:
         observed = make_rows(4)
         for _ in range(2):
             stepper.step(None, make_batch())
-            dist = loss.encode(observed, "target")
+            dist = loss.latents.encode(observed, "target")
             assert_close(dist.mean, observed["observation"], rtol=0, atol=0)
             assert_close(dist.stddev, torch.full_like(dist.mean, 0.1), rtol=0, atol=0)
         double = loss.double()
@@ -257,12 +257,6 @@ class TestIdentityEncoder:
             lambda x: x.double() if x.is_floating_point() else x
         )
         assert double(rows)["loss_model"].dtype == torch.float64
-
-    def test_is_trained_and_resumed(self):
-        assert "kl" in assert_resumes(encoder="identity")
-        loss = from_settings(encoder="identity")
-        latent = loss.acting_policy()[0](make_rows(4))["latent"]
-        assert latent.shape == (4, OBSERVATION)
 
     def test_errors(self):
         with pytest.raises(ValueError, match="scale: expected a number > 0, got 0"):
@@ -278,12 +272,7 @@ class TestValuePrediction:
     @pytest.mark.parametrize("steps", ["encoder", "model"])
     @pytest.mark.parametrize("discount", [False, True])
     def test_objective(self, steps, discount):
-        loss = make_loss(
-            deterministic=True,
-            value_prediction=steps,
-            value_prediction_coef=0.3,
-            discount_model_loss=discount,
-        )
+        loss = value_loss(steps, 0.3, deterministic=True, discount_model_loss=discount)
         weight = loss.gamma.item() if discount else 1.0
 
         def objective(terms):
@@ -304,9 +293,7 @@ class TestValuePrediction:
     @pytest.mark.parametrize("steps", ["encoder", "model"])
     def test_alone_trains_what_it_is_named_after(self, steps):
         batch = make_batch()
-        loss = make_loss(
-            value_prediction=steps, kl_coef=0.0, reward_coef=0.0, value_coef=0.0
-        )
+        loss = value_loss(steps, kl_coef=0.0, reward_coef=0.0, value_coef=0.0)
         value, metadata = loss.model_loss(batch)
         grads = gradients(value, loss)
         trained = {part_of(name) for name, grad in grads.items() if grad.any()}
@@ -316,7 +303,7 @@ class TestValuePrediction:
 
     @pytest.mark.parametrize("steps", ["encoder", "model"])
     def test_keeps_the_contract_of_the_loss(self, steps):
-        loss = make_loss(value_prediction=steps)
+        loss = value_loss(steps)
         assert "value_prediction" in loss.out_keys
         for batch in (make_rows(B, K), make_batch()):
             check_loss(loss, batch)
@@ -324,9 +311,10 @@ class TestValuePrediction:
     def test_target_is_the_critics(self):
         """Of the slice's recorded reward, transformed as the critics learn it."""
         batch = make_batch()
-        loss = make_loss(deterministic=True, value_prediction="model")
+        loss = value_loss("model", deterministic=True)
+        terms = [ValuePrediction("model")]
         other = variant(
-            loss, value_prediction="model", reward_transform=functional.floored_log
+            loss, model_terms=terms, reward_transform=functional.floored_log
         )
         changed = batch.clone()
         reward = changed["slice", "next", "reward"]
@@ -337,20 +325,16 @@ class TestValuePrediction:
     def test_without_weight_it_costs_nothing(self):
         batch = make_batch()
         plain = calls(make_loss(), "model_loss", batch)
-        loss = make_loss(value_prediction="model", value_prediction_coef=0.0)
+        loss = value_loss("model", 0.0)
         assert calls(loss, "model_loss", batch) == plain
         assert "value_prediction" not in loss.out_keys
-        assert calls(make_loss(value_prediction="model"), "model_loss", batch) != plain
-
-    @pytest.mark.parametrize("steps", ["encoder", "model"])
-    def test_is_trained_and_resumed(self, steps):
-        assert "value_prediction" in assert_resumes(value_prediction=steps)
+        assert calls(value_loss("model"), "model_loss", batch) != plain
 
     def test_errors(self):
-        with pytest.raises(ValueError, match="value_prediction: expected 'none' or"):
-            make_loss(value_prediction="critic")
-        with pytest.raises(ValueError, match="value_prediction_coef: expected a numb"):
-            make_loss(value_prediction_coef=-1.0)
+        with pytest.raises(ValueError, match="where: expected 'encoder' or 'model'"):
+            ValuePrediction("critic")
+        with pytest.raises(ValueError, match="coef: expected a number"):
+            ValuePrediction("model", coef=-1.0)
 
 
 class TestLogarithms:
@@ -387,7 +371,7 @@ class TestLogarithms:
         assert differing(other(batch), loss(batch)) == expected
 
     def test_model_objective_takes_the_log_of_the_predicted_reward(self):
-        loss = make_loss(deterministic=True, log_terms="model")
+        loss = make_loss(deterministic=True, logarithms=Logarithms("model"))
         with torch.no_grad():
             # Some rewards are below the floor, some above.
             live(loss, "reward")[-1].add_(0.3)
@@ -402,33 +386,13 @@ class TestLogarithms:
         assert_same_model_loss(loss, slices, objective)
         assert {bool(reward > 0.01) for reward in seen} == {True, False}
         batch = make_batch()
-        plain = variant(loss, log_terms="none")
+        plain = variant(loss, logarithms=None)
         assert differing(loss(batch), plain(batch)) == {"loss_model"}
-
-    @pytest.mark.parametrize("log_reward", ["model", "plain", "shifted", "bound"])
-    def test_is_trained_and_resumed(self, log_reward):
-        metrics = assert_resumes(log_reward=log_reward)
-        assert all(value.isfinite() for value in metrics.values())
-
-    def test_settings(self):
-        assert from_settings(log_reward="none").reward_transform is None
-        for name, function in (
-            ("plain", functional.floored_log),
-            ("shifted", functional.shifted_log),
-        ):
-            loss = from_settings(log_reward=name)
-            assert (loss.reward_transform, loss.log_terms) == (function, "none")
-        for name in ("model", "bound"):
-            loss = from_settings(log_reward=name)
-            assert (loss.reward_transform, loss.log_terms) == (None, name)
-
-    def test_representation_names_what_is_not_the_default(self):
-        assert repr(make_loss()).endswith("discount_model_loss=False\n)")
-        loss = make_loss(reward_transform=functional.shifted_log, log_terms="model")
-        assert repr(loss).endswith(", reward_transform=shifted_log, log_terms=model\n)")
 
     def test_errors(self):
         with pytest.raises(TypeError, match="reward_transform: expected a function"):
             make_loss(reward_transform=2.0)
-        with pytest.raises(ValueError, match="log_terms: expected 'none' or 'model'"):
-            make_loss(log_terms="all")
+        with pytest.raises(TypeError, match="logarithms: expected Logarithms"):
+            make_loss(logarithms="model")
+        with pytest.raises(ValueError, match="where: expected 'model' or 'bound'"):
+            Logarithms("all")

@@ -14,11 +14,16 @@ from torch.testing import assert_close
 from torchrl.objectives import SoftUpdate
 
 from alm_torchrl import ALMLoss
+from alm_torchrl.objectives import Logarithms
 from tests.helpers import B, K, make_loss, make_rows, network, probabilistic
 from tests.objectives.model_rows import discounted, live
-from tests.objectives.test_variants_model import assert_same_model_loss
+from tests.objectives.test_model_parts import assert_same_model_loss
 
-THEORY = {"log_terms": "bound", "discount_model_loss": True, "classifier_coef": 1.0}
+THEORY = {
+    "logarithms": Logarithms("bound"),
+    "discount_model_loss": True,
+    "classifier_coef": 1.0,
+}
 GAMMA, REWARD, CHOSEN = 0.8, 2.0, 0.3
 ENCODER_STD, MODEL_STD = 0.7, 0.5
 ROWS = 20_000
