@@ -278,13 +278,15 @@ class TestCopies:
     def test_noise_is_one_for_loss_and_policy(self, make, dtype):
         source = make_loss(noise=5.0, bound=100.0)
         loss = make(source).to(dtype)
-        loss.noise_clip = None
+        loss.latents.noise_clip = None
         z = torch.randn(B, LATENT, dtype=dtype)
         inputs = TensorDict(latent=z, batch_size=[B])
         for std in (5.0, 2.5, 0.0):
             assert_close(loss.noise_schedule.std, torch.tensor(std, dtype=dtype))
             assert loss.actor.get_dist(inputs).scale.unique() == std
-            noise = seeded(loss.act, z, seed=1) - seeded(loss.act, z, seed=2)
+            noise = seeded(loss.latents.act, z, seed=1) - seeded(
+                loss.latents.act, z, seed=2
+            )
             assert (noise.abs().max() > std / 4) == (std > 0)
             loss.noise_schedule.step(5)
         assert source.noise_schedule.std == (5.0 if source is not loss else 0.0)
