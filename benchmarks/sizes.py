@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import cast
 
 import torch
@@ -18,6 +22,18 @@ __all__ = ["EPISODE_STEPS", "Sizes", "random_rows"]
 
 EPISODE_STEPS = 1000
 """Length of the made-up episodes."""
+
+
+def load_example() -> ModuleType:
+    """The agent in one file, ``examples/alm.py``: the hand-written yardstick."""
+    path = Path(__file__).parents[1] / "examples" / "alm.py"
+    spec = importlib.util.spec_from_file_location("example_alm", path)
+    assert spec is not None
+    assert spec.loader is not None
+    # Its dataclass looks the module up.
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def random_rows(
