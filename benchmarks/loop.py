@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -129,7 +128,7 @@ def compare_loops(
         steps per second over the other's.
     """
     warmup = max(WARMUP_STEPS, problem.config.batch_size)
-    problem.config = dataclasses.replace(problem.config, warmup_steps=warmup)
+    problem = problem.changed(warmup_steps=warmup)
     meter = Meter(clock)
     plain = HandWritten(problem)
     meter.watch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import sys
@@ -51,7 +52,9 @@ class Problem:
 
     def changed(self, **sizes: int) -> Problem:
         """The same task with other sizes."""
-        return Problem(dataclasses.replace(self.config, **sizes), self.device)
+        other = copy.copy(self)
+        other.config = dataclasses.replace(self.config, **sizes)
+        return other
 
     def networks(self) -> dict[str, Any]:
         """The arguments that all builders of losses share."""

@@ -230,10 +230,8 @@ class ALM(nn.Module):
         for action in actions.unbind(1):
             steps.append(self.model(latents[-1], action))
             latents.append(steps[-1].rsample())
-        mean, deviation = (
-            torch.stack([getattr(step, name) for step in steps], 1)
-            for name in ("loc", "scale")
-        )
+        mean = torch.stack([step.mean for step in steps], 1)
+        deviation = torch.stack([step.stddev for step in steps], 1)
         predicted = Normal(mean, deviation, validate_args=False)
         with torch.no_grad():
             encoded = self.target_encoder(slices["next_observation"])
@@ -259,7 +257,7 @@ class ALM(nn.Module):
             # Places in a random order: the first half is imagined, the rest is real.
             place = torch.rand(len(action), device=action.device).argsort()
             first, rest = place.argsort().tensor_split([half])
-            real = Normal(after.loc[rest], after.scale[rest], False).rsample()
+            real = Normal(after.mean[rest], after.stddev[rest], False).rsample()
             start = now.rsample()  # The authors imagine from a z of its own.
             imagined = self.model(start[first], action[first]).rsample()
             z_next = torch.cat([imagined, real])[place]
@@ -273,7 +271,7 @@ class ALM(nn.Module):
         """What trains the critics (Eq. 10), for z ~ e'(s) and z' ~ e'(s').
 
         Minimise (Q_i(z, a) - y)^2 with y = R + gamma (1 - terminated) Q'(z', pi(z')).
-        The smaller of two critics is the value. A time limit is no termination.
+        There are two critics, and Q is the smaller. A time limit is no termination.
         """
         with torch.no_grad():
             z_next = after.rsample()
@@ -295,10 +293,11 @@ class ALM(nn.Module):
         into the policy's input, the classifier's z_{t+1} and the critics' actions.
         """
         args, latents, actions = self.args, [now.rsample()], []
-        for t in range(args.horizon + 1):
-            actions.append(self.actor(latents[t].detach(), std, args.noise_clip))
-            if t < args.horizon:
-                latents.append(self.model(latents[t], actions[t]).rsample())
+        for _ in range(args.horizon):
+            actions.append(self.actor(latents[-1].detach(), std, args.noise_clip))
+            latents.append(self.model(latents[-1], actions[-1]).rsample())
+        with torch.no_grad():
+            actions.append(self.actor(latents[-1], std, args.noise_clip))
         z, a = torch.stack(latents, 1), torch.stack(actions, 1)
         logits = self.classifier(z[:, :-1], a[:, :-1], z[:, 1:].detach())
         log_ratio = logits[..., 1] - logits[..., 0]

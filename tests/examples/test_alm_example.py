@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict
 
 from alm_torchrl import ALMOptimizationStepper, NoiseSchedule, make_alm_loss
-from benchmarks.sizes import load_example
+from benchmarks.problem import load_example
 
 alm = load_example()
 OBSERVATION, ACTION = 5, 2
