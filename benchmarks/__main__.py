@@ -22,7 +22,6 @@ from benchmarks.growth import measure_growth, plot_growth
 from benchmarks.loop import compare_loops
 from benchmarks.problem import Problem
 from benchmarks.timing import (
-    Contender,
     compare,
     machine,
     make_clock,
@@ -110,16 +109,11 @@ def run(options: Options) -> dict[str, Any]:
         record["tasks"].append(entry)
         if "updates" in options.sections:
             contenders, left_out = our_updates(problem, options.modes)
-            contenders.append(
-                Contender(
-                    "alm: draw of the batch", problem.make_draw(ROWS), kind="draw"
-                )
-            )
             contenders.append(example_update(problem))
             reference = "examples/alm.py"
             if options.authors is not None:
-                contenders += authors_update(options.authors, problem, ROWS)
-                reference = "authors' code"
+                contenders.append(authors_update(options.authors, problem, ROWS))
+                reference = contenders[-1].name
             contenders += matrix_products(problem)
             rows = compare(contenders, reference, options.repeats, clock)
             entry["updates"] = {"rows": rows, "left_out": left_out}

@@ -42,8 +42,8 @@ def check_checkout(path: Path) -> Path:
     return path
 
 
-def authors_update(path: Path, problem: Problem, rows: int) -> list[Contender]:
-    """Their update, the draws of its batches included, and these draws alone.
+def authors_update(path: Path, problem: Problem, rows: int) -> Contender:
+    """Their update, the draws of its batches included.
 
     Args:
         path: the checkout.
@@ -54,7 +54,6 @@ def authors_update(path: Path, problem: Problem, rows: int) -> list[Contender]:
     config = problem.config
 
     def make() -> Callable[[], Any]:
-        nonlocal agent
         with contextlib.redirect_stdout(io.StringIO()):
             agent = agent_class(
                 device=torch.device(problem.device),
@@ -95,17 +94,8 @@ def authors_update(path: Path, problem: Problem, rows: int) -> list[Contender]:
         steps = itertools.count(1)
         return lambda: agent.update(next(steps))
 
-    agent: Any = None
     call, memory = first_call(make, problem.device)
-
-    def draw() -> None:
-        agent.env_buffer.sample_seq(config.horizon, config.batch_size)
-        agent.env_buffer.sample(config.batch_size)
-
-    return [
-        Contender("authors' code", call, flop=count_flop(call), memory=memory),
-        Contender("authors' code: draw of the batch", draw, kind="draw"),
-    ]
+    return Contender("authors' code", call, flop=count_flop(call), memory=memory)
 
 
 def _agent_class(path: Path) -> Any:  # noqa: ANN401

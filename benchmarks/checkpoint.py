@@ -11,12 +11,14 @@ what the two saves take on the disk. The networks have the paper's sizes:
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torchrl import torchrl_logger
 
 from alm_torchrl import ALMTrainer, make_env, make_trainer
 from alm_torchrl.runs.settings import preset_config
@@ -82,6 +84,7 @@ def main() -> None:
     parser.add_argument("--folder", help="on the disk to measure")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    torchrl_logger.setLevel(logging.WARNING)
     print(
         f"{'task':14} {'stored':>9} {'first save':>11} {'next save':>11} {'load':>11} "
         f"{'first size':>12} {'next adds':>12}"

@@ -71,7 +71,7 @@ class HandWritten:
 
     def __init__(self, problem: Problem) -> None:
         self.example = load_example()
-        self.config = problem.config
+        self.log_interval = problem.config.log_interval
         self.agent = problem.make_agent(self.example)
         args = self.agent.args
         self.env = self.example.make_env(args.task)
@@ -97,8 +97,8 @@ class HandWritten:
             self.updates += 1
             batch = self.replay.sample(args.batch_size, args.horizon, args.device)
             losses = self.agent.update(*batch, noise_std(args, self.updates))
-            if self.updates % self.config.log_interval == 0:
-                self.log = {name: loss.item() for name, loss in losses.items()}
+            if self.updates % self.log_interval == 0:
+                self.logged = {name: loss.item() for name, loss in losses.items()}
 
 
 def compare_loops(
@@ -143,25 +143,21 @@ def compare_loops(
     began = 0.0
 
     def note(loop: str) -> None:
-        nonlocal began
         elapsed = clock() - began
+        seconds[loop].append(elapsed / steps)
         if meter.active:
             parts[loop] = meter.parts(elapsed, steps)
-        else:
-            seconds[loop].append(elapsed / steps)
-        began = clock()
 
     def turn() -> None:
         nonlocal began
         done = trainer.collected_frames - warmup
         if done < 0 or done % steps:
             return
-        if done == 0:
+        if done > 0:
+            note("ours")
             began = clock()
-            return
-        note("ours")
-        plain.run(steps)
-        note("hand_written")
+            plain.run(steps)
+            note("hand_written")
         meter.active = done == (rounds + 1) * steps
         began = clock()
 
@@ -180,7 +176,7 @@ def compare_loops(
     plain.env.close()
     record: dict[str, Any] = {}
     for loop, times in seconds.items():
-        timing = quartiles(times[1:])
+        timing = quartiles(times[1:-1])
         rate = 1 / timing["median"]
         record[loop] = {**timing, "steps_per_second": rate, "parts": parts[loop]}
     record["speed"] = record["hand_written"]["median"] / record["ours"]["median"]

@@ -10,11 +10,13 @@ equal intervals, and its growth. The exit status is 1 where that reaches the lim
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import tempfile
 from pathlib import Path
 
 import torch
+from torchrl import torchrl_logger
 from torchrl.record.loggers.csv import CSVLogger
 
 from alm_torchrl import make_alm_loss, make_env, make_trainer
@@ -63,6 +65,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=10.0, help="in 10^6 bytes")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    torchrl_logger.setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         megabytes = measure(args.updates, args.readings, folder)
     growth = megabytes[-1] - megabytes[0]

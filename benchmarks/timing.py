@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,8 +34,8 @@ class Contender:
     """Does the work once."""
     per: int = 1
     """Units of work in one call; times are for one unit."""
-    kind: str = "update"
-    """``"update"``, ``"draw"`` or ``"matrix product"``; updates are compared."""
+    kind: Literal["update", "matrix product"] = "update"
+    """Updates are compared with each other, matrix products give the possible rate."""
     precision: str = "fp32"
     """Type of the matrix products: ``"fp32"``, ``"tf32"`` or ``"bf16"``."""
     flop: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,8 @@ from torch import nn
 
 from alm_torchrl.runs.settings import preset_config
 from benchmarks import __main__ as command
-from benchmarks import timing
+from benchmarks import growth, timing
 from benchmarks.authors import authors_update
-from benchmarks.growth import measure_growth, plot_growth
 from benchmarks.loop import Meter, compare_loops
 from benchmarks.problem import Problem
 from benchmarks.timing import Contender, compare, count_flop, interleave, make_clock
@@ -62,18 +62,14 @@ class FakeWork:
         return Contender(name, call, **settings)
 
 
-def test_each_round_begins_with_another_contender():
+def test_rounds_take_turns_and_give_quartiles():
     work = FakeWork()
     interleave([work.contender(name, [1.0]) for name in "abc"], 3, work.clock)
     # The first of two calls warms up.
     assert "".join(work.calls) == "aabbcc" + "bbccaa" + "ccaabb"
-
-
-def test_rounds_give_median_and_quartiles():
-    work = FakeWork()
     seconds = [90.0, 10.0, 90.0, 50.0, 90.0, 30.0, 90.0, 20.0, 90.0, 40.0]
-    (timing,) = interleave([work.contender("a", seconds, per=10)], 5, work.clock)
-    assert timing == {"median": 3, "q1": 2, "q3": 4, "rounds": 5}
+    (timed,) = interleave([work.contender("d", seconds, per=10)], 5, work.clock)
+    assert timed == {"median": 3, "q1": 2, "q3": 4, "rounds": 5}
 
 
 def test_updates_are_compared_and_give_the_share_of_the_matrix_rate():
@@ -83,7 +79,6 @@ def test_updates_are_compared_and_give_the_share_of_the_matrix_rate():
         work.contender("theirs", [3.0], flop=50),
         work.contender("bf16", [1.0], flop=40, precision="bf16"),
         work.contender("gemm", [1.0], flop=25, kind="matrix product"),
-        work.contender("draw", [1.0], kind="draw"),
     ]
     compared = compare(contenders, "theirs", 1, work.clock)
     rows = {row["name"]: row for row in compared}
@@ -91,7 +86,7 @@ def test_updates_are_compared_and_give_the_share_of_the_matrix_rate():
     assert rows["ours"]["flop_per_second"] == 20
     assert rows["ours"]["share_of_matrix_rate"] == 20 / 25
     assert rows["bf16"]["share_of_matrix_rate"] is None
-    assert [rows[name]["speed"] for name in ("gemm", "draw")] == [None, None]
+    assert rows["gemm"]["speed"] is None
     lines = command.rows_table(compared, "theirs").splitlines()
     assert lines[1].split() == [
         *("ours", "2000.00", "2000.00", "2000.00"),
@@ -160,9 +155,14 @@ def test_loops_are_compared(problem):
     assert f"ratio {loop['speed']:.2f}" in command.loop_table(loop)
 
 
-def test_growth_changes_one_size_at_a_time(problem, tmp_path):
-    clock = make_clock("wall", "cpu")
-    points = measure_growth(problem, 1, clock, rows=[100, 200])
+def test_growth_changes_one_size_at_a_time(problem, tmp_path, monkeypatch):
+    def called_once(contenders, rounds, clock):
+        for contender in contenders:
+            contender.call()
+        return [{"median": 2.0, "q1": 1.0, "q3": 4.0}] * len(contenders)
+
+    monkeypatch.setattr(growth, "interleave", called_once)
+    points = growth.measure_growth(problem, 1, make_clock("wall", "cpu"), [100, 200])
     values = {}
     for point in points:
         values.setdefault(point["axis"], []).append(point["value"])
@@ -173,7 +173,7 @@ def test_growth_changes_one_size_at_a_time(problem, tmp_path):
         "hidden_dim": [2, 4, 8, 16],
         "rows": [100, 200],
     }
-    plot_growth(points, "title", tmp_path / "a" / "growth.png")
+    growth.plot_growth(points, "title", tmp_path / "a" / "growth.png")
     assert (tmp_path / "a" / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -187,21 +187,13 @@ from models import SIZE
 class Env(mujoco_env.MujocoEnv, gym.utils.EzPickle):
     pass
 
-class Buffer:
-    def __init__(self):
-        self.rows, self.draws = [], []
-    def push(self, row):
-        self.rows.append(row)
-    def sample_seq(self, length, batch):
-        self.draws.append((length, batch))
-    def sample(self, batch):
-        self.draws.append(batch)
-
 class AlmAgent:
-    last = None
     def __init__(self, **settings):
         print("noise")
-        self.settings, self.env_buffer, self.steps = settings, Buffer(), []
+        self.settings, self.rows, self.steps = settings, [], []
+        self.env_buffer = self
+    def push(self, row):
+        self.rows.append(row)
     def update(self, step):
         self.steps.append(step + SIZE - utils.ONE)
         return self
@@ -218,21 +210,16 @@ def test_authors_update_runs_from_a_checkout(problem, tmp_path, capsys):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     path, modules = list(sys.path), set(sys.modules)
-    update, draw = authors_update(tmp_path, problem, rows=20)
+    agent = authors_update(tmp_path, problem, rows=20).call()
     assert sys.path == path
     left = {name.partition(".")[0] for name in set(sys.modules) - modules}
     assert not left & {"agents", "models", "utils", "wandb", "gym"}
     assert capsys.readouterr().out == ""
-    agent = update.call()
-    draw.call()
-    assert agent.steps == list(range(1, len(agent.steps) + 1))
-    assert agent.env_buffer.draws == [(3, 16), 16]
+    assert agent.steps == [1, 2, 3]
     assert agent.settings["num_states"] == 3
     assert agent.settings["model_hidden_dims"] == 12
-    state, action, reward, after, done = agent.env_buffer.rows[0]
-    assert len(agent.env_buffer.rows) == 20
-    assert (state.shape, action.shape, after.shape) == ((3,), (1,), (3,))
-    assert (reward.shape, done.shape) == ((), ())
+    assert len(agent.rows) == 20
+    assert [value.shape for value in agent.rows[0]] == [(3,), (1,), (), (3,), ()]
 
 
 def test_command_prints_what_it_records(tmp_path, capsys):
@@ -260,13 +247,10 @@ def test_command_prints_what_it_records(tmp_path, capsys):
     ("settings", "message"),
     [
         ({"clock": "cpu", "device": "cuda"}, "clock: expected 'wall' on a cuda"),
-        ({"repeats": 0}, "repeats: expected"),
         ({"modes": ("graph",)}, "modes: expected at least one for cpu"),
-        ({"authors": "."}, "--authors: expected a checkout"),
+        ({"authors": Path("nowhere")}, "--authors: expected a checkout"),
     ],
 )
-def test_mistakes_are_named(settings, message, tmp_path):
-    if "authors" in settings:
-        settings = {"authors": tmp_path}
+def test_mistakes_are_named(settings, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         command.run(command.Options(**settings))
