@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from torch._dynamo.exc import TorchDynamoException
 from torchrl import torchrl_logger
 
 from alm_torchrl.checks import check_integer, check_output
@@ -118,7 +119,8 @@ def run(options: Options) -> dict[str, Any]:
             rows = compare(contenders, reference, options.repeats, clock)
             entry["updates"] = {"rows": rows, "left_out": left_out}
             print(f"{title} one update\n{rows_table(rows, reference)}")
-            print(*(f"left out: {k}: {v}" for k, v in left_out.items()), sep="\n")
+            for name, reason in left_out.items():
+                print(f"left out: {name}: {reason}")
         if "peers" in options.sections:
             contenders, _ = our_updates(problem, list(modes)[:1])
             reference = contenders[0].name
@@ -128,14 +130,16 @@ def run(options: Options) -> dict[str, Any]:
             print(f"{title} updates for one environment step\n{table}")
         if "loop" in options.sections:
             entry["loop"] = {}
+            steps, rounds = options.loop_steps, options.repeats
             for mode, arguments in modes.items():
-                entry["loop"][mode] = loop = compare_loops(
-                    problem,
-                    arguments,
-                    steps=options.loop_steps,
-                    rounds=options.repeats,
-                    clock=clock,
-                )
+                try:
+                    loop = compare_loops(
+                        problem, arguments, steps=steps, rounds=rounds, clock=clock
+                    )
+                except TorchDynamoException as error:
+                    print(f"left out: loop, {mode}: {str(error).splitlines()[0]}")
+                    continue
+                entry["loop"][mode] = loop
                 print(f"{title} training loop, {mode}\n{loop_table(loop)}")
         _save(record, options.json)
     if "growth" in options.sections:
@@ -215,6 +219,6 @@ if __name__ == "__main__":
     torchrl_logger.setLevel(logging.WARNING)
     try:
         run(tyro.cli(Options))
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -20,17 +20,7 @@ WARMUP_STEPS = 200
 
 
 class Meter:
-    """Adds up the time that functions take, by part, while it is active.
-
-    Examples:
-        >>> ticks = iter(range(10))
-        >>> meter = Meter(lambda: next(ticks))
-        >>> work = meter.timed("work", lambda: None)
-        >>> meter.active = True
-        >>> work()
-        >>> meter.seconds
-        {'work': 1}
-    """
+    """Adds up the time that functions take, by part, while it is active."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock

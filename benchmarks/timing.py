@@ -65,12 +65,7 @@ def make_clock(kind: str, device: str) -> Clock:
 
 
 def quartiles(seconds: Sequence[float]) -> dict[str, Any]:
-    """Median, quartiles ``q1`` and ``q3``, and number of ``rounds``.
-
-    Examples:
-        >>> quartiles([3.0, 1.0, 2.0, 5.0, 4.0])
-        {'median': 3.0, 'q1': 2.0, 'q3': 4.0, 'rounds': 5}
-    """
+    """``median``, quartiles ``q1`` and ``q3``, and number of ``rounds``."""
     q1, median, q3 = (float(x) for x in np.percentile(seconds, (25, 50, 75)))
     return {"median": median, "q1": q1, "q3": q3, "rounds": len(seconds)}
 
@@ -164,12 +159,7 @@ class _FlopCounter(TorchDispatchMode):
 
 
 def count_flop(call: Callable[[], Any]) -> int:
-    """Operations in the matrix products of an eager call, a multiply-add being two.
-
-    Examples:
-        >>> count_flop(lambda: torch.ones(2, 3) @ torch.ones(3, 5))
-        60
-    """
+    """Operations in the matrix products of an eager call, a multiply-add being two."""
     with _FlopCounter() as counter:
         call()
     return counter.flop

@@ -56,10 +56,6 @@ def possible(modes: Sequence[Mode], device: str) -> dict[Mode, dict[str, Any]]:
     """The modes that a device has, with their arguments.
 
     Each says whether it is a CUDA graph, which on CUDA is otherwise the default.
-
-    Examples:
-        >>> possible(["compiled", "graph"], "cpu")
-        {'compiled': {'cudagraph': False, 'compile': True}}
     """
     return {
         mode: {"cudagraph": False, **MODES[mode]}
@@ -74,7 +70,11 @@ def our_updates(
     """Our update in each mode, the draw of its batch included.
 
     Returns:
-        tuple: the contenders, and the reason for each mode that is left out.
+        tuple: the contenders, and the reason for each mode that is left out: there is
+        no CUDA device, or it cannot be compiled.
+
+    Raises:
+        ValueError: if all are left out.
     """
     draw = problem.make_draw(ROWS)
     eager = ALMOptimizationStepper(problem.make_loss(), cudagraph=False)
@@ -95,12 +95,14 @@ def our_updates(
         try:
             call, memory = first_call(make, problem.device)
         except TorchDynamoException as error:
-            left_out[name] = f"cannot be compiled here: {str(error).splitlines()[0]}"
+            left_out[name] = str(error).splitlines()[0]
             continue
         precision = MODES[mode].get("precision", "fp32")
         contenders.append(
             Contender(name, call, precision=precision, flop=flop, memory=memory)
         )
+    if not contenders:
+        raise ValueError(f"modes: expected at least one that runs, got {left_out}.")
     return contenders, left_out
 
 

@@ -108,6 +108,8 @@ def test_contenders_do_the_work_they_stand_for(problem):
     (ours,), left_out = our_updates(problem, ["eager", "graph"])
     assert left_out == {"alm, graph": "needs a CUDA device"}
     assert ours.flop == count_flop(ours.call) == example_update(problem).flop
+    with pytest.raises(ValueError, match="modes: expected at least one that runs"):
+        our_updates(problem, ["graph"])
     peers = {peer.name: peer for peer in peer_updates(problem)}
     flop = {name: peer.flop for name, peer in peers.items()}
     assert list(flop) == [
