@@ -1,5 +1,5 @@
-"""The speed of this library, measured side by side with what it is compared to.
+"""The speed of this library next to what it is compared with: ``python -m benchmarks``.
 
-``python -m benchmarks`` runs :func:`~benchmarks.suite.run_bench`. All functions
-return records and none prints.
+``torch.utils.benchmark`` measures, by turns (:mod:`benchmarks.timing`); the rest makes
+the contenders. Functions return records of plain values; only the command prints.
 """

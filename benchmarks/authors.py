@@ -11,20 +11,18 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.measures import measured
-from benchmarks.sizes import Sizes
-from benchmarks.timing import Contender
-
-__all__ = ["authors_update", "check_checkout"]
+from benchmarks.problem import Problem
+from benchmarks.timing import Contender, count_flop, first_call
 
 OWN_MODULES = ("agents", "agents.alm", "models", "utils")
 
@@ -44,72 +42,60 @@ def check_checkout(path: Path) -> Path:
     return path
 
 
-def authors_update(
-    path: Path, sizes: Sizes, *, device: str, rows: int
-) -> list[Contender]:
-    """Their update as a contender, and their draw of its batch alone.
-
-    The update includes the draws of its batches, as ours does.
+def authors_update(path: Path, problem: Problem, rows: int) -> Contender:
+    """Their update, the draws of its batches included.
 
     Args:
         path: the checkout.
-        sizes: sizes of networks and batches.
-
-    Keyword Args:
-        device: where to compute.
+        problem: sizes of networks and batches, and the device.
         rows: transitions in their replay buffer.
-
-    Raises:
-        FileNotFoundError: if ``path`` is no checkout of theirs.
     """
-    check_checkout(path)
     agent_class = _agent_class(path)
-    with contextlib.redirect_stdout(io.StringIO()):
-        agent = agent_class(
-            device=torch.device(device),
-            action_low=sizes.action_low[0],
-            action_high=sizes.action_high[0],
-            num_states=sizes.observation_dim,
-            num_actions=sizes.action_dim,
-            env_buffer_size=2 * rows,
-            gamma=0.99,
-            tau=0.005,
-            target_update_interval=1,
-            lr=dict.fromkeys(("model", "reward", "critic", "actor"), 1e-4),
-            max_grad_norm=100.0,
-            batch_size=sizes.batch_size,
-            seq_len=sizes.horizon,
-            lambda_cost=0.1,
-            expl_start=1.0,
-            expl_end=0.1,
-            expl_duration=100_000,
-            stddev_clip=0.3,
-            latent_dims=sizes.latent_dim,
-            hidden_dims=sizes.hidden_dim,
-            model_hidden_dims=sizes.model_hidden_dim,
-            log_wandb=False,
-            log_interval=1000,
-        )
-    data = sizes.make_rows(rows)
-    following = data["next"]
-    columns = (
-        data["action"],
-        following["reward"].squeeze(-1),
-        following["observation"],
-        following["terminated"].squeeze(-1),
-    )
-    for row in zip(data["observation"], *columns, strict=True):
-        agent.env_buffer.push(tuple(value.numpy() for value in row))
-    steps = iter(range(1, sys.maxsize))
+    config = problem.config
 
-    def draw() -> None:
-        agent.env_buffer.sample_seq(sizes.horizon, sizes.batch_size)
-        agent.env_buffer.sample(sizes.batch_size)
+    def make() -> Callable[[], Any]:
+        with contextlib.redirect_stdout(io.StringIO()):
+            agent = agent_class(
+                device=torch.device(problem.device),
+                action_low=problem.low[0].item(),
+                action_high=problem.high[0].item(),
+                num_states=problem.observation_dim,
+                num_actions=len(problem.low),
+                env_buffer_size=2 * rows,
+                gamma=0.99,
+                tau=0.005,
+                target_update_interval=1,
+                lr=dict.fromkeys(("model", "reward", "critic", "actor"), 1e-4),
+                max_grad_norm=100.0,
+                batch_size=config.batch_size,
+                seq_len=config.horizon,
+                lambda_cost=0.1,
+                expl_start=1.0,
+                expl_end=0.1,
+                expl_duration=100_000,
+                stddev_clip=0.3,
+                latent_dims=config.latent_dim,
+                hidden_dims=config.hidden_dim,
+                model_hidden_dims=config.model_hidden_dim,
+                log_wandb=False,
+                log_interval=1000,
+            )
+        data = problem.make_rows(rows)
+        following = data["next"]
+        for row in zip(
+            data["observation"],
+            data["action"],
+            following["reward"].squeeze(-1),
+            following["observation"],
+            following["terminated"].squeeze(-1),
+            strict=True,
+        ):
+            agent.env_buffer.push(tuple(value.numpy() for value in row))
+        steps = itertools.count(1)
+        return lambda: agent.update(next(steps))
 
-    return [
-        measured("authors' code", lambda: agent.update(next(steps)), device),
-        Contender("authors' code: draw of the batch", draw, kind="draw"),
-    ]
+    call, memory = first_call(make, problem.device)
+    return Contender("authors' code", call, flop=count_flop(call), memory=memory)
 
 
 def _agent_class(path: Path) -> Any:  # noqa: ANN401

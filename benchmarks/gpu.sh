@@ -22,7 +22,7 @@ nvidia-smi > "$folder/nvidia-smi.txt"
 python -m pytest -m gpu -ra tests 2>&1 | tee "$folder/tests.txt" || failed=1
 
 python -m benchmarks --task HalfCheetah-v5 Humanoid-v5 --preset paper --device cuda \
-    "${authors[@]}" --repeats 50 --loop-steps 200 --growth-repeats 20 \
+    "${authors[@]}" --repeats 50 --loop-steps 40 \
     --json "$folder/bench.json" --plot "$folder/growth.png" 2>&1 |
     tee "$folder/bench.txt" || failed=1
 

@@ -2,83 +2,104 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-
 from alm_torchrl.training.stepper import ALMOptimizationStepper
-from benchmarks.sizes import Sizes
-from benchmarks.timing import Clock, Contender, interleave, synchronizer
+from benchmarks.problem import Problem
+from benchmarks.timing import Clock, Contender, interleave
 
-__all__ = ["AXES", "measure_growth"]
-
-AXES = ("horizon", "batch_size", "latent_dim", "width", "buffer_size")
-"""What varies: ``width`` scales all hidden layers, ``buffer_size`` is of the draw."""
+AXES = {
+    "horizon": "horizon K",
+    "batch_size": "batch size",
+    "latent_dim": "latent size",
+    "hidden_dim": "units per hidden layer",
+    "rows": "transitions in the replay",
+}
+"""What varies, and its label: ``hidden_dim`` scales all hidden layers, ``rows`` is of
+the draw alone."""
 
 HORIZONS = (1, 2, 3, 5, 8)
 FACTORS = (0.25, 0.5, 1.0, 2.0)
+ROWS = (1000, 10_000, 100_000, 1_000_000)
 
 
 def measure_growth(
-    sizes: Sizes, *, device: str, rounds: int, buffer_sizes: Sequence[int], clock: Clock
+    problem: Problem, rounds: int, clock: Clock, rows: Sequence[int] = ROWS
 ) -> list[dict[str, Any]]:
-    """Times updates with one size changed at a time, and draws from fuller buffers.
+    """Times updates with one size changed at a time, and draws from fuller replays.
 
-    Updates run in the stepper's default mode on one batch, without its draw. All
-    points take turns.
-
-    Args:
-        sizes: those from which one is changed: ``horizon`` to each of
-            :data:`HORIZONS`, the others by each of :data:`FACTORS`.
-
-    Keyword Args:
-        device: where to compute.
-        rounds: timed updates of each point; draws are timed ten times as often.
-        buffer_sizes: transitions in the buffers that are drawn from.
-        clock: gives seconds.
+    Updates run in the stepper's default mode on one batch, without its draw.
 
     Returns:
-        list of dict: for each point the record of its times, see
-        :meth:`~benchmarks.timing.Timing.to_dict`, with its ``axis`` (one of
-        :data:`AXES`) and ``value``: of ``width`` the hidden layers' size.
+        list of dict: for each point ``axis``, ``value`` and its times.
     """
     points: list[tuple[str, int]] = []
-    updates: list[Contender] = []
-    for axis in AXES[:-1]:
-        for value, changed in _changed(sizes, axis):
+    contenders = []
+    for axis in ("horizon", "batch_size", "latent_dim", "hidden_dim"):
+        for value, changed in _changed(problem, axis):
             points.append((axis, value))
-            updates.append(Contender(f"{axis} {value}", _update(changed, device)))
-    synchronize = synchronizer(device)
-    timings = interleave(updates, rounds=rounds, clock=clock, synchronize=synchronize)
-    draws = [
-        Contender(f"buffer_size {size}", sizes.make_draw(size, "cpu"))
-        for size in buffer_sizes
-    ]
-    points += [("buffer_size", size) for size in buffer_sizes]
-    if draws:
-        timings += interleave(draws, rounds=10 * rounds, clock=clock)
+            contenders.append(Contender(f"{axis} {value}", _update(changed)))
+    for value in rows:
+        points.append(("rows", value))
+        contenders.append(Contender(f"rows {value}", problem.make_draw(value)))
     return [
-        {"axis": axis, "value": value, **timing.to_dict()}
-        for (axis, value), timing in zip(points, timings, strict=True)
+        {"axis": axis, "value": value, **timing}
+        for (axis, value), timing in zip(
+            points, interleave(contenders, rounds, clock), strict=True
+        )
     ]
 
 
-def _changed(sizes: Sizes, axis: str) -> list[tuple[int, Sizes]]:
-    """The values of an axis, and the sizes with each of them."""
+def _changed(problem: Problem, axis: str) -> list[tuple[int, Problem]]:
+    """The values of an axis, and the problem with each of them."""
     if axis == "horizon":
-        return [(k, dataclasses.replace(sizes, horizon=k)) for k in HORIZONS]
-    fields = ("hidden_dim", "model_hidden_dim") if axis == "width" else (axis,)
+        return [(k, problem.changed(horizon=k)) for k in HORIZONS]
+    names = [axis, "model_hidden_dim"] if axis == "hidden_dim" else [axis]
     result = []
     for factor in FACTORS:
-        values = {f: max(1, round(factor * getattr(sizes, f))) for f in fields}
-        result.append((values[fields[0]], dataclasses.replace(sizes, **values)))
+        sizes = {n: max(1, round(factor * getattr(problem.config, n))) for n in names}
+        result.append((sizes[axis], problem.changed(**sizes)))
     return result
 
 
-def _update(sizes: Sizes, device: str) -> Callable[[], Any]:
-    torch.manual_seed(0)
-    stepper = ALMOptimizationStepper(sizes.make_loss(device))
-    batch = sizes.make_draw(4 * sizes.horizon, device)()
+def _update(problem: Problem) -> Callable[[], Any]:
+    stepper = ALMOptimizationStepper(problem.make_loss())
+    batch = problem.make_draw(10 * problem.config.horizon)()
     return lambda: stepper.step(None, batch)
+
+
+def plot_growth(points: Sequence[Mapping[str, Any]], title: str, output: Path) -> None:
+    """Draws medians and quartiles over each axis, all axes logarithmic.
+
+    Args:
+        points: what :func:`measure_growth` returns.
+        title: what was measured, and where.
+        output: picture to write; its ending chooses the format.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+    figure = Figure(figsize=(15, 3.6), layout="constrained", dpi=120)
+    panels = figure.subplots(1, len(AXES))
+    for panel, (axis, label) in zip(panels, AXES.items(), strict=True):
+        shown = [point for point in points if point["axis"] == axis]
+        median = [1e3 * point["median"] for point in shown]
+        low = [1e3 * (point["median"] - point["q1"]) for point in shown]
+        high = [1e3 * (point["q3"] - point["median"]) for point in shown]
+        values = [point["value"] for point in shown]
+        panel.errorbar(values, median, (low, high), marker="o", capsize=3)
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        if axis != "rows":
+            panel.set_xticks(values, [f"{value:,}" for value in values])
+            panel.minorticks_off()
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.set_xlabel(label)
+        panel.set_ylabel(f"milliseconds per {'draw' if axis == 'rows' else 'update'}")
+        panel.grid(alpha=0.3, which="both")
+    figure.suptitle(title)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output)

@@ -1,37 +1,26 @@
-"""Our update in every mode this installation has, as contenders."""
+"""One update: ours in every mode, the example's, and those of SAC, TD3 and REDQ."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data.replay_buffers.samplers import RandomSampler
 
+from alm_torchrl.baselines.builders import (
+    make_redq_loss,
+    make_sac_loss,
+    make_td3_loss,
+)
+from alm_torchrl.training.baseline_stepper import BaselineOptimizationStepper
 from alm_torchrl.training.stepper import ALMOptimizationStepper
-from benchmarks.measures import count_flop, measured
-from benchmarks.sizes import Sizes
-from benchmarks.timing import Contender, LeftOut
+from benchmarks.problem import Problem, load_example
+from benchmarks.timing import Contender, count_flop, first_call
 
-__all__ = ["MODES", "Mode", "ModeName", "modes_of", "our_updates"]
-
-
-@dataclass(frozen=True)
-class Mode:
-    """A way of running the update."""
-
-    name: str
-    """What tables call it."""
-    arguments: dict[str, Any]
-    """Keyword arguments of the stepper and of ``make_trainer``."""
-
-    @property
-    def precision(self) -> str:
-        """Type of the matrix products."""
-        return str(self.arguments.get("precision", "fp32"))
-
-
-ModeName = Literal[
+Mode = Literal[
     "eager",
     "compiled",
     "bf16",
@@ -41,7 +30,7 @@ ModeName = Literal[
     "bf16-graph",
 ]
 
-MODES: dict[ModeName, dict[str, Any]] = {
+MODES: dict[Mode, dict[str, Any]] = {
     "eager": {},
     "compiled": {"compile": True},
     "bf16": {"precision": "bf16"},
@@ -52,93 +41,131 @@ MODES: dict[ModeName, dict[str, Any]] = {
 }
 """Keyword arguments of the stepper and of ``make_trainer``."""
 
+PEERS = {
+    "SAC": (make_sac_loss, 256),
+    "TD3": (make_td3_loss, 100),
+    "REDQ": (make_redq_loss, 256),
+}
+"""Builder, and batch size in the paper: arXiv 1801.01290, 1802.09477, 2101.05982."""
 
-def modes_of(names: Sequence[ModeName], device: str) -> tuple[list[Mode], list[str]]:
-    """The modes that a device has, and the names of those that need CUDA.
+ROWS = 5000
+"""Transitions in each replay."""
 
-    On CUDA, where the stepper chooses a captured graph by itself, all others ask for
-    none.
 
-    Examples:
-        >>> modes, others = modes_of(["compiled", "graph"], "cpu")
-        >>> modes, others
-        ([Mode(name='compiled', arguments={'compile': True})], ['graph'])
+def possible(modes: Sequence[Mode], device: str) -> dict[Mode, dict[str, Any]]:
+    """The modes that a device has, with their arguments.
+
+    Each says whether it is a CUDA graph, which on CUDA is otherwise the default.
     """
-    if device == "cpu":
-        kept = [name for name in names if "cudagraph" not in MODES[name]]
-        modes = [Mode(name, MODES[name]) for name in kept]
-        return modes, [name for name in names if name not in kept]
-    return [Mode(name, {"cudagraph": False, **MODES[name]}) for name in names], []
+    return {
+        mode: {"cudagraph": False, **MODES[mode]}
+        for mode in modes
+        if device != "cpu" or "cudagraph" not in MODES[mode]
+    }
 
 
 def our_updates(
-    sizes: Sizes, modes: Sequence[Mode], *, device: str, rows: int
-) -> tuple[list[Contender], list[LeftOut]]:
-    """Our update in each mode, the draw of its batch included, and the draw alone.
-
-    Args:
-        sizes: sizes of networks and batches.
-        modes: how to run the update.
-
-    Keyword Args:
-        device: where to compute; the replay is on the CPU.
-        rows: transitions in the replay.
+    problem: Problem, modes: Sequence[Mode]
+) -> tuple[list[Contender], dict[str, str]]:
+    """Our update in each mode, the draw of its batch included.
 
     Returns:
-        tuple: the contenders, the draw last, and the modes that the
-        installed stepper refuses or that cannot be compiled here.
+        tuple: the contenders, and the reason for each mode that is left out: there is
+        no CUDA device, or it cannot be compiled.
 
     Raises:
-        ValueError: if the first mode is one of these.
+        ValueError: if all are left out.
     """
-    draw = sizes.make_draw(rows, device)
-    flop = _eager_flop(sizes, draw, device)
-    contenders: list[Contender] = []
-    left_out: list[LeftOut] = []
+    draw = problem.make_draw(ROWS)
+    eager = ALMOptimizationStepper(problem.make_loss(), cudagraph=False)
+    # Only eager operations can be counted; the other modes have as many.
+    flop = count_flop(lambda: eager.step(None, draw()))
+    contenders, left_out = [], {}
+    arguments = possible(modes, problem.device)
     for mode in modes:
-        name = f"alm, {mode.name}"
-        made = _update(sizes, mode, draw, device, flop)
-        if isinstance(made, Contender):
-            contenders.append(made)
-        elif mode is modes[0]:
-            raise ValueError(f"{name} cannot be measured: {made}")
-        else:
-            left_out.append(LeftOut(name, made))
-    draws = Contender("alm: draw of the batch", draw, kind="draw")
-    return [*contenders, draws], left_out
+        name = f"alm, {mode}"
+        if mode not in arguments:
+            left_out[name] = "needs a CUDA device"
+            continue
 
+        def make(mode: Mode = mode) -> Callable[[], Any]:
+            stepper = ALMOptimizationStepper(problem.make_loss(), **arguments[mode])
+            return lambda: stepper.step(None, draw())
 
-def _eager_flop(sizes: Sizes, draw: Callable[[], Any], device: str) -> int:
-    """Operations of an update in any mode: only eager ones can be counted."""
-    (eager,), _ = modes_of(["eager"], device)
-    stepper = ALMOptimizationStepper(sizes.make_loss(device), **eager.arguments)
-    return count_flop(lambda: stepper.step(None, draw()))
-
-
-def _update(
-    sizes: Sizes,
-    mode: Mode,
-    draw: Callable[[], Any],
-    device: str,
-    flop: int,
-) -> Contender | str:
-    """The contender, or why there is none."""
-    from torch._dynamo.exc import TorchDynamoException
-
-    torch.manual_seed(0)
-    loss = sizes.make_loss(device)
-    try:
-        stepper = ALMOptimizationStepper(loss, **mode.arguments)
-    except (TypeError, ValueError) as error:
-        return f"the installed stepper refuses it: {error}"
-    try:
-        return measured(
-            f"alm, {mode.name}",
-            lambda: stepper.step(None, draw()),
-            device,
-            flop=flop,
-            precision=mode.precision,
-            captured=stepper.cudagraph,
+        try:
+            call, memory = first_call(make, problem.device)
+        except TorchDynamoException as error:
+            left_out[name] = str(error).splitlines()[0]
+            continue
+        precision = MODES[mode].get("precision", "fp32")
+        contenders.append(
+            Contender(name, call, precision=precision, flop=flop, memory=memory)
         )
-    except TorchDynamoException as error:
-        return f"cannot be compiled here: {str(error).splitlines()[0]}"
+    if not contenders:
+        raise ValueError(f"modes: expected at least one that runs, got {left_out}.")
+    return contenders, left_out
+
+
+def example_update(problem: Problem) -> Contender:
+    """The update of ``examples/alm.py``, the draw of its batch included."""
+    example = load_example()
+    config, device = problem.config, problem.device
+    replay = example.Replay(ROWS, problem.observation_dim, len(problem.low))
+    rows = problem.make_rows(ROWS)
+    replay.rows = {
+        "observation": rows["observation"],
+        "action": rows["action"],
+        "reward": rows["next", "reward"].squeeze(-1),
+        "next_observation": rows["next", "observation"],
+        "terminated": rows["next", "terminated"].squeeze(-1).float(),
+        "done": rows["next", "done"].squeeze(-1),
+    }
+    replay.written = ROWS
+
+    def make() -> Callable[[], Any]:
+        agent = problem.make_agent(example)
+        sizes = (config.batch_size, config.horizon, device)
+        return lambda: agent.update(*replay.sample(*sizes), config.noise_initial)
+
+    call, memory = first_call(make, device)
+    return Contender("examples/alm.py", call, flop=count_flop(call), memory=memory)
+
+
+def peer_updates(problem: Problem) -> list[Contender]:
+    """What the peers compute for one environment step, at our batch size and theirs.
+
+    With the hidden layers' width of ours: an update of SAC; of TD3, an update of the
+    critics and half a one of the actor (the mean of two steps); 20 updates of REDQ's 10
+    critics and one of its actor.
+    """
+    rows = problem.make_rows(ROWS)
+    contenders = []
+    for name, (build, own_size) in PEERS.items():
+        for batch_size in dict.fromkeys((problem.config.batch_size, own_size)):
+            torch.manual_seed(0)
+            loss = build(**problem.networks()).to(problem.device)
+            buffer = TensorDictReplayBuffer(
+                storage=LazyTensorStorage(ROWS),
+                sampler=RandomSampler(),
+                batch_size=batch_size * loss.updates_per_step,
+            )
+            buffer.extend(rows)
+            call, memory = first_call(
+                lambda loss=loss, buffer=buffer: _peer(loss, buffer, problem.device),
+                problem.device,
+            )
+            steps = loss.policy_delay
+            flop = count_flop(call) // steps
+            label = f"{name}, batch {batch_size}"
+            contenders.append(Contender(label, call, steps, flop=flop, memory=memory))
+    return contenders
+
+
+def _peer(loss: Any, buffer: Any, device: str) -> Callable[[], None]:  # noqa: ANN401
+    stepper = BaselineOptimizationStepper(loss)
+
+    def call() -> None:
+        for _ in range(loss.policy_delay):
+            stepper.step(None, buffer.sample().to(device))
+
+    return call
