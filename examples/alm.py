@@ -415,7 +415,7 @@ def train(args: Args) -> ALM:
             score = evaluate(agent, eval_env, args.seed)
             shown = "  ".join(f"{name} {x.item():.3g}" for name, x in losses.items())
             seconds = time.monotonic() - began
-            print(f"step {step:6d}  return {score:8.1f}  {seconds:5.0f} s  {shown}")  # noqa: T201
+            print(f"step {step:6d}  return {score:8.1f}  {seconds:5.0f} s  {shown}")
     return agent
 
 

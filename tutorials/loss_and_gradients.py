@@ -140,7 +140,9 @@ with means_for_samples(loss):
     following = loss.latents.encode(transitions["next"]).mean
     error = loss.latents.predict_reward(latent, action) - recorded
     assert_close(loss.reward_loss(batch)[0].detach(), error.square().mean().detach())
-    next_values = loss.latents.state_action_value(following, loss.latents.act(following), "target")
+    next_values = loss.latents.state_action_value(
+        following, loss.latents.act(following), "target"
+    )
     target = recorded + 0.95 * going_on * next_values.amin(-1)
     values = loss.latents.state_action_value(latent, action)
     error = values - target[:, None]
@@ -176,7 +178,9 @@ with means_for_samples(loss):
         logits = loss.latents.classify(z, a, after)
         log_ratio = logits[:, 1] - logits[:, 0]
         earned.append(loss.latents.predict_reward(z, a) + 0.1 * log_ratio)
-        expected.append(loss.latents.state_action_value(after, loss.latents.act(after)).amin(-1))
+        expected.append(
+            loss.latents.state_action_value(after, loss.latents.act(after)).amin(-1)
+        )
         z = after
     step, total = expected[-1], torch.zeros(64)
     for t in reversed(range(HORIZON)):
@@ -359,9 +363,9 @@ def imagined_return(classifier_coef: float) -> Tensor:
     torch.manual_seed(2)
     loss.classifier_coef = classifier_coef
     with torch.no_grad():
-        return loss.imagine(loss.latents.sample(loss.latents.encode(transitions)), HORIZON)[
-            "lambda_return"
-        ]
+        return loss.imagine(
+            loss.latents.sample(loss.latents.encode(transitions)), HORIZON
+        )["lambda_return"]
 
 
 assert_close(
