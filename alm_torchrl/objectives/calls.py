@@ -7,14 +7,11 @@ from typing import TypeAlias
 
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import (
-    ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
     TensorDictModuleBase,
 )
 from torch import Tensor, nn
 from torch.distributions import Distribution
-
-from alm_torchrl.networks.layers import TensorModule
 
 __all__ = ["Inputs", "as_tensordict", "call_network", "is_direct", "is_watched"]
 
@@ -64,25 +61,8 @@ def call_network(
 
 
 def is_direct(module: TensorDictModuleBase) -> bool:
-    """Whether a module is one of the builders', so that its network can be called.
-
-    Not where somebody wants to see its calls or its TensorDicts: with hooks, with
-    another ``forward``, or in another type.
-    """
-    network = module
-    if type(module) is ProbabilisticTensorDictSequential:
-        parts = module.module
-        if len(parts) != 2 or type(parts[1]) is not ProbabilisticTensorDictModule:
-            return False
-        if module.return_composite:
-            return False
-        network = parts[0]
-    return (
-        type(network) is TensorModule
-        and network._kwargs is None
-        and network.method is None
-        and not is_watched(network)
-    )
+    """Whether a network is called on tensors: none is any more."""
+    return False
 
 
 def is_watched(module: nn.Module) -> bool:
