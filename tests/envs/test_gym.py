@@ -54,6 +54,9 @@ def test_casting_rounds_and_changes_nothing_else():
     plain.reset(seed=3)
     observation, _ = plain.reset()
     tensordict = env.reset()
+    assert env.device is None
+    cpu = torch.device("cpu")
+    assert make_env("HalfCheetah-v5", device="cpu").reset().device == cpu
     for _ in range(5):
         np.testing.assert_array_equal(
             tensordict["observation"], observation.astype(np.float32)
@@ -84,12 +87,6 @@ def test_seed_decides_the_episodes_and_leaves_global_generators_alone():
     assert not torch.equal(first, other)
     assert torch.equal(torch_state, torch.get_rng_state())
     assert (numpy_state == np.random.get_state()[1]).all()  # noqa: NPY002
-
-
-def test_device():
-    env = make_env("Hopper-v5", device="cpu")
-    assert env.device == env.reset().device == torch.device("cpu")
-    assert make_env("Hopper-v5").device is None
 
 
 def test_keywords_reach_gymnasium():
@@ -161,9 +158,3 @@ def test_a_colon_imports_the_module_first(tmp_path, monkeypatch):
     finally:
         gymnasium.registry.pop("Own-v0", None)
     assert env.rollout(20).batch_size == (7,)
-
-
-@pytest.mark.filterwarnings("ignore:.*The environment Ant-v2 is out of date")
-def test_tasks_that_moved_away():
-    with pytest.raises(ImportError, match=r"task: expected .* got 'Ant-v2'.*alm-torch"):
-        make_env("Ant-v2")
