@@ -130,11 +130,12 @@ def test_actor_and_schedule_stay_tied_to_the_loss(moved):
     assert not torch.equal(loss.act(batch.clone()), before)
 
 
-def test_redq_terms_are_those_of_torchrl(monkeypatch):
+@pytest.mark.parametrize("log_alpha", [-3.0, 3.0])
+def test_redq_terms_are_those_of_torchrl(monkeypatch, log_alpha):
     loss = make_loss("redq")
     SoftUpdate(loss, tau=0.5)
     loss.target_qvalue_network_params.data.apply_(lambda leaf: leaf.mul_(0.7))
-    loss.log_alpha.data.fill_(-3.0)
+    loss.log_alpha.data.fill_(log_alpha)
     batch = make_batch(5)
     monkeypatch.setattr(
         "torch.distributions.normal._standard_normal",
@@ -147,7 +148,7 @@ def test_redq_terms_are_those_of_torchrl(monkeypatch):
     ours = loss.qvalue_loss(batch)[0] / loss.num_qvalue_nets
     torch.testing.assert_close(ours, theirs["loss_qvalue"])
     torch.testing.assert_close(loss.actor_loss(batch)[0], theirs["loss_actor"])
-    assert theirs["alpha"] == pytest.approx(torch.tensor(-3.0).exp().item())
+    assert theirs["alpha"].log().item() == pytest.approx(log_alpha)
 
 
 def test_redq_draws_the_targets_critics_anew():
@@ -290,6 +291,17 @@ def test_redq_updates_critics_often_and_the_actor_once(monkeypatch):
     assert torch.equal(rows[3], rows[2])
     with pytest.raises(ValueError, match="sub_batch: expected updates_per_step=3"):
         stepper.step(None, make_batch(5))
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_builders_pass_their_numbers_on(agent):
+    own = {"noise_clip": 0.2, "policy_delay": 3} if agent == "td3" else {}
+    loss = make_loss(agent, gamma=0.9, **own)
+    assert loss.value_estimator.gamma == pytest.approx(0.9)
+    assert loss.loss_function == "l2"
+    assert {name: float(getattr(loss, name)) for name in own} == pytest.approx(own)
+    assert make_loss(agent).value_estimator.gamma == pytest.approx(0.99)
+    assert (make_loss("td3").noise_clip, make_loss("td3").policy_delay) == (0.3, 2)
 
 
 def test_redq_has_the_papers_numbers():

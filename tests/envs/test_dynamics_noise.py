@@ -52,6 +52,17 @@ def test_noise_follows_its_seed_and_spares_the_reset(task):
     assert (numpy_state == np.random.get_state()[1]).all()  # noqa: NPY002
 
 
+def test_make_env_adds_noise_of_the_given_strength():
+    noisy = DynamicsNoise(gymnasium.make("Hopper-v5"), 0.1)
+    noisy.reset(seed=0)
+    noisy.reset()
+    action = np.full(3, 0.5, np.float32)
+    expected, *_ = noisy.step(action)
+    env = make_env("Hopper-v5", dynamics_noise=0.1, seed=0)
+    after = env.step(env.reset().set("action", torch.from_numpy(action)))["next"]
+    np.testing.assert_array_equal(after["observation"], expected.astype(np.float32))
+
+
 @pytest.mark.parametrize("strength", [0.02, 0.5])
 def test_each_velocity_is_disturbed_by_the_strength(strength):
     spy = Spy(gymnasium.make("HalfCheetah-v5"))

@@ -54,6 +54,8 @@ ELU_LAYERS = {
     "encoder": (lambda: make_encoder(S), S, H, 2 * L),
     "model": (lambda: make_model(A), L + A, M, 2 * L),
     "actor": (lambda: make_actor(LOW, HIGH), L, H, A),
+    "stochastic": (lambda: make_stochastic_actor(LOW, HIGH), L, H, 2 * A),
+    "decoder": (lambda: make_decoder(S), L, H, S),
 }
 NORM_LAYERS = {
     "reward": (lambda: make_reward(A), L + A, H, 1),
@@ -66,6 +68,7 @@ PAPER = {
     for name, (build, i, h, o) in table.items()
 }
 PAPER["qvalue"] = PAPER["qvalue"][0], 2 * PAPER["qvalue"][1]
+PAPER["linear"] = lambda: make_classifier(A, linear=True), dense(2 * L + A, 2)
 
 
 @pytest.fixture(autouse=True)
@@ -203,6 +206,24 @@ def test_means_and_standard_deviations_are_bounded(part, raw):
         assert 0.1 <= std < 10.001
     torch.testing.assert_close(dist.mean, torch.full_like(dist.mean, mean))
     torch.testing.assert_close(dist.stddev, torch.full_like(dist.mean, std))
+
+
+@pytest.mark.parametrize(("options", "scale"), [({}, 0.1), ({"scale": 0.3}, 0.3)])
+def test_identity_encoder(options, scale):
+    observation = torch.randn(5000, 4)
+    encoder = make_identity_encoder(4, **options)
+    td = encoder(TensorDict(observation=observation, batch_size=[5000]))
+    assert torch.equal(td["latent_loc"], observation)
+    assert (td["latent_scale"] == scale).all()
+    assert (td["latent"] - observation).std().item() == pytest.approx(scale, rel=0.05)
+
+
+def test_numbers_that_are_not_finite_pass_through():
+    for part in ("encoder", "actor"):
+        module, reads, writes = KEYS[part]
+        inputs = {key: torch.full((3, size), math.nan) for key, size in reads.items()}
+        output = module(TensorDict(inputs, batch_size=[3]))
+        assert output[list(writes)[-1]].isnan().all()
 
 
 def test_latents_are_reparameterised_samples():
