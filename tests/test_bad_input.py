@@ -85,7 +85,10 @@ VALUES = [
     (lambda: check_integer("n", 2.0), r"n: expected an integer >= 1, got 2\.0"),
     (lambda: check_integer("n", True), "n: expected an integer >= 1, got True"),
     (lambda: check_integer("n", 7, 0, 6), "n: expected an integer >= 0 and <= 6, got"),
-    (lambda: check_integer("n", 2**63), "n: expected an integer >= 1, got 9223"),
+    (
+        lambda: check_integer("n", 2**63, 1, INF),
+        "n: expected an integer >= 1, got 9223",
+    ),
     (lambda: check_number("x", "1"), "x: expected a number >= 0, got '1'"),
     (lambda: check_number("x", True), "x: expected a number >= 0, got True"),
     (lambda: check_number("x", NAN), "x: expected a number >= 0, got nan"),
