@@ -1,4 +1,4 @@
-"""The action distribution of ALM, and how the losses draw from any distribution."""
+"""ALM's action distribution, and how the losses draw from any distribution."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ class ClampedNormal(Normal):
     """Gaussian whose samples are clamped to bounds with a straight-through gradient.
 
     A sample is ``loc + clip(scale * eps, -noise_clip, noise_clip)`` with
-    ``eps ~ N(0, 1)``, clamped to ``[low + 1e-6, high - 1e-6]``. The gradient of a
-    sample is that of the value before the clamp, so actions at the bounds still
-    learn (ALGORITHM: "Action noise"; the authors' code, following DrQ-v2).
+    ``eps ~ N(0, 1)``, clamped to ``[low + 1e-6, high - 1e-6]``. Its gradient ignores
+    the clamp, so actions at the bounds still learn (the authors' code, after DrQ-v2).
 
-    ``mean``, ``mode`` and ``deterministic_sample`` are ``loc``, *not* clamped:
-    when evaluating, the environment clips. ``log_prob`` and ``entropy`` are those
-    of the Gaussian before the clamp.
+    ``mean``, ``mode`` and ``deterministic_sample`` are ``loc``, *not* clamped: in
+    evaluation the environment clips. ``log_prob`` and ``entropy`` are those of the
+    Gaussian before the clamp.
 
     Args:
         loc (Tensor): mean, ``[*, A]``.
@@ -36,7 +35,7 @@ class ClampedNormal(Normal):
         high (Tensor or float): upper bound of the actions. Default: ``1.0``.
 
     Raises:
-        ValueError: if the shapes do not fit or ``loc`` holds no floats.
+        ValueError: if shapes do not broadcast or ``loc`` is not floating-point.
 
     Examples:
         >>> dist = ClampedNormal(torch.tensor([0.0, 5.0]), torch.zeros(2))
@@ -59,37 +58,35 @@ class ClampedNormal(Normal):
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 "loc and scale: expected tensors whose shapes broadcast, got "
-                f"{_described(loc)} and {_described(scale)}."
+                f"{_describe(loc)} and {_describe(scale)}."
             ) from error
         if not self.loc.is_floating_point():
             raise ValueError(
                 f"loc: expected a floating-point tensor, got {self.loc.dtype}."
             )
-        self.low = self._limit("low", low)
-        self.high = self._limit("high", high)
+        self.low = self._check_bound("low", low)
+        self.high = self._check_bound("high", high)
 
-    def _limit(self, name: str, value: Tensor | float) -> Tensor:
+    def _check_bound(self, name: str, value: Tensor | float) -> Tensor:
         loc = self.loc
         try:
-            limit = torch.as_tensor(value, dtype=loc.dtype, device=loc.device)
+            bound = torch.as_tensor(value, dtype=loc.dtype, device=loc.device)
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{name}: expected a tensor or number, got {value!r}."
             ) from error
-        fits = limit.ndim <= loc.ndim and all(
-            size in (1, of_loc)
-            for size, of_loc in zip(limit.shape[::-1], loc.shape[::-1], strict=False)
-        )
-        if not fits:
+        try:
+            bound.expand_as(loc)
+        except RuntimeError as error:
             raise ValueError(
                 f"{name}: expected a shape that broadcasts to that of loc, "
-                f"{list(loc.shape)}, got {list(limit.shape)}."
-            )
-        return limit
+                f"{list(loc.shape)}, got {list(bound.shape)}."
+            ) from error
+        return bound
 
     @property
     def deterministic_sample(self) -> Tensor:
-        """The mean, not clamped."""
+        """The mean, without the clamp."""
         return self.loc
 
     def rsample(
@@ -102,24 +99,23 @@ class ClampedNormal(Normal):
         Args:
             sample_shape (torch.Size): leading shape of the sample. Default: ``()``.
             noise_clip (float, optional): largest magnitude of ``scale * eps``;
-                ``0.0`` gives the clamped mean. Default: ``None``, no clip (acting);
-                the losses use ``0.3``.
+                ``0.0`` gives the clamped mean. Default: ``None``, no clip.
 
         Returns:
             Tensor: sample, ``[*sample_shape, *loc.shape]``.
         """
-        return self._clamped(self._drawn(sample_shape, noise_clip))
+        return self._clamp(self._draw(sample_shape, noise_clip))
 
     def rsample_and_log_prob(
         self,
         sample_shape: torch.Size | list[int] | tuple[int, ...] = (),
         noise_clip: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draws a clamped sample, and scores what it was before the clamp.
+        """Draws a clamped sample, with the log density of its value before the clamp.
 
-        The density is the Gaussian's, as if the clamp belonged to the environment;
-        clipped noise (``noise_clip``) does not have it. Scoring the clamped sample
-        instead would understate the entropy where the bounds are met.
+        The density is the Gaussian's, as if the environment clamped; it ignores
+        ``noise_clip``. That of the clamped sample would understate the entropy at the
+        bounds.
 
         Args:
             sample_shape (torch.Size): leading shape of the sample. Default: ``()``.
@@ -134,10 +130,10 @@ class ClampedNormal(Normal):
             >>> dist.rsample_and_log_prob(noise_clip=0.0)
             (tensor([1.0000]), tensor([-0.9189]))
         """
-        drawn = self._drawn(sample_shape, noise_clip)
-        return self._clamped(drawn), self.log_prob(drawn)
+        drawn = self._draw(sample_shape, noise_clip)
+        return self._clamp(drawn), self.log_prob(drawn)
 
-    def _drawn(
+    def _draw(
         self,
         sample_shape: torch.Size | list[int] | tuple[int, ...],
         noise_clip: float | None,
@@ -149,7 +145,7 @@ class ClampedNormal(Normal):
             noise = noise.clamp(-noise_clip, noise_clip)
         return self.loc + noise
 
-    def _clamped(self, sample: Tensor) -> Tensor:
+    def _clamp(self, sample: Tensor) -> Tensor:
         clamped = sample.detach().clamp(self.low + _MARGIN, self.high - _MARGIN)
         return clamped + (sample - sample.detach())
 
@@ -161,12 +157,12 @@ class ClampedNormal(Normal):
             return self.rsample(sample_shape)
 
 
-def _described(value: object) -> str:
+def _describe(value: object) -> str:
     return f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def is_random() -> bool:
-    """Whether the exploration type in force asks for random draws, as by default.
+    """Whether the current exploration type asks for random draws, the default.
 
     Examples:
         >>> from torchrl.envs.utils import set_exploration_type
@@ -178,21 +174,21 @@ def is_random() -> bool:
 
 
 def draw(dist: Distribution, noise_clip: float | None = None) -> Tensor:
-    """Draws with a gradient, as the exploration type in force says.
+    """Draws with a gradient, as the current exploration type says.
 
     Args:
-        dist (Distribution): what to draw from.
+        dist (Distribution): distribution to draw from.
         noise_clip (float, optional): largest magnitude of a :class:`ClampedNormal`'s
             noise. Default: ``None``, no clip.
 
     Returns:
         Tensor: a reparameterised sample; outside ``ExplorationType.RANDOM`` the
-        ``deterministic_sample`` (where there is none, the mean), mean, mode or median.
-        Those of a :class:`ClampedNormal` are clamped.
+        ``deterministic_sample`` (or else the mean), mean, mode or median. Those of a
+        :class:`ClampedNormal` are clamped.
 
     Raises:
         TypeError: if samples of the distribution have no gradient.
-        NotImplementedError: if it does not have the statistic that was asked for.
+        NotImplementedError: if the distribution lacks the statistic.
 
     Examples:
         >>> from torchrl.envs.utils import set_exploration_type
@@ -215,6 +211,6 @@ def draw(dist: Distribution, noise_clip: float | None = None) -> Tensor:
         if hasattr(type(dist), name):
             return cast("Tensor", getattr(dist, name))
     raise NotImplementedError(
-        f"encoder, model, actor: expected distributions with a {wanted}, which the "
-        f"exploration type asks for, got {type(dist).__name__}."
+        f"encoder, model, actor: expected distributions with a {wanted}, the current "
+        f"exploration type, got {type(dist).__name__}."
     )

@@ -1,9 +1,8 @@
 """The mathematics of Aligned Latent Models: tensors in, tensors out.
 
-Nothing here owns parameters, reads keys or draws random numbers. Time, where
-there is any, is the last dimension (``[*, K]``) and step ``t`` of a horizon
-``K`` runs from 0 to ``K - 1``. Discounts arrive ready: a function that takes
-``discount`` expects ``gamma * (1 - terminated)``.
+Nothing here owns parameters, reads keys or draws random numbers. Time is the last
+dimension (``[*, K]``); step ``t`` of a horizon ``K`` runs from 0 to ``K - 1``.
+A ``discount`` is ``gamma * (1 - terminated)``.
 
 Equation numbers refer to Ghugare et al., "Simplifying Model-based RL" (ICLR
 2023, https://arxiv.org/abs/2209.08466).
@@ -54,9 +53,9 @@ def bound_loc(loc: Tensor, limit: float = 30.0) -> Tensor:
 def bound_scale(raw: Tensor, low: float = 0.1, high: float = 10.0) -> Tensor:
     """Bounds a standard deviation softly from both sides.
 
-    ``s = high - softplus(high - raw)``, then ``low + softplus(s - low)``: the
-    order of the authors' code, so that ``low`` is exact and ``high`` is exceeded
-    by at most ``softplus(low - high)``.
+    ``s = high - softplus(high - raw)``, then ``low + softplus(s - low)``, in the order
+    of the authors' code: ``low`` is exact, ``high`` is exceeded by at most
+    ``softplus(low - high)``.
 
     Args:
         raw (Tensor): unbounded network output, any shape.
@@ -107,13 +106,13 @@ def gaussian_kl(
 def floored_log(values: Tensor, floor: float = 0.01) -> Tensor:
     """``log(max(values, floor))``: the logarithm of the theory for any task.
 
-    Theorem 3.1 takes the logarithm of positive rewards. Those of most tasks are
-    negative at times, and there the floor stands in, without a gradient.
+    Theorem 3.1 takes the logarithm of positive rewards. The floor replaces smaller
+    ones, without a gradient.
 
     Args:
         values (Tensor): rewards or values, any shape.
         floor (float): smallest number whose logarithm is taken, positive.
-            Default: ``0.01``: no result is below -4.6, no slope above 100.
+            Default: ``0.01``, which keeps results above -4.61 and slopes within 100.
 
     Returns:
         Tensor: shape of ``values``.
@@ -128,12 +127,12 @@ def floored_log(values: Tensor, floor: float = 0.01) -> Tensor:
 def shifted_log(reward: Tensor, offset: float = 10_000.0) -> Tensor:
     """``a (log(R + a) - log a)``: a logarithm that hardly changes the reward (A.8).
 
-    It is about ``R - R^2 / (2 a)``. Computed as ``a log1p(R / a)``, since the printed
-    form loses the reward to rounding.
+    About ``R - R^2 / (2 a)``, computed as ``a log1p(R / a)``: the printed form loses
+    the reward to rounding.
 
     Args:
-        reward (Tensor): reward R, any shape, above ``-offset``: below it is NaN.
-        offset (float): what is added to each reward, a. Default: ``10000.0``.
+        reward (Tensor): reward R, any shape; NaN results below ``-offset``.
+        offset (float): the offset a. Default: ``10000.0``.
 
     Returns:
         Tensor: shape of ``reward``.
@@ -152,7 +151,7 @@ def reconstruction_error(loc: Tensor, observation: Tensor) -> Tensor:
 
     Args:
         loc (Tensor): mean of the decoder, ``[*, S]``.
-        observation (Tensor): what it should reconstruct, ``[*, S]``.
+        observation (Tensor): observation to reconstruct, ``[*, S]``.
 
     Returns:
         Tensor: error in nats, ``[*]``.
@@ -188,8 +187,8 @@ def model_objective(
 
     ``sum_{t<K} gamma^t (kl_t - reward_t) - gamma^K terminal_value``
 
-    ``gamma=1`` is the authors' code, which does not discount here (footnote 2 of
-    the paper); the paper's equation is ``gamma < 1``.
+    The authors' code does not discount here (``gamma=1``, footnote 2 of the paper);
+    the paper's equation does.
 
     Args:
         kl (Tensor): ``KL(m(z_t, a_t) || e(s_{t+1}))`` for each step, ``[*, K]``.
@@ -217,9 +216,9 @@ def k_step_bound(
 
     ``sum_{t<K} gamma^t reward_t + gamma^K terminal_value``
 
-    With ``reward`` the predicted reward plus ``c`` times the classifier's log
-    ratio this is the K-step estimate of the lower bound that the bias study uses
-    (Fig. 4). It equals :func:`lambda_return` at ``t = 0`` and ``lmbda = 1``.
+    With the predicted reward plus ``c`` times the classifier's log ratio as
+    ``reward``, it is the K-step estimate of the lower bound in the bias study (Fig. 4).
+    It equals :func:`lambda_return` at ``t = 0`` and ``lmbda = 1``.
 
     Args:
         reward (Tensor): rewards along the rollout, ``[*, K]``.
@@ -240,7 +239,7 @@ def k_step_bound(
 
 
 def discounted_sum(values: Tensor, gamma: Tensor | float) -> Tensor:
-    """``sum_t gamma^t values_t``; with ``gamma=1`` the plain sum.
+    """``sum_t gamma^t values_t``, the plain sum with ``gamma=1``.
 
     Args:
         values (Tensor): one value for each step, ``[*, T]``.
@@ -265,12 +264,12 @@ def lambda_return(
     ``G_t = reward_t + gamma ((1 - lmbda) q_{t+1} + lmbda G_{t+1})``
 
     ``lmbda=0`` is the one-step return, ``lmbda=1`` the K-step one
-    (:func:`k_step_bound`). No termination enters: imagination has no model of it.
+    (:func:`k_step_bound`). Imagined rollouts never terminate.
 
     Args:
         reward (Tensor): ``[*, K]``, reward plus weighted log ratio of each step.
-        next_value (Tensor): ``q_1 .. q_K``, ``[*, K]``; entry ``t`` belongs to
-            the latent that step ``t`` leads to.
+        next_value (Tensor): ``q_1 .. q_K``, ``[*, K]``; entry ``t`` is the value
+            after step ``t``.
         gamma (Tensor or float): discount per step.
         lmbda (Tensor or float): weight of the longer horizon, in ``[0, 1]``.
 
@@ -359,15 +358,14 @@ def temperature_loss(
 ) -> Tensor:
     """Loss of SAC's temperature: ``- alpha (log_prob + target_entropy)``.
 
-    Its gradient lowers the temperature while the entropy ``-log_prob`` is above its
-    target on average, and raises it below. Source: Haarnoja et al., "Soft Actor-Critic
+    Its gradient lowers the temperature while the mean entropy ``-log_prob`` is above
+    the target, and raises it below. Source: Haarnoja et al., "Soft Actor-Critic
     Algorithms and Applications", https://arxiv.org/abs/1812.05905, Eq. 18.
 
     Args:
         log_alpha (Tensor): logarithm of the temperature, ``[]``.
-        log_prob (Tensor): ``log pi(a | z)`` of drawn actions, any shape; gets no
-            gradient.
-        target_entropy (float): entropy to keep, in nats.
+        log_prob (Tensor): ``log pi(a | z)`` of drawn actions, any shape; detached.
+        target_entropy (float): target of the entropy, in nats.
 
     Returns:
         Tensor: loss of each action, shape of ``log_prob``.

@@ -1,9 +1,9 @@
 """Replay of K-step windows and single transitions, each drawn uniformly.
 
-One update of ALM reads a batch of slices (the encoder/model objective) and a batch
-of single transitions (the other losses). `make_replay_buffer` gives both from one
-``sample()`` and one read of the storage. `UniformWindowSampler` does the drawing and
-can serve any other `torchrl.data.ReplayBuffer` with a tensor storage.
+An update of ALM reads a batch of slices (the encoder/model objective) and a batch of
+single transitions (the other losses). `make_replay_buffer` gives both in one
+``sample()``. `UniformWindowSampler` draws them, for any `torchrl.data.ReplayBuffer`
+with a tensor storage.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TRAJECTORY_KEY = ("collector", "traj_ids")
 
 
 def _read(column: torch.Tensor, rows: np.ndarray) -> np.ndarray:
-    """The given rows of a stored entry, [N, elements per row]."""
+    """Rows of a stored entry, [N, elements per row]."""
     if column.device.type == "cpu":
         values = column.numpy()[rows]
     else:
@@ -42,7 +42,7 @@ def _read(column: torch.Tensor, rows: np.ndarray) -> np.ndarray:
 
 
 def _split(data: TensorDictBase, horizon: int) -> tuple[TensorDictBase, TensorDictBase]:
-    """Views of the first ``horizon`` columns and of the next, in one pass."""
+    """Views of the first ``horizon`` columns and of the next one."""
     slices, transitions = {}, {}
     for key, value in data.items():
         if isinstance(value, torch.Tensor):
@@ -63,22 +63,21 @@ def _split(data: TensorDictBase, horizon: int) -> tuple[TensorDictBase, TensorDi
 class UniformWindowSampler(Sampler):
     """Draws windows of consecutive steps and single rows, both uniformly.
 
-    A window is ``horizon`` rows that were written one after the other, carry the same
-    ``("collector", "traj_ids")`` (where that key is stored), and of which only the
-    last may have ``("next", "done")`` set. It therefore never crosses an episode's
-    end (terminated or truncated), the place where the ring is being overwritten, or
-    a resume that had to start a fresh episode. Every valid window is equally likely,
-    and so is, independently, every stored row; with ``torchrl.data.SliceSampler``
-    each trajectory is equally likely instead, which favours steps of short ones.
+    A window is ``horizon`` consecutive rows of one ``("collector", "traj_ids")``
+    (where that key is stored), of which only the last may have ``("next", "done")``
+    set. So it never crosses an episode's end, a time limit, the place where the ring
+    is being overwritten, or a resume that starts a fresh episode. Every valid window is
+    equally likely, and so is, independently, every stored row.
+    (`torchrl.data.SliceSampler` draws trajectories uniformly, which favours steps of
+    short ones.)
 
-    The rows at which a window may start are kept in a queue, oldest first. A write
-    appends to it what became valid and drops what was overwritten, so a draw costs
-    the same whatever is stored. Writes that reach the storage in another way than
-    through the buffer's ``add`` and ``extend`` are noticed, and the queue is then
-    rebuilt from the storage at the next draw. Its order depends on the stored rows
-    alone: a buffer that was saved and loaded draws what the original draws.
+    A queue holds the rows at which a window may start, oldest first. A write appends
+    new starts and drops overwritten ones, so the cost of a draw does not grow with what
+    is stored. After writes other than ``add`` and ``extend`` of the buffer, the next
+    draw rebuilds the queue. Its order depends on the stored rows alone: a loaded
+    buffer draws what the saved one draws.
 
-    Draws come from the buffer's generator, or from torch's global one if it has none.
+    Draws come from the buffer's generator, or else from torch's global one.
 
     Args:
         horizon (int): steps per window, K.
@@ -107,9 +106,9 @@ class UniformWindowSampler(Sampler):
     def __init__(self, horizon: int) -> None:
         self.horizon = check_integer("horizon", horizon)
         self._last_row: int | None = None
-        self._revision = -1  # of the storage, once all writes seen are accounted for
+        self._revision = -1  # of the storage, after the writes that were seen
         self._pending = 0  # rows written since the last draw
-        # Rows are numbered in the order of writing; row r lies at r % capacity.
+        # Rows are numbered in the order of writing: row r is at r % capacity.
         self._written = 0
         # Circular queue of the rows that start a valid window.
         self._starts = np.empty(0, dtype=np.int64)
@@ -117,33 +116,19 @@ class UniformWindowSampler(Sampler):
         self._count = 0
 
     def add(self, index: int | torch.Tensor) -> None:
-        """Takes note of one written row.
-
-        Args:
-            index (int or torch.Tensor): where it lies in the storage.
-        """
+        """Records that a row was written at an index."""
         self._last_row = int(index)
         self._pending += 1
         self._revision += 1
 
     def extend(self, index: torch.Tensor) -> None:
-        """Takes note of written rows.
-
-        Args:
-            index (torch.Tensor): where they lie in the storage, [N], in the order of
-                writing.
-        """
+        """Records that rows were written at the indices [N], in this order."""
         self._last_row = int(index[-1])
         self._pending += len(index)
         self._revision += 1
 
     def can_sample(self, storage: Storage, batch_size: int) -> bool:
-        """Tells whether the storage holds at least one valid window.
-
-        Args:
-            storage (Storage): the buffer's storage.
-            batch_size (int): not used, draws are with replacement.
-        """
+        """Whether the storage holds a valid window; draws are with replacement."""
         self._settle(storage)
         return self._count > 0
 
@@ -157,8 +142,8 @@ class UniformWindowSampler(Sampler):
             batch_size (int): windows to draw, and rows to draw, B.
 
         Returns:
-            The index [B, K + 1], of which ``[:, :K]`` are windows and ``[:, K]``
-            single rows, and an empty dictionary.
+            The index [B, K + 1], windows ``[:, :K]`` and single rows ``[:, K]``, and
+            an empty dictionary.
 
         Raises:
             RuntimeError: if no valid window is stored.
@@ -170,8 +155,7 @@ class UniformWindowSampler(Sampler):
         if self._count == 0:
             raise RuntimeError(
                 f"No valid window among the {stored} stored rows: horizon "
-                f"{self.horizon} needs at least {self.horizon} consecutive steps of "
-                f"one episode."
+                f"{self.horizon} needs {self.horizon} consecutive steps of one episode."
             )
         device = "cpu" if self._rng is None else self._rng.device
         rank, row = (
@@ -186,7 +170,7 @@ class UniformWindowSampler(Sampler):
 
     def _settle(self, storage: Storage) -> None:
         """Brings the queue of starts up to date with the storage."""
-        # Whether the pending rows are all that has changed since the last draw.
+        # Whether only the pending rows have changed since the last draw.
         is_known = self._revision == storage._mutation_revision
         if is_known and self._pending == 0:
             return
@@ -201,12 +185,12 @@ class UniformWindowSampler(Sampler):
             written = stored if stored < capacity else capacity + self._cursor(storage)
             new = written - stored
         oldest = written - stored
-        # A row written can overwrite one start at most, and the oldest come first.
+        # Each written row overwrites at most one start, the oldest first.
         front = self._starts[self._slots(0, min(self._count, self._pending))]
         expired = int((front < oldest).sum())
         self._head = (self._head + expired) % capacity
         self._count -= expired
-        # The first windows that end in a new row start before it.
+        # The first windows that end in a new row start before that row.
         first = max(new - self.horizon + 1, oldest)
         starts = first + self._valid_offsets(storage, first, written)
         self._starts[self._slots(self._count, len(starts))] = starts
@@ -216,14 +200,14 @@ class UniformWindowSampler(Sampler):
         self._revision = storage._mutation_revision
 
     def _cursor(self, storage: Storage) -> int:
-        """Where the next write to a full storage goes, which is its oldest row."""
+        """Position of a full storage's oldest row, which is overwritten next."""
         last = self._last_row
-        if last is None:  # written by another buffer, or filled when it was made
+        if last is None:  # written by another buffer, or full from the start
             last = storage._last_cursor_index
         return 0 if last is None else (last + 1) % storage.max_size
 
     def _slots(self, offset: int, length: int) -> np.ndarray:
-        """Positions in the circular queue, from ``offset`` behind its head."""
+        """Positions in the circular queue, from ``offset`` after its head."""
         positions = np.arange(self._head + offset, self._head + offset + length)
         return positions % len(self._starts)
 
@@ -256,72 +240,49 @@ class UniformWindowSampler(Sampler):
         data = storage._storage
         if data is not None and data.get(DONE_KEY, None) is None:
             raise KeyError(
-                f"The stored tensordict: expected the key {DONE_KEY}, got "
+                f"replay: expected rows with the key {DONE_KEY}, got "
                 f"{sorted(data.keys(True, True), key=str)}."
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the row written last; all else follows from the storage."""
+        """Returns the last row written; the rest follows from the storage."""
         return {"last_row": self._last_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned.
-
-        Args:
-            state_dict (dict): the saved state.
-        """
+        """Restores the state."""
         self._last_row = state_dict["last_row"]
 
     def dumps(self, path: str | Path) -> None:
-        """Writes the state into a directory.
-
-        Args:
-            path (str or Path): the directory, made if it does not exist.
-        """
+        """Writes the state into a directory, which is made if missing."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         (path / "sampler.json").write_text(json.dumps(self.state_dict()))
 
     def loads(self, path: str | Path) -> None:
-        """Restores what `dumps` wrote.
-
-        Args:
-            path (str or Path): the directory.
-        """
+        """Restores the state from a directory."""
         self.load_state_dict(json.loads((Path(path) / "sampler.json").read_text()))
 
     def _empty(self) -> None:
-        """Does nothing: an emptied storage is noticed at the next draw."""
+        """Does nothing: the next draw notices that the storage is empty."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(horizon={self.horizon})"
 
 
 class WindowReplayBuffer(TensorDictReplayBuffer):
-    """A `TensorDictReplayBuffer` whose samples hold slices and single transitions.
+    """A `TensorDictReplayBuffer` that samples slices and single transitions.
 
-    Made by `make_replay_buffer`, which documents it. Its sampler returns an index
-    [B, K + 1]; the rows are read once and then split.
+    `make_replay_buffer` makes and documents it.
     """
 
     def extend(
         self, tensordicts: TensorDictBase, *, update_priority: bool | None = None
     ) -> torch.Tensor:
-        """Stores rows in the order of their time steps.
-
-        Args:
-            tensordicts (TensorDictBase): transitions, batch size [N].
-
-        Keyword Args:
-            update_priority (bool, optional): as in TorchRL; without effect here.
-                Default: ``None``.
-
-        Returns:
-            Where the rows lie in the storage, [N].
+        """Stores rows [N] in the order of their time steps.
 
         Raises:
             ValueError: if there are more rows than the buffer can hold, or the batch
-                size has other than one dimension.
+                size has another number of dimensions than one.
         """
         capacity = self._storage.max_size
         if tensordicts.batch_dims != 1:
@@ -341,14 +302,10 @@ class WindowReplayBuffer(TensorDictReplayBuffer):
     ) -> TensorDictBase | tuple[TensorDictBase, dict[str, Any]]:
         """Draws slices and transitions, independent of each other.
 
-        Args:
-            batch_size (int, optional): slices and transitions to draw, B. TorchRL
-                warns once if it differs from the buffer's own. Default: the buffer's.
-            return_info (bool, optional): return ``info`` too, where ``info["index"]``
-                is the index [B, K + 1] that was read. Default: ``False``.
-
         Returns:
-            A TensorDict [B] with "slice" [B, K] and "transition" [B].
+            A TensorDict [B] with "slice" [B, K] and "transition" [B]; with
+            ``return_info`` also the index [B, K + 1] that was read, as
+            ``info["index"]``.
 
         Raises:
             RuntimeError: if no valid window is stored.
@@ -376,29 +333,25 @@ def make_replay_buffer(
 
     ``sample()`` gives a TensorDict [B] with "slice" [B, K], drawn uniformly from all
     windows of K consecutive steps of one episode, and "transition" [B], drawn
-    uniformly from all stored rows, independent of the slices. An episode's last
-    transition can be drawn as either; episodes shorter than K serve as transitions
-    only. In all else it is TorchRL's buffer: ``add``, ``extend``, ``buffer[i]``,
-    transforms, ``state_dict``, ``dumps`` and `torchrl.checkpoint.Checkpoint`. A
-    transform that is applied on reading sees rows [B, K + 1], before the split.
+    uniformly and independently from all stored rows. Both reach an episode's last
+    transition; episodes shorter than K serve as transitions only. Otherwise it is
+    TorchRL's buffer. Transforms on reading see rows [B, K + 1], before the split.
 
-    Steps must be written in the order of time, with the keys of a TorchRL collector:
-    ("next", "done"), and ("collector", "traj_ids") where an episode may be left
-    without it: if a resume starts a fresh one, if several environments share the
-    buffer, or with rollouts that are cut short, as by ``env.rollout(n)``. A window
-    may reach over such a cut if nothing marks it.
+    Write steps in the order of time, with the keys of a TorchRL collector:
+    ("next", "done"), and ("collector", "traj_ids") where an episode may break off
+    without "done", as in ``env.rollout(n)`` or after a resume that starts a fresh
+    episode. A window may cross a break that nothing marks.
 
     Args:
-        capacity (int): rows kept; the oldest is overwritten.
+        capacity (int): rows to keep; the oldest is overwritten.
 
     Keyword Args:
         batch_size (int): slices, and transitions, per sample, B. Default: ``512``.
         horizon (int): steps per slice, K. Default: ``3``.
-        memmap_dir (str or Path, optional): keep the rows in memory-mapped files in
-            this directory, whose earlier content is overwritten. Default: ``None``,
-            in memory.
-        device (torch.device or str): where the rows are kept and sampled.
-            Default: ``"cpu"``, the only one for memory-mapped files.
+        memmap_dir (str or Path, optional): directory of memory-mapped files for the
+            rows; existing ones are overwritten. Default: ``None``, in memory.
+        device (torch.device or str): device of the rows. Default: ``"cpu"``, the only
+            one for memory-mapped files.
         generator (torch.Generator, optional): source of the draws. Default: ``None``,
             torch's global one.
 
@@ -407,7 +360,7 @@ def make_replay_buffer(
 
     Raises:
         ValueError: if a number is not a positive integer, ``capacity`` is below
-            ``horizon``, the device is not there, or ``memmap_dir`` is given with
+            ``horizon``, the device does not exist, or ``memmap_dir`` is given with
             another device than the CPU.
         TypeError: if ``generator`` is no ``torch.Generator``.
 
@@ -433,8 +386,7 @@ def make_replay_buffer(
     capacity = check_integer("capacity", capacity)
     if capacity < sampler.horizon:
         raise ValueError(
-            f"capacity: expected at least the horizon, {sampler.horizon}, got "
-            f"{capacity}."
+            f"capacity: expected at least horizon={sampler.horizon}, got {capacity}."
         )
     batch_size = check_integer("batch_size", batch_size)
     device = check_device("device", device)

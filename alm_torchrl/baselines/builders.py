@@ -6,12 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TypeVar
 
-from tensordict.nn import (
-    InteractionType,
-    ProbabilisticTensorDictModule,
-    ProbabilisticTensorDictSequential,
-    TensorDictModule,
-)
+from tensordict.nn import InteractionType, TensorDictModule
 from torch import Tensor, nn
 from torchrl.envs import EnvBase
 from torchrl.modules import (
@@ -31,13 +26,12 @@ from alm_torchrl.baselines.losses import (
     TD3Baseline,
 )
 from alm_torchrl.checks import check_integer, check_number, check_type
-from alm_torchrl.networks.builders import HIDDEN_DIM
+from alm_torchrl.networks.builders import HIDDEN_DIM, make_clamped_actor
 from alm_torchrl.networks.layers import (
     ActorHead,
     NoiseSchedule,
-    TensorModule,
-    elu_mlp,
-    value_mlp,
+    make_elu_mlp,
+    make_value_mlp,
 )
 from alm_torchrl.objectives.builder import network_sizes
 
@@ -62,11 +56,9 @@ def make_td3_loss(
 ) -> TD3Baseline:
     """Builds TD3 with ALM's networks and exploration ("TD3 (ours)" of Fig. 5c).
 
-    Actor and critics are those of :func:`~alm_torchrl.make_actor` and
-    :func:`~alm_torchrl.make_qvalue`, but read the observation. Action noise and the
-    noise of the target follow one schedule; the latter is clipped. The rest is TD3's:
-    the actor maximises the first critic at its mean, without noise, and has a target
-    of its own.
+    Actor and critics are ALM's, but read the observation. The noise of actions and
+    of the target follows one schedule; the target's is clipped. The actor maximises
+    the first critic at its mean, without noise, and has a target of its own.
 
     Args:
         env (EnvBase, optional): environment with a flat ``"observation"`` and a
@@ -84,15 +76,15 @@ def make_td3_loss(
         noise_clip (float): largest noise of the target's action. Default: ``0.3``.
         noise_schedule (NoiseSchedule, optional): standard deviation of the noise.
             Default: ``None``, 1.0 to 0.1 over 100,000 training steps.
-        policy_delay (int): environment steps for one update of actor and targets.
+        policy_delay (int): environment steps per update of actor and targets.
             Default: ``2``.
 
     Returns:
         TD3Baseline: the loss, with targets equal to the online networks.
 
     Raises:
-        ValueError: if sizes are missing, given twice, or the specs do not fit, or a
-            number is out of range.
+        ValueError: if sizes are missing, given twice or do not fit, or a number is out
+            of range.
         TypeError: if ``env`` or ``noise_schedule`` is of another type.
 
     Examples:
@@ -109,22 +101,12 @@ def make_td3_loss(
     noise_clip = check_number("noise_clip", noise_clip)
     schedule = NoiseSchedule() if noise_schedule is None else noise_schedule
     check_type("noise_schedule", schedule, NoiseSchedule)
-    net = elu_mlp(
-        observation_dim, hidden_dim, low.shape[0], ActorHead(low, high, schedule)
-    )
-    parameters = {name: f"action_{name}" for name in ("loc", "scale", "low", "high")}
-    actor = ProbabilisticTensorDictSequential(
-        TensorModule(net, in_keys=["observation"], out_keys=list(parameters.values())),
-        ProbabilisticTensorDictModule(
-            in_keys=parameters,
-            out_keys=["action"],
-            distribution_class=ClampedMeanNormal,
-            default_interaction_type=InteractionType.RANDOM,
-        ),
-    )
+    head = ActorHead(low, high, schedule)
+    net = make_elu_mlp(observation_dim, hidden_dim, low.shape[0], head)
+    actor = make_clamped_actor(net, "observation", ClampedMeanNormal)
     critics = [
-        TensorModule(
-            value_mlp(observation_dim + low.shape[0], hidden_dim, 1),
+        TensorDictModule(
+            make_value_mlp(observation_dim + low.shape[0], hidden_dim, 1),
             in_keys=["observation", "action"],
             out_keys=["state_action_value"],
         )
@@ -139,7 +121,7 @@ def make_td3_loss(
         loss_function="l2",
         policy_delay=policy_delay,
     )
-    return _discounted(loss, gamma)
+    return _with_discount(loss, gamma)
 
 
 def make_sac_loss(
@@ -154,7 +136,7 @@ def make_sac_loss(
     """Builds SAC: a tanh-Gaussian actor, two critics, a tuned temperature.
 
     Networks have two hidden ReLU layers. The target entropy is minus the number of
-    action dimensions, for actions rescaled to [-1, 1] whatever the bounds are.
+    action dimensions, for actions rescaled to [-1, 1].
 
     Args:
         env (EnvBase, optional): environment with a flat ``"observation"`` and a
@@ -174,8 +156,8 @@ def make_sac_loss(
         SACBaseline: the loss, with targets equal to the online networks.
 
     Raises:
-        ValueError: if sizes are missing, given twice, or the specs do not fit, or a
-            number is out of range.
+        ValueError: if sizes are missing, given twice or do not fit, or a number is out
+            of range.
         TypeError: if ``env`` is no TorchRL environment.
 
     Examples:
@@ -189,12 +171,12 @@ def make_sac_loss(
         "make_sac_loss", env, observation_dim, action_low, action_high
     )
     loss = SACBaseline(
-        *_standard_networks(observation_dim, low, high, hidden_dim, critics=2),
+        *_make_standard_networks(observation_dim, low, high, hidden_dim, critics=2),
         num_qvalue_nets=2,
         loss_function="l2",
         target_entropy=_target_entropy(low, high),
     )
-    return _discounted(loss, gamma)
+    return _with_discount(loss, gamma)
 
 
 def make_redq_loss(
@@ -225,17 +207,17 @@ def make_redq_loss(
         hidden_dim (int): width of both hidden layers. Default: ``256``.
         gamma (float): discount per step, in [0, 1). Default: ``0.99``.
         num_qvalue_nets (int): critics, at least 2. Default: ``10``.
-        sub_sample_len (int): critics, drawn anew for each update, whose smallest
-            value is the target; less than all. Default: ``2``.
-        updates_per_step (int): updates of the critics for one environment step.
+        sub_sample_len (int): critics drawn for each target, the smallest of which
+            counts; less than all. Default: ``2``.
+        updates_per_step (int): updates of the critics per environment step.
             Default: ``20``.
 
     Returns:
         REDQBaseline: the loss, with targets equal to the online networks.
 
     Raises:
-        ValueError: if sizes are missing, given twice, or the specs do not fit, or a
-            number is out of range.
+        ValueError: if sizes are missing, given twice or do not fit, or a number is out
+            of range.
         TypeError: if ``env`` is no TorchRL environment.
 
     Examples:
@@ -250,7 +232,7 @@ def make_redq_loss(
     )
     critics = check_integer("num_qvalue_nets", num_qvalue_nets, 2)
     loss = REDQBaseline(
-        *_standard_networks(observation_dim, low, high, hidden_dim, critics=critics),
+        *_make_standard_networks(observation_dim, low, high, hidden_dim, critics),
         num_qvalue_nets=critics,
         sub_sample_len=check_integer("sub_sample_len", sub_sample_len, 1, critics - 1),
         loss_function="l2",
@@ -260,20 +242,20 @@ def make_redq_loss(
         target_entropy=_target_entropy(low, high),
         updates_per_step=updates_per_step,
     )
-    return _discounted(loss, gamma)
+    return _with_discount(loss, gamma)
 
 
-def _standard_networks(
-    observation_dim: int, low: Tensor, high: Tensor, hidden_dim: int, *, critics: int
+def _make_standard_networks(
+    observation_dim: int, low: Tensor, high: Tensor, hidden_dim: int, critics: int
 ) -> tuple[ProbabilisticActor, list[ValueOperator]]:
-    check_integer("hidden_dim", hidden_dim)
+    cells = 2 * [check_integer("hidden_dim", hidden_dim)]
     action_dim = low.shape[0]
 
-    def mlp(in_dim: int, out_dim: int) -> MLP:
-        cells = [hidden_dim, hidden_dim]
+    def make_mlp(in_dim: int, out_dim: int) -> MLP:
         return MLP(in_dim, out_dim, num_cells=cells, activation_class=nn.ReLU)
 
-    net = nn.Sequential(mlp(observation_dim, 2 * action_dim), NormalParamExtractor())
+    mlp = make_mlp(observation_dim, 2 * action_dim)
+    net = nn.Sequential(mlp, NormalParamExtractor())
     actor = ProbabilisticActor(
         TensorDictModule(net, in_keys=["observation"], out_keys=["loc", "scale"]),
         in_keys=["loc", "scale"],
@@ -281,21 +263,20 @@ def _standard_networks(
         distribution_kwargs={"low": low, "high": high},
         default_interaction_type=InteractionType.RANDOM,
     )
-    # One module for all would be drawn anew, with another initialisation.
+    # From a single module TorchRL would draw critics with another initialisation.
+    pair = ["observation", "action"]
     return actor, [
-        ValueOperator(
-            mlp(observation_dim + action_dim, 1), in_keys=["observation", "action"]
-        )
+        ValueOperator(make_mlp(observation_dim + action_dim, 1), in_keys=pair)
         for _ in range(critics)
     ]
 
 
 def _target_entropy(low: Tensor, high: Tensor) -> float:
-    """Entropy of -A in units of the bounds."""
+    """Minus the number of dimensions, in units of the bounds."""
     return -low.shape[0] + ((high - low) / 2).log().sum().item()
 
 
-def _discounted(loss: Loss, gamma: float) -> Loss:
+def _with_discount(loss: Loss, gamma: float) -> Loss:
     gamma = check_number("gamma", gamma, 0, 1, open_high=True)
     loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
     return loss

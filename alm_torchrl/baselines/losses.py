@@ -1,4 +1,4 @@
-"""TorchRL's TD3, SAC and REDQ losses with what a trainer asks of a loss."""
+"""TorchRL's TD3, SAC and REDQ losses, with the interface that training needs."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ Metadata = dict[str, Tensor]
 
 
 class BaselineLoss(LossModule):
-    """What the losses of the baselines have in common, besides a TorchRL loss.
+    """What the losses of the baselines add to TorchRL's.
 
-    Each has ``qvalue_loss`` and ``actor_loss``, which take transitions ``[B]`` and
-    return ``(value, metadata)``; those with a temperature have ``alpha_loss``, which
-    takes the actor's log probabilities ``[B]``. Each trains its own parameters:
+    ``qvalue_loss`` and ``actor_loss`` take transitions ``[B]`` and return ``(value,
+    metadata)``; ``alpha_loss``, of losses with a temperature, takes the actor's log
+    probabilities ``[B]``. Each reaches only its own parameters:
     ``qvalue_network_params``, ``actor_network_params``, ``log_alpha``.
 
     Examples:
-        >>> from alm_torchrl.baselines.builders import (make_td3_loss)
+        >>> from alm_torchrl import make_td3_loss
         >>> loss = make_td3_loss(
         ...     observation_dim=3, action_low=[-1.0], action_high=[1.0], hidden_dim=8
         ... )
@@ -42,21 +42,21 @@ class BaselineLoss(LossModule):
     agent: str
     """Name of the algorithm."""
     updates_per_step: int = 1
-    """Updates of the critics for one environment step, each on its own batch."""
+    """Updates of the critics per environment step, each on its own batch."""
     policy_delay: int = 1
-    """Environment steps for one update of the actor and of the targets."""
+    """Environment steps per update of the actor and of the targets."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """All terms at once, as TorchRL's loss has them."""
-        # TorchRL's metaclass gives this class the abstract one, in front of the loss's.
+        """Computes all terms, as TorchRL's loss does."""
+        # TorchRL's metaclass gives this class an abstract `forward` of its own.
         return super().forward(*args, **kwargs)
 
     def acting_policy(self) -> TensorDictSequential:
-        """The policy that acts; it shares the loss's actor, so it follows updates.
+        """The policy that acts, which shares the loss's actor.
 
         Returns:
-            TensorDictSequential: reads the observation, writes the action: the
-            distribution's mode under a deterministic exploration type.
+            TensorDictSequential: reads the observation, writes the action, which is
+            the distribution's mode under a deterministic exploration type.
         """
         key = self.tensor_keys.action
         return TensorDictSequential(self.actor_network, selected_out_keys=[key])
@@ -71,7 +71,7 @@ class BaselineLoss(LossModule):
             Tensor: actions ``[*, A]``.
 
         Raises:
-            KeyError: if an observation that the actor reads is missing.
+            KeyError: if the actor's observation is missing.
             ValueError: if its size, type or device does not fit the actor.
         """
         policy = self.acting_policy()
@@ -104,8 +104,7 @@ class BaselineLoss(LossModule):
             tensordict (TensorDictBase): ``[*]``, observations and actions.
 
         Returns:
-            Tensor: ``[*]``. A soft value where the agent has a temperature: it counts
-            the entropy bonus of all later steps.
+            Tensor: ``[*]``. With a temperature it includes the later entropy bonuses.
         """
         return self.state_action_value(tensordict).amin(-1)
 
@@ -118,7 +117,7 @@ class BaselineLoss(LossModule):
         return None
 
     def _set_in_keys(self) -> None:
-        """Lists what a transition must hold, always in the same order."""
+        """Lists a transition's entries in a fixed order."""
         keys = self.tensor_keys
         observations = self.actor_network.in_keys
         ends = (keys.reward, keys.done, keys.terminated)
@@ -126,31 +125,17 @@ class BaselineLoss(LossModule):
         self._in_keys = [*observations, keys.action, *following]
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> BaselineLoss:
-        # Parameters are cast in place, but buffers (the noise schedule) replaced.
+        # It casts parameters in place, but replaces buffers (the noise schedule).
         super()._apply(fn)
         self.actor_network_params.to_module(self.actor_network)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Copying and unpickling separate the actor from the parameters, and these from
-        # the detached ones that TorchRL keeps.
+        # Copying and unpickling separate the actor and TorchRL's cache of detached
+        # parameters from the parameters.
         super().__setstate__(state)
         self._erase_cache()
         self.actor_network_params.to_module(self.actor_network)
-
-    def __repr__(self) -> str:
-        lines = []
-        for part in ("actor", "qvalue"):
-            params = getattr(self, f"{part}_network_params").parameters()
-            count = sum(parameter.numel() for parameter in params)
-            lines.append(f"    {part:<10} {count:>11,} parameters")
-        settings = (
-            f"    gamma={self.value_estimator.gamma.item():g}, "
-            f"num_qvalue_nets={self.num_qvalue_nets}, "
-            f"updates_per_step={self.updates_per_step}, "
-            f"policy_delay={self.policy_delay}"
-        )
-        return "\n".join([f"{type(self).__name__}(", *lines, settings, ")"])
 
 
 class ClampedMeanNormal(ClampedNormal):
@@ -170,14 +155,13 @@ class ClampedMeanNormal(ClampedNormal):
 class TD3Baseline(BaselineLoss, TD3Loss):
     """TD3 (https://arxiv.org/abs/1802.09477) whose target noise follows a schedule.
 
-    Made by :func:`make_td3_loss`. The noise that smooths the target is that of the
-    noise schedule, clipped.
+    Made by :func:`make_td3_loss`.
 
     Args:
         *args: as in :class:`torchrl.objectives.TD3Loss`.
 
     Keyword Args:
-        policy_delay (int): environment steps for one update of actor and targets.
+        policy_delay (int): environment steps per update of actor and targets.
             Default: ``2``.
         **kwargs: as in :class:`torchrl.objectives.TD3Loss`.
 
@@ -185,8 +169,7 @@ class TD3Baseline(BaselineLoss, TD3Loss):
         ValueError: if ``policy_delay`` is no positive integer.
 
     Examples:
-        >>> from alm_torchrl import NoiseSchedule
-        >>> from alm_torchrl.baselines.builders import (make_td3_loss)
+        >>> from alm_torchrl import NoiseSchedule, make_td3_loss
         >>> loss = make_td3_loss(
         ...     observation_dim=3,
         ...     action_low=[-1.0],
@@ -216,7 +199,7 @@ class TD3Baseline(BaselineLoss, TD3Loss):
         """
         schedule = self.noise_schedule
         if schedule is not None:
-            # Detached: what `nn.Module` would not register as a buffer of its own.
+            # Detached, so that the loss does not register the buffer twice.
             self.policy_noise = schedule.std.detach()
         return self.value_loss(tensordict)
 
@@ -227,7 +210,7 @@ class SACBaseline(BaselineLoss, SACLoss):
     Made by :func:`make_sac_loss`; arguments as in :class:`torchrl.objectives.SACLoss`.
 
     Examples:
-        >>> from alm_torchrl.baselines.builders import (make_sac_loss)
+        >>> from alm_torchrl import make_sac_loss
         >>> loss = make_sac_loss(
         ...     observation_dim=3, action_low=[-1.0], action_high=[1.0], hidden_dim=8
         ... )
@@ -252,14 +235,14 @@ class SACBaseline(BaselineLoss, SACLoss):
 class REDQBaseline(BaselineLoss, REDQLoss):
     """REDQ (https://arxiv.org/abs/2101.05982) with terms that can be called alone.
 
-    Made by :func:`make_redq_loss`. TorchRL's loss computes critics, actor and
-    temperature in one; most updates of REDQ are of the critics only.
+    Made by :func:`make_redq_loss`. TorchRL computes critics, actor and temperature in
+    one, but most of REDQ's updates are of the critics alone.
 
     Args:
         *args: as in :class:`torchrl.objectives.REDQLoss`.
 
     Keyword Args:
-        updates_per_step (int): updates of the critics for one environment step.
+        updates_per_step (int): updates of the critics per environment step.
             Default: ``20``.
         **kwargs: as in :class:`torchrl.objectives.REDQLoss`.
 
@@ -267,7 +250,7 @@ class REDQBaseline(BaselineLoss, REDQLoss):
         ValueError: if ``updates_per_step`` is no positive integer.
 
     Examples:
-        >>> from alm_torchrl.baselines.builders import (make_redq_loss)
+        >>> from alm_torchrl import make_redq_loss
         >>> loss = make_redq_loss(
         ...     observation_dim=3, action_low=[-1.0], action_high=[1.0], hidden_dim=8
         ... )
@@ -280,13 +263,13 @@ class REDQBaseline(BaselineLoss, REDQLoss):
     def __init__(self, *args: Any, updates_per_step: int = 20, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.updates_per_step = check_integer("updates_per_step", updates_per_step)
-        # Becomes a buffer, and so part of the state, when it is read first.
+        # The first read makes it a buffer, and so part of the state.
         _ = self.target_entropy
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
         """Squared soft TD errors of all critics, summed over the critics.
 
-        Their common target is the smallest of a random subset of the target critics.
+        Their target is the smallest value of a random subset of the target critics.
 
         Args:
             tensordict (TensorDictBase): transitions ``[B]``.
@@ -311,7 +294,7 @@ class REDQBaseline(BaselineLoss, REDQLoss):
         return self._reduce_loss(loss, tensordict=tensordict), metadata
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metadata]:
-        """``alpha log pi - mean_i Q_i``, the mean over all critics.
+        """``alpha log pi - mean_i Q_i`` over all critics.
 
         Args:
             tensordict (TensorDictBase): transitions ``[B]``.
@@ -348,7 +331,7 @@ class REDQBaseline(BaselineLoss, REDQLoss):
         return -self.log_alpha * (log_prob + self.target_entropy)
 
     def _draw(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
-        """Observations with an action drawn for each, and its log probability."""
+        """Observations with a drawn action each, and its log probability."""
         acted = tensordict.select(*self.actor_network.in_keys)
         action, log_prob = self.actor_network.get_dist(acted).rsample_and_log_prob()
         return acted.set(self.tensor_keys.action, action), log_prob

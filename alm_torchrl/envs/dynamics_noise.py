@@ -15,18 +15,14 @@ __all__ = ["DynamicsNoise"]
 class DynamicsNoise(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """Adds Gaussian noise to the joint velocities before each control step.
 
-    Between the observation and the simulation of the action, every number of MuJoCo's
-    ``qvel``, those of a free root included, gets independent noise. All that follows
-    comes from the simulation of the disturbed state: the next observation, the reward,
-    the termination. So the noise is part of the transition: the next state still
-    depends on the state before and the action only. Resets are not disturbed.
+    Every number of MuJoCo's ``qvel``, those of a free root included, gets independent
+    noise before the action is simulated. The next observation, the reward and the
+    termination follow from the disturbed state, so the noise is part of the
+    transition. Resets are not disturbed. The numbers come from the task's own
+    generator (``np_random``), which ``reset(seed)`` seeds.
 
-    The paper says neither where its noise enters nor how strong it is. (Its Fig. 17
-    is of ``HalfCheetah-v2``, whose joint velocities in a trained gait are of the order
-    of 1 to 10.)
-
-    The numbers come from the task's own generator (``np_random``), which
-    ``reset(seed)`` seeds and :func:`~alm_torchrl.environment_state` keeps.
+    The paper says neither where its noise enters nor how strong it is. (In the trained
+    gait of its ``HalfCheetah-v2`` joint velocities are of the order of 1 to 10.)
 
     Args:
         env: a Gymnasium environment with a MuJoCo simulation as ``data``.
@@ -53,8 +49,8 @@ class DynamicsNoise(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs
         gymnasium.Wrapper.__init__(self, env)
         if not isinstance(getattr(env.unwrapped, "data", None), mujoco.MjData):
             raise ValueError(
-                "dynamics_noise: expected a MuJoCo task, whose joint velocities it can "
-                f"disturb, got {env}"
+                "dynamics_noise: expected a MuJoCo task, which has joint velocities, "
+                f"got {env}."
             )
         self.strength = check_number("dynamics_noise", strength, 0, open_low=True)
 

@@ -1,4 +1,4 @@
-"""The networks of ALM as TensorDictModules, and the exploration schedule.
+"""Builders of ALM's networks, each an ordinary TensorDictModule.
 
 ============  ================================  ====================================
 part          reads                             writes
@@ -19,8 +19,7 @@ decoder       ``latent``                        ``reconstruction`` ``[*, S]``
 ============  ================================  ====================================
 
 Sizes, activations, bounds and initialisation are those of the paper's appendix D
-and the authors' code. Each part is an ordinary TensorDictModule: any of them can be
-replaced by a module with the same keys.
+and the authors' code. A module of yours with the same keys can replace any part.
 """
 
 from __future__ import annotations
@@ -47,11 +46,9 @@ from alm_torchrl.networks.layers import (
     GaussianHead,
     NoiseSchedule,
     OutputLinear,
-    StochasticActorHead,
-    TensorModule,
     TwinCritic,
-    elu_mlp,
-    value_mlp,
+    make_elu_mlp,
+    make_value_mlp,
 )
 
 __all__ = [
@@ -71,78 +68,6 @@ HIDDEN_DIM = 512
 MODEL_HIDDEN_DIM = 1024
 
 
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        check_integer(name, size)
-
-
-def check_bounds(
-    action_low: Tensor | Sequence[float], action_high: Tensor | Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """Checks the bounds of the action.
-
-    Args:
-        action_low (Tensor or sequence of float): lower bounds, ``[A]``.
-        action_high (Tensor or sequence of float): upper bounds, ``[A]``.
-
-    Returns:
-        tuple of Tensor: copies of both.
-
-    Raises:
-        ValueError: if they are not two finite vectors with ``low < high``.
-
-    Examples:
-        >>> check_bounds([-1], [1.0])
-        (tensor([-1.]), tensor([1.]))
-    """
-    low, high = _vector("action_low", action_low), _vector("action_high", action_high)
-    if low.shape != high.shape:
-        raise ValueError(
-            "action_low and action_high must be vectors of the same size, got shapes "
-            f"{tuple(low.shape)} and {tuple(high.shape)}."
-        )
-    if not bool((torch.isfinite(low) & torch.isfinite(high) & (low < high)).all()):
-        raise ValueError(
-            "action_low and action_high must be finite with low < high, got "
-            f"{low.tolist()} and {high.tolist()}."
-        )
-    return low, high
-
-
-def _vector(name: str, values: Tensor | Sequence[float]) -> Tensor:
-    try:
-        vector = torch.as_tensor(values, dtype=torch.get_default_dtype()).clone()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{name}: expected a vector of numbers, got {values!r}."
-        ) from error
-    if vector.ndim != 1 or len(vector) == 0:
-        raise ValueError(
-            f"{name}: expected a vector, got a tensor of shape {tuple(vector.shape)}."
-        )
-    return vector
-
-
-def _gaussian(
-    net: nn.Module,
-    in_keys: Sequence[NestedKey],
-    prefix: str,
-    out_key: NestedKey,
-) -> ProbabilisticTensorDictSequential:
-    loc, scale = f"{prefix}_loc", f"{prefix}_scale"
-    return ProbabilisticTensorDictSequential(
-        TensorModule(net, in_keys=list(in_keys), out_keys=[loc, scale]),
-        ProbabilisticTensorDictModule(
-            in_keys={"loc": loc, "scale": scale},
-            out_keys=[out_key],
-            distribution_class=IndependentNormal,
-            # Non-finite parameters must reach the loss, where they are reported.
-            distribution_kwargs={"validate_args": False},
-            default_interaction_type=InteractionType.RANDOM,
-        ),
-    )
-
-
 def make_encoder(
     observation_dim: int,
     *,
@@ -150,7 +75,7 @@ def make_encoder(
     hidden_dim: int = HIDDEN_DIM,
     observation_key: NestedKey = "observation",
 ) -> ProbabilisticTensorDictSequential:
-    """Builds the stochastic encoder ``e(z | s)``: a diagonal Gaussian over latents.
+    """Builds the stochastic encoder ``e(z | s)``, a diagonal Gaussian over latents.
 
     Two ELU layers; mean bounded to (-30, 30), standard deviation to about [0.1, 10].
 
@@ -180,8 +105,8 @@ def make_encoder(
     _check_sizes(
         observation_dim=observation_dim, latent_dim=latent_dim, hidden_dim=hidden_dim
     )
-    net = elu_mlp(observation_dim, hidden_dim, 2 * latent_dim, GaussianHead())
-    return _gaussian(net, [observation_key], "latent", "latent")
+    net = make_elu_mlp(observation_dim, hidden_dim, 2 * latent_dim, GaussianHead())
+    return _make_gaussian(net, [observation_key], "latent", "latent")
 
 
 def make_identity_encoder(
@@ -190,25 +115,22 @@ def make_identity_encoder(
     scale: float = 0.1,
     observation_key: NestedKey = "observation",
 ) -> ProbabilisticTensorDictSequential:
-    """Builds an encoder that learns nothing: the latent is the observation (Fig. 13).
+    """Builds an encoder without parameters: the latent is the observation (Fig. 13).
 
-    A narrow Gaussian around the observation, so that the KL of Eq. 7 exists: the
-    squared error of the model's mean, over ``2 scale^2``, and what its standard
-    deviation adds. The other parts need ``latent_dim=observation_dim``.
+    It is a narrow Gaussian around the observation, so that the KL of Eq. 7 exists.
+    The other parts need ``latent_dim=observation_dim``.
 
     Args:
         observation_dim (int): size of the flat observation, and so of the latent.
 
     Keyword Args:
-        scale (float): standard deviation, in units of the observation; the latent is
-            sampled with it, when acting too. Default: ``0.1``, the smallest that the
-            encoder and the model of the paper can have: with less, no model could
-            match the encoder.
+        scale (float): standard deviation, in units of the observation. Default:
+            ``0.1``, the smallest that the model can have.
         observation_key (NestedKey): key to read. Default: ``"observation"``.
 
     Returns:
         ProbabilisticTensorDictSequential: writes ``latent_loc``, ``latent_scale``
-        and ``latent``, each ``[*, observation_dim]``; it has no parameters.
+        and ``latent``, each ``[*, observation_dim]``.
 
     Raises:
         ValueError: if the size or the scale is not positive.
@@ -223,7 +145,7 @@ def make_identity_encoder(
     _check_sizes(observation_dim=observation_dim)
     scale = check_number("scale", scale, open_low=True)
     net = FixedScale(torch.full((observation_dim,), scale))
-    return _gaussian(net, [observation_key], "latent", "latent")
+    return _make_gaussian(net, [observation_key], "latent", "latent")
 
 
 def make_model(
@@ -232,7 +154,7 @@ def make_model(
     latent_dim: int = LATENT_DIM,
     hidden_dim: int = MODEL_HIDDEN_DIM,
 ) -> ProbabilisticTensorDictSequential:
-    """Builds the latent model ``m(z' | z, a)``: a diagonal Gaussian like the encoder's.
+    """Builds the latent model ``m(z' | z, a)``, a diagonal Gaussian like the encoder.
 
     Args:
         action_dim (int): size of the action.
@@ -242,20 +164,20 @@ def make_model(
         hidden_dim (int): width of both hidden layers. Default: ``1024``.
 
     Returns:
-        ProbabilisticTensorDictSequential: reads ``latent`` and ``action``, writes
-        ``next_latent_loc``, ``next_latent_scale`` and ``("next", "latent")``.
+        ProbabilisticTensorDictSequential: writes ``next_latent_loc``,
+        ``next_latent_scale`` and ``("next", "latent")``, each ``[*, L]``.
 
     Raises:
         ValueError: if a size is not positive.
 
     Examples:
-        >>> model = make_model(1, latent_dim=2, hidden_dim=8)
-        >>> model.out_keys[-1]
-        ('next', 'latent')
+        >>> make_model(1, latent_dim=2, hidden_dim=8).in_keys
+        ['latent', 'action']
     """
     _check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
-    net = elu_mlp(latent_dim + action_dim, hidden_dim, 2 * latent_dim, GaussianHead())
-    return _gaussian(net, ["latent", "action"], "next_latent", ("next", "latent"))
+    in_dim = latent_dim + action_dim
+    net = make_elu_mlp(in_dim, hidden_dim, 2 * latent_dim, GaussianHead())
+    return _make_gaussian(net, ["latent", "action"], "next_latent", ("next", "latent"))
 
 
 def make_actor(
@@ -266,11 +188,10 @@ def make_actor(
     hidden_dim: int = HIDDEN_DIM,
     noise_schedule: NoiseSchedule | None = None,
 ) -> ProbabilisticTensorDictSequential:
-    """Builds the actor ``pi(a | z)``: tanh mean, scheduled noise, clamp to the bounds.
+    """Builds the actor ``pi(a | z)``: tanh mean, scheduled noise, clamped samples.
 
-    The mean lies in (-1, 1) whatever the bounds are; narrower bounds are met by the
-    clamp of :class:`~alm_torchrl.distributions.ClampedNormal`, wider ones are never
-    reached (rescale the environment's actions instead).
+    The mean lies in (-1, 1) whatever the bounds are. Samples are clamped to narrower
+    bounds; the mean never reaches wider ones (rescale the environment's actions).
 
     Args:
         action_low (Tensor or sequence of float): lower bounds, ``[A]``.
@@ -283,8 +204,8 @@ def make_actor(
             Default: ``None``, a new ``NoiseSchedule()``.
 
     Returns:
-        ProbabilisticTensorDictSequential: reads ``latent``, writes ``action``
-        ``[*, A]`` and its parameters.
+        ProbabilisticTensorDictSequential: writes ``action`` ``[*, A]`` and the
+        parameters of its :class:`~alm_torchrl.ClampedNormal`.
 
     Raises:
         ValueError: if the bounds are not two finite vectors with ``low < high``, or
@@ -292,8 +213,8 @@ def make_actor(
         TypeError: if ``noise_schedule`` is no ``NoiseSchedule``.
 
     Examples:
-        >>> actor = make_actor([-0.4], [0.4], latent_dim=2, hidden_dim=8)
         >>> from tensordict import TensorDict
+        >>> actor = make_actor([-0.4], [0.4], latent_dim=2, hidden_dim=8)
         >>> td = actor(TensorDict(latent=torch.zeros(5, 2), batch_size=[5]))
         >>> bool((td["action"].abs() <= 0.4).all())
         True
@@ -303,7 +224,8 @@ def make_actor(
     schedule = NoiseSchedule() if noise_schedule is None else noise_schedule
     check_type("noise_schedule", schedule, NoiseSchedule)
     head = ActorHead(low, high, schedule)
-    return _actor(elu_mlp(latent_dim, hidden_dim, low.shape[0], head))
+    net = make_elu_mlp(latent_dim, hidden_dim, low.shape[0], head)
+    return make_clamped_actor(net, "latent", ClampedNormal)
 
 
 def make_stochastic_actor(
@@ -315,9 +237,8 @@ def make_stochastic_actor(
 ) -> ProbabilisticTensorDictSequential:
     """Builds an actor ``pi(a | z)`` that learns its own noise (ALM-ENT, Table 5).
 
-    Like that of :func:`make_actor`, but the network gives the standard deviation too,
-    softly bounded to [e^-5, e^2], and there is no schedule. For the entropy bonus of
-    :class:`~alm_torchrl.ALMLoss` (``alpha_init``).
+    Unlike in :func:`make_actor`, the network gives the standard deviation, softly
+    bounded to [e^-5, e^2]. It is the actor for an entropy bonus.
 
     Args:
         action_low (Tensor or sequence of float): lower bounds, ``[A]``.
@@ -328,17 +249,16 @@ def make_stochastic_actor(
         hidden_dim (int): width of both hidden layers. Default: ``512``.
 
     Returns:
-        ProbabilisticTensorDictSequential: reads ``latent``, writes ``action``
-        ``[*, A]`` and its parameters; the distribution is a
-        :class:`~alm_torchrl.distributions.ClampedNormal`.
+        ProbabilisticTensorDictSequential: writes ``action`` ``[*, A]`` and the
+        parameters of its :class:`~alm_torchrl.ClampedNormal`.
 
     Raises:
         ValueError: if the bounds are not two finite vectors with ``low < high``, or
             a size is not positive.
 
     Examples:
-        >>> actor = make_stochastic_actor([-0.4], [0.4], latent_dim=2, hidden_dim=8)
         >>> from tensordict import TensorDict
+        >>> actor = make_stochastic_actor([-0.4], [0.4], latent_dim=2, hidden_dim=8)
         >>> dist = actor.get_dist(TensorDict(latent=torch.zeros(5, 2), batch_size=[5]))
         >>> action, log_prob = dist.rsample_and_log_prob()
         >>> action.shape, bool((dist.scale > 0.0067).all())
@@ -346,23 +266,9 @@ def make_stochastic_actor(
     """
     low, high = check_bounds(action_low, action_high)
     _check_sizes(latent_dim=latent_dim, hidden_dim=hidden_dim)
-    head = StochasticActorHead(low, high)
-    return _actor(elu_mlp(latent_dim, hidden_dim, 2 * low.shape[0], head))
-
-
-def _actor(net: nn.Module) -> ProbabilisticTensorDictSequential:
-    names = ("loc", "scale", "low", "high")
-    return ProbabilisticTensorDictSequential(
-        TensorModule(
-            net, in_keys=["latent"], out_keys=[f"action_{name}" for name in names]
-        ),
-        ProbabilisticTensorDictModule(
-            in_keys={name: f"action_{name}" for name in names},
-            out_keys=["action"],
-            distribution_class=ClampedNormal,
-            default_interaction_type=InteractionType.RANDOM,
-        ),
-    )
+    head = ActorHead(low, high, None)
+    net = make_elu_mlp(latent_dim, hidden_dim, 2 * low.shape[0], head)
+    return make_clamped_actor(net, "latent", ClampedNormal)
 
 
 def make_qvalue(
@@ -378,8 +284,8 @@ def make_qvalue(
         hidden_dim (int): width (LayerNorm and tanh, then ELU). Default: ``512``.
 
     Returns:
-        TensorDictModule: writes ``state_action_value`` ``[*, 2]``, one entry for each
-        critic. A module of the caller's may have any number of critics there.
+        TensorDictModule: writes ``state_action_value`` ``[*, 2]``. A critic of yours
+        may write any number of values there.
 
     Raises:
         ValueError: if a size is not positive.
@@ -389,11 +295,8 @@ def make_qvalue(
         ['state_action_value']
     """
     _check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
-    return TensorModule(
-        TwinCritic(latent_dim + action_dim, hidden_dim),
-        in_keys=["latent", "action"],
-        out_keys=["state_action_value"],
-    )
+    net = TwinCritic(latent_dim + action_dim, hidden_dim)
+    return TensorDictModule(net, ["latent", "action"], ["state_action_value"])
 
 
 def make_reward(
@@ -419,11 +322,8 @@ def make_reward(
         ['predicted_reward']
     """
     _check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
-    return TensorModule(
-        value_mlp(latent_dim + action_dim, hidden_dim, 1),
-        in_keys=["latent", "action"],
-        out_keys=["predicted_reward"],
-    )
+    net = make_value_mlp(latent_dim + action_dim, hidden_dim, 1)
+    return TensorDictModule(net, ["latent", "action"], ["predicted_reward"])
 
 
 def make_classifier(
@@ -456,11 +356,11 @@ def make_classifier(
     """
     _check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
     in_dim = 2 * latent_dim + action_dim
-    return TensorModule(
-        MLP(OutputLinear(in_dim, 2)) if linear else value_mlp(in_dim, hidden_dim, 2),
-        in_keys=["latent", "action", ("next", "latent")],
-        out_keys=["logits"],
-    )
+    if linear:
+        net = MLP(OutputLinear(in_dim, 2))
+    else:
+        net = make_value_mlp(in_dim, hidden_dim, 2)
+    return TensorDictModule(net, ["latent", "action", ("next", "latent")], ["logits"])
 
 
 def make_decoder(
@@ -468,9 +368,8 @@ def make_decoder(
 ) -> TensorDictModule:
     """Builds the decoder ``d(s | z)``: the mean of a unit Gaussian over observations.
 
-    Only the variant that learns encoder and model by maximum likelihood (Fig. 15) has
-    one. The paper does not describe it; here it is the encoder's mirror image, two ELU
-    layers and an output without bounds.
+    Only learning by maximum likelihood (Fig. 15) needs one. The paper does not
+    describe it; this one mirrors the encoder, with unbounded outputs.
 
     Args:
         observation_dim (int): size of the flat observation, S.
@@ -492,8 +391,78 @@ def make_decoder(
     _check_sizes(
         observation_dim=observation_dim, latent_dim=latent_dim, hidden_dim=hidden_dim
     )
-    return TensorModule(
-        elu_mlp(latent_dim, hidden_dim, observation_dim),
-        in_keys=["latent"],
-        out_keys=["reconstruction"],
+    net = make_elu_mlp(latent_dim, hidden_dim, observation_dim)
+    return TensorDictModule(net, ["latent"], ["reconstruction"])
+
+
+def _make_gaussian(
+    net: nn.Module, in_keys: list[NestedKey], prefix: str, out_key: NestedKey
+) -> ProbabilisticTensorDictSequential:
+    loc, scale = f"{prefix}_loc", f"{prefix}_scale"
+    return ProbabilisticTensorDictSequential(
+        TensorDictModule(net, in_keys, [loc, scale]),
+        ProbabilisticTensorDictModule(
+            in_keys={"loc": loc, "scale": scale},
+            out_keys=[out_key],
+            distribution_class=IndependentNormal,
+            # Non-finite parameters must reach the loss, where they are reported.
+            distribution_kwargs={"validate_args": False},
+            default_interaction_type=InteractionType.RANDOM,
+        ),
     )
+
+
+def make_clamped_actor(
+    net: nn.Module, in_key: NestedKey, distribution: type[ClampedNormal]
+) -> ProbabilisticTensorDictSequential:
+    """Wraps a network that ends in an :class:`ActorHead` into an actor."""
+    keys = {name: f"action_{name}" for name in ("loc", "scale", "low", "high")}
+    return ProbabilisticTensorDictSequential(
+        TensorDictModule(net, [in_key], list(keys.values())),
+        ProbabilisticTensorDictModule(
+            in_keys=keys,
+            out_keys=["action"],
+            distribution_class=distribution,
+            default_interaction_type=InteractionType.RANDOM,
+        ),
+    )
+
+
+def check_bounds(
+    action_low: Tensor | Sequence[float], action_high: Tensor | Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Returns copies of the action bounds: two finite vectors with ``low < high``."""
+    low, high = (
+        _as_vector("action_low", action_low),
+        _as_vector("action_high", action_high),
+    )
+    if low.shape != high.shape:
+        raise ValueError(
+            "action_low and action_high: expected vectors of the same size, got shapes "
+            f"{tuple(low.shape)} and {tuple(high.shape)}."
+        )
+    if not (low.isfinite() & high.isfinite() & (low < high)).all():
+        raise ValueError(
+            "action_low and action_high: expected finite numbers with low < high, got "
+            f"{low.tolist()} and {high.tolist()}."
+        )
+    return low, high
+
+
+def _as_vector(name: str, values: Tensor | Sequence[float]) -> Tensor:
+    try:
+        vector = torch.as_tensor(values, dtype=torch.get_default_dtype()).clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{name}: expected a vector of numbers, got {values!r}."
+        ) from error
+    if vector.ndim != 1 or len(vector) == 0:
+        raise ValueError(
+            f"{name}: expected a vector, got a tensor of shape {tuple(vector.shape)}."
+        )
+    return vector
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        check_integer(name, size)

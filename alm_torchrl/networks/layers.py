@@ -1,15 +1,13 @@
-"""Building blocks of the networks: layers, heads, the noise schedule, wrappers."""
+"""Layers, heads, the noise schedule, and a wrapper that always samples."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import TensorDictBase
 from tensordict.nn import (
     InteractionType,
-    TensorDictModule,
     TensorDictModuleBase,
     set_interaction_type,
 )
@@ -18,13 +16,7 @@ from torch import Tensor, nn
 from alm_torchrl.checks import check_integer, check_number
 from alm_torchrl.functional import bound_loc, bound_scale
 
-__all__ = [
-    "AlwaysSample",
-    "NoiseSchedule",
-    "OrthogonalLinear",
-    "OutputLinear",
-    "TensorModule",
-]
+__all__ = ["AlwaysSample", "NoiseSchedule", "OrthogonalLinear", "OutputLinear"]
 
 
 class OrthogonalLinear(nn.Linear):
@@ -44,10 +36,10 @@ class OrthogonalLinear(nn.Linear):
 
 
 class OutputLinear(OrthogonalLinear):
-    """Last layer of a network: full precision under autocast too.
+    """Last layer of a network, which keeps full precision under autocast.
 
-    Means, standard deviations, values, rewards and logits, and all that is computed
-    from them, keep the precision of the parameters.
+    Means, standard deviations, values, rewards and logits have the precision of the
+    parameters, and so has everything computed from them.
 
     Examples:
         >>> with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -67,19 +59,18 @@ class NoiseSchedule(nn.Module):
     """Standard deviation of the exploration noise, linear in the training step.
 
     ``std(n) = final + (1 - min(n / steps, 1)) (initial - final)`` after ``n`` calls
-    of :meth:`step`. One instance lives in the actor, which the loss and the acting
-    policy share; only the trainer steps it. Action ``n`` uses ``std(n - 1)``, update
-    ``n`` uses ``std(n)``.
+    of :meth:`step`. The actor holds one, which the loss and the acting policy share;
+    only the stepper advances it. Action ``n`` uses ``std(n - 1)``, update ``n`` uses
+    ``std(n)``.
 
     Args:
         initial (float): standard deviation at step 0. Default: ``1.0``.
         final (float): standard deviation from ``steps`` on. Default: ``0.1``.
-        steps (int): training steps, warm-up excluded, to get there.
+        steps (int): training steps until ``final``, warm-up excluded.
             Default: ``100_000``.
 
     Raises:
-        ValueError: if a standard deviation is negative or not finite, or ``steps`` is
-            no positive integer.
+        ValueError: if a number is out of range.
 
     Examples:
         >>> schedule = NoiseSchedule(1.0, 0.0, steps=4)
@@ -117,10 +108,10 @@ class NoiseSchedule(nn.Module):
 
 
 class AlwaysSample(TensorDictModuleBase):
-    """Runs a probabilistic module in random mode, whatever surrounds it.
+    """Runs a probabilistic module in random mode under any exploration type.
 
-    ALM samples the latent when it acts, in evaluation too; only the action becomes
-    deterministic there.
+    ALM samples the latent whenever it acts; in evaluation only the action is
+    deterministic.
 
     Args:
         module (TensorDictModuleBase): module to run, for example the encoder.
@@ -156,7 +147,7 @@ class GaussianHead(nn.Module):
 
 
 class FixedScale(nn.Module):
-    """Its input as the mean, and a standard deviation that does not change."""
+    """Returns its input as the mean, and a constant standard deviation."""
 
     scale: Tensor
 
@@ -169,39 +160,32 @@ class FixedScale(nn.Module):
 
 
 class ActorHead(nn.Module):
-    """Squashes the mean and adds the schedule's std and the action bounds."""
+    """Returns a squashed mean, a standard deviation and the action bounds.
+
+    The standard deviation is the schedule's; without a schedule it is learned, from
+    the second half of the features.
+    """
 
     low: Tensor
     high: Tensor
 
-    def __init__(self, low: Tensor, high: Tensor, schedule: NoiseSchedule) -> None:
+    def __init__(
+        self, low: Tensor, high: Tensor, schedule: NoiseSchedule | None
+    ) -> None:
         super().__init__()
         self.schedule = schedule
         self.register_buffer("low", low)
         self.register_buffer("high", high)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if self.schedule is None:
+            features, raw = features.chunk(2, -1)
+            scale = bound_scale(raw, math.exp(-5), math.exp(2))
+        else:
+            # A copy: what is written must not change with the schedule.
+            scale = self.schedule.std * torch.ones_like(features)
         loc = features.tanh()
-        # A copy: what is written must not change with the schedule.
-        scale = self.schedule.std * torch.ones_like(loc)
         return loc, scale, self.low.expand_as(loc), self.high.expand_as(loc)
-
-
-class StochasticActorHead(nn.Module):
-    """Squashes the mean, bounds the std and adds the action bounds."""
-
-    low: Tensor
-    high: Tensor
-
-    def __init__(self, low: Tensor, high: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("low", low)
-        self.register_buffer("high", high)
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        loc, raw = features.chunk(2, -1)
-        scale = bound_scale(raw, math.exp(-5), math.exp(2))
-        return loc.tanh(), scale, self.low.expand_as(loc), self.high.expand_as(loc)
 
 
 class TwinCritic(nn.Module):
@@ -209,8 +193,8 @@ class TwinCritic(nn.Module):
 
     def __init__(self, in_dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.q1 = value_mlp(in_dim, hidden_dim, 1)
-        self.q2 = value_mlp(in_dim, hidden_dim, 1)
+        self.q1 = make_value_mlp(in_dim, hidden_dim, 1)
+        self.q2 = make_value_mlp(in_dim, hidden_dim, 1)
 
     def forward(self, latent: Tensor, action: Tensor) -> Tensor:
         return torch.cat([self.q1(latent, action), self.q2(latent, action)], -1)
@@ -226,34 +210,7 @@ class MLP(nn.Sequential):
         return output
 
 
-class TensorModule(TensorDictModule):
-    """TensorDictModule for networks that return tensors, and nothing else.
-
-    Their outputs are written as they are. TensorDictModule tries each of them for
-    conversions first, which takes longer than a small layer does.
-
-    Examples:
-        >>> from tensordict import TensorDict
-        >>> module = TensorModule(nn.Tanh(), in_keys=["x"], out_keys=["y"])
-        >>> module(TensorDict(x=torch.zeros(())))["y"]
-        tensor(0.)
-    """
-
-    def _write_to_tensordict(
-        self,
-        tensordict: TensorDictBase,
-        tensors: Sequence[Tensor],
-        tensordict_out: TensorDictBase | None = None,
-        out_keys: Iterable[NestedKey] | None = None,
-    ) -> TensorDictBase:
-        output = tensordict if tensordict_out is None else tensordict_out
-        keys = self.out_keys_source if out_keys is None else out_keys
-        for key, tensor in zip(keys, tensors, strict=True):
-            output.set(key, tensor)
-        return output
-
-
-def elu_mlp(in_dim: int, hidden_dim: int, out_dim: int, *head: nn.Module) -> MLP:
+def make_elu_mlp(in_dim: int, hidden_dim: int, out_dim: int, *head: nn.Module) -> MLP:
     return MLP(
         OrthogonalLinear(in_dim, hidden_dim),
         nn.ELU(inplace=True),
@@ -264,7 +221,7 @@ def elu_mlp(in_dim: int, hidden_dim: int, out_dim: int, *head: nn.Module) -> MLP
     )
 
 
-def value_mlp(in_dim: int, hidden_dim: int, out_dim: int) -> MLP:
+def make_value_mlp(in_dim: int, hidden_dim: int, out_dim: int) -> MLP:
     return MLP(
         OrthogonalLinear(in_dim, hidden_dim),
         nn.LayerNorm(hidden_dim),

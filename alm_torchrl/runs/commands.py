@@ -12,7 +12,7 @@ from torchrl import torchrl_logger
 from torchrl.envs import TransformedEnv
 
 from alm_torchrl.checks import check_integer, check_output
-from alm_torchrl.envs.gym import TASKS, make_env
+from alm_torchrl.envs import TASKS, make_env
 from alm_torchrl.evaluation import evaluate_policy
 from alm_torchrl.experiments.reproduce import (
     ReproduceOptions,

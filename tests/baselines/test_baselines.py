@@ -8,8 +8,6 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import (
-    ProbabilisticTensorDictModule,
-    ProbabilisticTensorDictSequential,
     TensorDictModule,
 )
 from torch import nn
@@ -29,6 +27,7 @@ from tests.baselines.losses import (
     make_loss,
     snapshot,
 )
+from tests.helpers import probabilistic
 
 # -- terms -----------------------------------------------------------------------------
 
@@ -39,30 +38,22 @@ def test_each_term_reaches_its_own_parameters(agent):
     SoftUpdate(loss, tau=0.5)
     batch = make_batch(5)
 
-    def reached(value):
+    def assert_reaches(part, value):
+        """Every parameter of the part gets a gradient, and no other."""
         loss.zero_grad()
         value.backward()
-        names = {n for n, p in loss.named_parameters() if p.grad is not None}
-        nonzero = {
-            n for n, p in loss.named_parameters() if p.grad is not None and p.grad.any()
-        }
-        return {name.partition(".")[0] for name in names}, nonzero
+        for name, parameter in loss.named_parameters():
+            reached = parameter.grad is not None and bool(parameter.grad.any())
+            assert reached is name.startswith(part), name
+            assert (parameter.grad is None) is not reached, name
 
-    def all_of(part):
-        return {n for n, _ in loss.named_parameters() if n.startswith(part)}
-
-    parts, nonzero = reached(loss.qvalue_loss(batch)[0])
-    assert parts == {"qvalue_network_params"}
-    assert nonzero == all_of("qvalue_network_params")
+    assert_reaches("qvalue_network_params", loss.qvalue_loss(batch)[0])
     value, metadata = loss.actor_loss(batch)
-    parts, nonzero = reached(value)
-    assert parts == {"actor_network_params"}
-    assert nonzero == all_of("actor_network_params")
+    assert_reaches("actor_network_params", value)
     assert not any(entry.requires_grad for entry in metadata.values())
     assert hasattr(loss, "alpha_loss") is (agent != "td3")
     if agent != "td3":
-        parts, _ = reached(loss.alpha_loss(metadata["log_prob"]).mean())
-        assert parts == {"log_alpha"}
+        assert_reaches("log_alpha", loss.alpha_loss(metadata["log_prob"]).mean())
         expected = -(metadata["log_prob"].mean() + loss.target_entropy)
         torch.testing.assert_close(loss.log_alpha.grad, expected)
 
@@ -84,20 +75,10 @@ class Line(nn.Module):
 def test_td3_target_by_hand(monkeypatch):
     head = Line(0.5)
     head.schedule = NoiseSchedule(0.4, 0.2, steps=1)
-    actor = ProbabilisticTensorDictSequential(
-        TensorDictModule(head, in_keys=["observation"], out_keys=["loc", "scale"]),
-        ProbabilisticTensorDictModule(
-            in_keys=["loc", "scale"],
-            out_keys=["action"],
-            distribution_class=ClampedMeanNormal,
-        ),
-    )
+    actor = probabilistic(head, ["observation"], "action", ClampedMeanNormal)
+    pair = ["observation", "action"]
     critics = [
-        TensorDictModule(
-            Line(slope),
-            in_keys=["observation", "action"],
-            out_keys=["state_action_value"],
-        )
+        TensorDictModule(Line(slope), pair, ["state_action_value"])
         for slope in (1.0, -1.0)
     ]
     bounds = (torch.tensor([-1.0]), torch.tensor([1.0]))
@@ -110,20 +91,10 @@ def test_td3_target_by_hand(monkeypatch):
     head.slope.data.fill_(-0.9)
     loss.qvalue_network_params.data.mul_(3)
     monkeypatch.setattr(torch, "randn_like", torch.ones_like)
-    ends = torch.tensor([[False], [True]])
-    batch = TensorDict(
-        {
-            "observation": torch.zeros(2, 1),
-            "action": torch.full((2, 1), 0.1),
-            "next": {
-                "observation": torch.full((2, 1), 2.0),
-                "reward": torch.ones(2, 1),
-                "terminated": ends,
-                "done": ends,
-            },
-        },
-        batch_size=[2],
-    )
+    ends, ones = torch.tensor([[False], [True]]), torch.ones(2, 1)
+    batch = TensorDict(observation=0 * ones, action=0.1 * ones, batch_size=[2])
+    batch["next"] = {"observation": 2 * ones, "reward": ones}
+    batch["next"].update({"terminated": ends, "done": ends})
     for std, action in ((0.4, 0.8), (0.2, 0.7)):
         # The noise of 0.4 is clipped to 0.3; the critics say 2 +- action.
         assert loss.noise_schedule.std == pytest.approx(std)
@@ -159,11 +130,12 @@ def test_actor_and_schedule_stay_tied_to_the_loss(moved):
     assert not torch.equal(loss.act(batch.clone()), before)
 
 
-def test_redq_terms_are_those_of_torchrl(monkeypatch):
+@pytest.mark.parametrize("log_alpha", [-3.0, 3.0])
+def test_redq_terms_are_those_of_torchrl(monkeypatch, log_alpha):
     loss = make_loss("redq")
     SoftUpdate(loss, tau=0.5)
     loss.target_qvalue_network_params.data.apply_(lambda leaf: leaf.mul_(0.7))
-    loss.log_alpha.data.fill_(-3.0)
+    loss.log_alpha.data.fill_(log_alpha)
     batch = make_batch(5)
     monkeypatch.setattr(
         "torch.distributions.normal._standard_normal",
@@ -176,7 +148,7 @@ def test_redq_terms_are_those_of_torchrl(monkeypatch):
     ours = loss.qvalue_loss(batch)[0] / loss.num_qvalue_nets
     torch.testing.assert_close(ours, theirs["loss_qvalue"])
     torch.testing.assert_close(loss.actor_loss(batch)[0], theirs["loss_actor"])
-    assert theirs["alpha"] == pytest.approx(torch.tensor(-3.0).exp().item())
+    assert theirs["alpha"].log().item() == pytest.approx(log_alpha)
 
 
 def test_redq_draws_the_targets_critics_anew():
@@ -205,20 +177,18 @@ def test_actions_stay_within_the_bounds(agent):
     loss = make_loss(agent)
     for parameter in loss.actor_network_params.parameters():
         parameter.data.mul_(30)
-    observations = make_batch(50).select("observation")
+    batch = make_batch(50)
     for mode in (ExplorationType.DETERMINISTIC, ExplorationType.RANDOM):
         with set_exploration_type(mode):
-            action = loss.acting_policy()(observations.clone())["action"]
+            action = loss.act(batch.select("observation"))
         assert action[:, 0].abs().max() <= 1
         assert 0.39 < action[:, 1].abs().max() <= 0.4
 
 
 def test_td3_mean_at_the_bounds_keeps_its_gradient():
     loss = make_loss("td3")
-    SoftUpdate(loss, tau=0.5)
     bias = list(loss.actor_network_params.parameters())[-1]
-    with torch.no_grad():
-        bias.copy_(torch.tensor([0.0, 3.0]))
+    bias.data.copy_(torch.tensor([0.0, 3.0]))
     batch = make_batch(5)
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         assert loss.act(batch)[:, 1].tolist() == pytest.approx([0.4] * 5, abs=1e-5)
@@ -287,42 +257,51 @@ def test_a_copied_stepper_goes_on_alike_and_on_its_own(agent):
     before = snapshot(stepper.loss)
     train(other, range(3, 6))
     assert changed(stepper.loss, before) == set()
+    assert changed(other.loss, before) >= set(PARTS[:2])
     train(stepper, range(3, 6))
     assert changed(other.loss, snapshot(stepper.loss)) == set()
-    assert changed(stepper.loss, before) >= {
-        "actor_network_params",
-        "qvalue_network_params",
-    }
 
 
 def test_redq_updates_critics_often_and_the_actor_once(monkeypatch):
     loss = make_loss("redq")
     stepper = BaselineOptimizationStepper(loss, lr=1e-2)
     calls = []
-    for name in ("qvalue_loss", "actor_loss"):
-        method = getattr(loss, name)
+
+    def spy(owner, name):
+        method = getattr(owner, name)
         monkeypatch.setattr(
-            loss,
+            owner,
             name,
-            lambda batch, name=name, method=method: (
-                calls.append((name, batch["observation"].clone())),
-                method(batch),
+            lambda *batch: (
+                calls.append((name, *(one["observation"].clone() for one in batch))),
+                method(*batch),
             )[1],
         )
-    moves = []
-    move = stepper.target_update.step
-    monkeypatch.setattr(
-        stepper.target_update, "step", lambda: (moves.append(len(calls)), move())
-    )
+
+    spy(loss, "qvalue_loss")
+    spy(loss, "actor_loss")
+    spy(stepper.target_update, "step")
     batch = make_batch(5, loss)
     stepper.step(None, TensorDict({"transition": batch}, batch_size=[15]))
-    assert [name for name, _ in calls] == ["qvalue_loss"] * 3 + ["actor_loss"]
-    rows = torch.cat([rows for _, rows in calls[:3]])
-    assert torch.equal(rows, batch["observation"])
-    assert torch.equal(calls[3][1], calls[2][1])
-    assert moves == [1, 2, 4]
+    critic = ["qvalue_loss", "step"]
+    names = [*critic, *critic, "qvalue_loss", "actor_loss", "step"]
+    assert [name for name, *_ in calls] == names
+    rows = [rows[0] for name, *rows in calls if name != "step"]
+    assert torch.equal(torch.cat(rows[:3]), batch["observation"])
+    assert torch.equal(rows[3], rows[2])
     with pytest.raises(ValueError, match="sub_batch: expected updates_per_step=3"):
         stepper.step(None, make_batch(5))
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_builders_pass_their_numbers_on(agent):
+    own = {"noise_clip": 0.2, "policy_delay": 3} if agent == "td3" else {}
+    loss = make_loss(agent, gamma=0.9, **own)
+    assert loss.value_estimator.gamma == pytest.approx(0.9)
+    assert loss.loss_function == "l2"
+    assert {name: float(getattr(loss, name)) for name in own} == pytest.approx(own)
+    assert make_loss(agent).value_estimator.gamma == pytest.approx(0.99)
+    assert (make_loss("td3").noise_clip, make_loss("td3").policy_delay) == (0.3, 2)
 
 
 def test_redq_has_the_papers_numbers():

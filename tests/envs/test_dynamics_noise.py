@@ -2,66 +2,65 @@
 
 from __future__ import annotations
 
-import json
-
 import gymnasium
 import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
 
-from alm_torchrl import environment_state, load_environment_state, make_env
-from alm_torchrl.envs.dynamics_noise import DynamicsNoise
-from alm_torchrl.runs.folder import harmful_differences
-from alm_torchrl.runs.settings import TrainConfig, preset_config
+from alm_torchrl.envs import DynamicsNoise, make_env
 
 TASKS = ["HalfCheetah-v5", "T-Ant-v5", "Hopper-v5"]
 
 
 class Spy(gymnasium.Wrapper):
-    """Remembers the velocities that each step starts from, and what it returned."""
-
-    def __init__(self, env):
-        super().__init__(env)
-        self.started, self.returned = [], []
+    """Remembers the velocities that a step starts from, and what it returned."""
 
     def step(self, action):
-        self.started.append(self.unwrapped.data.qvel.copy())
-        self.returned.append(self.env.step(action))
-        return self.returned[-1]
+        self.started = self.unwrapped.data.qvel.copy()
+        self.returned = self.env.step(action)
+        return self.returned
 
 
-def actions(env, count):
+def course(env, steps):
+    """All numbers of an episode's first steps."""
     generator = torch.Generator().manual_seed(0)
-    size = env.action_spec.shape[0]
-    return 0.8 * torch.rand(count, size, generator=generator) - 0.4
-
-
-def course(env, steps=20, start=True):
-    """All numbers of an episode's first steps, a reset at its end included."""
-    rows = [env.reset()["observation"]] if start else []
-    for action in actions(env, steps):
+    rows = [env.reset()["observation"]]
+    for _ in range(steps):
+        action = 0.8 * torch.rand(env.action_spec.shape, generator=generator) - 0.4
         after = env.step(TensorDict(action=action))["next"]
         rows += [after["observation"], after["reward"], after["terminated"].float()]
-        if after["done"].item():
-            rows.append(env.reset()["observation"])
     return torch.cat(rows)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_no_noise_is_the_task_as_it_is(task):
-    plain = course(make_env(task, seed=0, max_episode_steps=8))
-    zero = make_env(task, dynamics_noise=0.0, seed=0, max_episode_steps=8)
-    assert torch.equal(course(zero), plain)
-    # So little noise is lost in the rounding; the reset after it draws other numbers.
-    least = make_env(task, dynamics_noise=1e-300, seed=0)
-    noisy = make_env(task, dynamics_noise=0.1, seed=0)
-    first = course(make_env(task, seed=0), 3)
-    assert torch.equal(course(least, 3), first)
-    different = course(noisy, 3)
+def test_noise_follows_its_seed_and_spares_the_reset(task):
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    plain, least, first, same, other = (
+        course(make_env(task, dynamics_noise=noise, seed=seed), 5)
+        # So little noise is lost in the rounding.
+        for noise, seed in ((0.0, 0), (1e-300, 0), (0.1, 0), (0.1, 0), (0.1, 1))
+    )
     size = make_env(task).observation_spec["observation"].shape[0]
-    assert torch.equal(different[:size], first[:size])
-    assert not torch.equal(different, first)
+    assert torch.equal(plain, least)
+    assert torch.equal(plain[:size], first[:size])
+    assert not torch.equal(plain, first)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    # Global generators are left alone.
+    assert torch.equal(torch_state, torch.get_rng_state())
+    assert (numpy_state == np.random.get_state()[1]).all()  # noqa: NPY002
+
+
+def test_make_env_adds_noise_of_the_given_strength():
+    noisy = DynamicsNoise(gymnasium.make("Hopper-v5"), 0.1)
+    noisy.reset(seed=0)
+    noisy.reset()
+    action = np.full(3, 0.5, np.float32)
+    expected, *_ = noisy.step(action)
+    env = make_env("Hopper-v5", dynamics_noise=0.1, seed=0)
+    after = env.step(env.reset().set("action", torch.from_numpy(action)))["next"]
+    np.testing.assert_array_equal(after["observation"], expected.astype(np.float32))
 
 
 @pytest.mark.parametrize("strength", [0.02, 0.5])
@@ -73,9 +72,9 @@ def test_each_velocity_is_disturbed_by_the_strength(strength):
     for _ in range(800):
         before = env.unwrapped.data.qvel.copy()
         returned = env.step(np.zeros(6, np.float32))
-        noise.append(spy.started[-1] - before)
+        noise.append(spy.started - before)
         # The task's own answer to the disturbed state, untouched.
-        assert returned is spy.returned[-1]
+        assert returned is spy.returned
     noise = np.stack(noise) / strength
     assert noise.shape == (800, 9)
     np.testing.assert_allclose(noise.mean(0), 0, atol=4 / np.sqrt(800))
@@ -95,66 +94,8 @@ def test_the_noise_moves_the_simulation_and_the_reward():
     position = noisy.unwrapped.data.qpos.copy()
     action = np.full(6, 0.3, np.float32)
     observation, reward, *_ = noisy.step(action)
-    plain.unwrapped.set_state(position, spy.started[0])
+    plain.unwrapped.set_state(position, spy.started)
     plain.unwrapped.data.qacc_warmstart[:] = 0
     expected, expected_reward, *_ = plain.step(action)
     np.testing.assert_allclose(observation, expected, atol=1e-5)
     assert reward == pytest.approx(expected_reward, abs=1e-5)
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_the_seed_decides_the_noise(task):
-    first, same, other = (
-        course(make_env(task, dynamics_noise=0.1, seed=seed), 5) for seed in (0, 0, 1)
-    )
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
-
-
-def test_global_generators_are_left_alone():
-    env = make_env("HalfCheetah-v5", dynamics_noise=0.1, seed=0)
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    course(env, 3)
-    assert torch.equal(torch_state, torch.get_rng_state())
-    assert (numpy_state == np.random.get_state()[1]).all()  # noqa: NPY002
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_a_saved_state_goes_on_with_the_same_noise(task):
-    env = make_env(task, dynamics_noise=0.1, seed=0, max_episode_steps=12)
-    course(env, 7)
-    state = environment_state(env)
-    expected = course(env, start=False)
-    other = make_env(task, dynamics_noise=0.1, seed=5, max_episode_steps=12)
-    course(other, 3)
-    load_environment_state(other, state)
-    assert torch.equal(course(other, start=False), expected)
-    for strength in (0.2, 0.0):
-        with pytest.raises(ValueError, match="state must come from"):
-            load_environment_state(make_env(task, dynamics_noise=strength), state)
-
-
-@pytest.mark.parametrize("strength", [-0.1, float("nan"), "much"])
-def test_strengths_out_of_range(strength):
-    with pytest.raises(ValueError, match="dynamics_noise: expected a number >= 0, got"):
-        make_env("HalfCheetah-v5", dynamics_noise=strength)
-    with pytest.raises(ValueError, match="dynamics_noise: expected a number >= 0, got"):
-        preset_config("quick", dynamics_noise=strength)
-
-
-def test_other_tasks_have_no_velocities_to_disturb():
-    with pytest.raises(
-        ValueError, match=r"dynamics_noise: expected a MuJoCo task.*Pen"
-    ):
-        make_env("Pendulum-v1", dynamics_noise=0.1, action_bounds="rescale")
-
-
-def test_runs_of_before_had_no_noise():
-    config = preset_config("quick")
-    settings = json.loads(json.dumps(config.to_dict()))
-    del settings["dynamics_noise"]
-    assert TrainConfig.from_dict(settings) == config
-    assert harmful_differences(settings, config) == {}
-    noisy = preset_config("quick", dynamics_noise=0.1)
-    assert harmful_differences(settings, noisy) == {"dynamics_noise": (0.0, 0.1)}
-    assert noisy.run_name.startswith(f"{config.run_name}-")

@@ -26,7 +26,7 @@ from alm_torchrl.env_state import (
     environment_state,
     load_environment_state,
 )
-from alm_torchrl.envs.gym import TASKS, make_env
+from alm_torchrl.envs import TASKS, make_env
 from tests.walk_env import Odd, Walk, wrap
 
 OTHERS = (

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from alm_torchrl.envs.gym import TASKS
+from alm_torchrl.envs import TASKS
 from tests.training.resume_runs import (
     CAPACITY,
     HALF,
