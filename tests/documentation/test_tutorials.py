@@ -42,10 +42,7 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-def test_there_are_tutorials():
-    assert "theory" in [path.stem for path in TUTORIALS]
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("script", TUTORIALS, ids=lambda path: path.stem)
 def test_tutorial_runs(script, tmp_path):
     output, home, scratch = (tmp_path / name for name in ("out", "home", "scratch"))

@@ -274,6 +274,8 @@ def compare_term(method, precision="fp32"):
             torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_process_can_compile_any_number_of_losses(monkeypatch):
     compile = torch.compile
     monkeypatch.setattr(
@@ -292,16 +294,22 @@ def test_a_process_can_compile_any_number_of_losses(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("method", ["reward_loss", "classifier_loss", *TERMS[1:]])
 def test_each_term_compiles_to_one_graph(backend, method):
     backend("aot_eager")
     compare_term(method)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "precision",
+    [
+        pytest.param("fp32", marks=pytest.mark.slow),
+        pytest.param("bf16", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_compiled_updates_equal_eager_ones(precision):
     """With the compiler that is used, and the noise of the eager update."""
     eager = make_stepper(lr=1e-3, precision=precision)
@@ -363,16 +371,16 @@ def test_recorded_numbers_unwatched(path):
     check_parity(path)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
 def test_recorded_numbers_compiled(path, backend):
     backend("aot_eager")
     check_parity(path, compile=True)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1200)
 def test_a_compiled_run_continues(backend, tmp_path):
     backend("aot_eager")
     check_continued(tmp_path, compile=True)
