@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
-from torchrl.envs.utils import ExplorationType
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import SoftUpdate
 
 from alm_torchrl import (
@@ -94,17 +94,18 @@ loss = make_loss()
 def means_for_samples(loss: ALMLoss) -> Iterator[None]:
     """Inside, nothing in the loss is random."""
     loss.deterministic_sampling_mode = ExplorationType.DETERMINISTIC
-    yield
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        yield
     loss.deterministic_sampling_mode = ExplorationType.RANDOM
 
 
 # %% [markdown]
 # **Encoder and model** (Eq. 7). Encode the first observation of a slice and let the
-# model go along the recorded actions. Each imagined latent shall be where the target
-# encoder puts the next observation, which the KL measures; and it shall be a latent
-# from which reward model and critics expect much. `loss.encode` and its like run a part
-# with one set of parameters: "live" ones are trained, "frozen" ones (the default) are
-# not, "target" ones (the encoder's default) are the slow copies.
+# model follow the recorded actions. Each imagined latent should be where the target
+# encoder puts the next observation, which the KL measures; and reward model and critics
+# should expect much from it. The verbs of `loss.latents` run a network with one set of
+# parameters: "live" ones are trained, "frozen" ones (the default) are not, "target"
+# ones (the encoder's default) are the slow copies.
 
 
 # %%

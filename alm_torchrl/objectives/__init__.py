@@ -2,6 +2,7 @@
 
 from alm_torchrl.objectives.alm import ALMLoss
 from alm_torchrl.objectives.builder import make_alm_loss
+from alm_torchrl.objectives.latents import Encoding
 from alm_torchrl.objectives.variants import (
     EntropyBonus,
     Logarithms,
@@ -12,6 +13,7 @@ from alm_torchrl.objectives.variants import (
 
 __all__ = [
     "ALMLoss",
+    "Encoding",
     "EntropyBonus",
     "Logarithms",
     "QValueObjective",
