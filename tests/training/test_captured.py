@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from alm_torchrl import NonFiniteError
-from alm_torchrl.training import update
+from alm_torchrl.training import capture as capturing
 from tests.helpers import B, K, make_batch, make_rows
 from tests.training.stepping import changed, make_stepper, values_of
 from tests.training.test_modes import run_updates
@@ -41,7 +41,7 @@ def stand_in(monkeypatch):
     class Capture:
         def __init__(self, graph, stream):
             assert isinstance(stream, Stream)
-            self.without_effect = update._restored(self.tensors)
+            self.without_effect = capturing._restored(self.tensors)
 
         def tensors(self):
             return stepper_now[0]._update.tensors()
@@ -147,7 +147,7 @@ def test_an_update_that_cannot_be_captured_names_the_way_out(monkeypatch):
 
     def reading(batch, *encoded):
         calls.append(batch)
-        if len(calls) > update.WARMUP:
+        if len(calls) > capturing.WARMUP:
             raise RuntimeError("operation not permitted when stream is capturing")
         return actor_loss(batch, *encoded)
 

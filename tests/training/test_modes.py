@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from alm_torchrl import ALMOptimizationStepper
-from alm_torchrl.training import update
+from alm_torchrl.training import stepper as steppers
 from tests import parity
 from tests.helpers import (
     ACTION,
@@ -129,7 +129,7 @@ def test_distributions_of_another_kind_are_shared_too():
     torch.testing.assert_close(value, expected)
 
 
-class OtherNormal(update.torch.distributions.Independent):
+class OtherNormal(torch.distributions.Independent):
     def __init__(self, loc, scale, **kwargs):
         super().__init__(torch.distributions.Normal(loc, scale), 1)
 
@@ -190,13 +190,13 @@ def test_defaults_on_a_cpu():
 
 def test_matrix_products_in_tf32_are_limited_to_the_update():
     before = torch.get_float32_matmul_precision()
-    with update._matrix_products("tf32"):
+    with steppers._matrix_products("tf32"):
         assert torch.get_float32_matmul_precision() == "high" != before
     assert torch.get_float32_matmul_precision() == before
-    with pytest.raises(KeyError), update._matrix_products("tf32"):
+    with pytest.raises(KeyError), steppers._matrix_products("tf32"):
         raise KeyError
     assert torch.get_float32_matmul_precision() == before
-    with update._matrix_products("fp32"):
+    with steppers._matrix_products("fp32"):
         assert torch.get_float32_matmul_precision() == before
 
 
@@ -218,7 +218,7 @@ def backend(monkeypatch):
 
             return counted
 
-        monkeypatch.setattr(update, "compile_term", compiled)
+        monkeypatch.setattr(steppers, "compile_term", compiled)
 
     yield use
     torch._dynamo.reset()
@@ -259,7 +259,7 @@ def compare_term(method, precision="fp32"):
     loss, batch = make_loss(), make_batch()
     params = list(loss.parameters())
     results = []
-    for term in (getattr(loss, method), update.compile_term(getattr(loss, method))):
+    for term in (getattr(loss, method), steppers.compile_term(getattr(loss, method))):
         torch.manual_seed(1)
         with torch.autocast("cpu", torch.bfloat16, precision == "bf16"):
             value, metadata = term(batch)
@@ -289,7 +289,7 @@ def test_a_process_can_compile_any_number_of_losses(monkeypatch):
         losses = [make_loss(updater=False) for _ in range(2)]
         for loss in losses:
             for method in (loss.reward_loss, loss.classifier_loss):
-                value, _ = update.compile_term(method)(make_batch())
+                value, _ = steppers.compile_term(method)(make_batch())
                 assert value.requires_grad
     torch._dynamo.reset()
 
