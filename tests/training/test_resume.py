@@ -133,7 +133,7 @@ def make_collector_state(checkpoint, trainer):
     from alm_torchrl.training.files import read_state
 
     (directory,) = (checkpoint / "components").glob("*-collector")
-    return read_state(directory)
+    return read_state(directory / "state.npz")
 
 
 def _killed_and_continued(task, folder, size, delay):
