@@ -1,4 +1,4 @@
-"""The private names of TorchRL that checkpoints and the trainer need.
+"""The private names of TorchRL that checkpoints, episodes and the trainer need.
 
 ``tests/test_compat.py`` says which feature breaks when one of them goes.
 """
@@ -6,21 +6,57 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from tensordict import TensorDictBase
 from torchrl.checkpoint._checkpoint import _decode_state_dict_value as decode_state
 from torchrl.checkpoint._checkpoint import _encode_state_dict_value as encode_state
+from torchrl.collectors import Collector
 from torchrl.data import ReplayBuffer
+from torchrl.envs import EnvBase, GymWrapper, SerialEnv
 from torchrl.trainers import Trainer
 
 __all__ = [
     "decode_state",
     "encode_state",
     "generator_of",
+    "get_carrier",
+    "gymnasium_env",
     "keep_last_logs",
+    "serial_workers",
+    "set_carrier",
+    "set_trajectories",
     "uncount_update",
 ]
+
+
+def get_carrier(collector: Collector) -> TensorDictBase:
+    """What a collector carries from one step to the next."""
+    carrier: TensorDictBase = collector._carrier
+    return carrier
+
+
+def set_carrier(collector: Collector, carrier: TensorDictBase) -> None:
+    """Has a collector go on from ``carrier``."""
+    collector._carrier = carrier
+
+
+def set_trajectories(collector: Collector, state: Mapping[str, Any]) -> None:
+    """Sets a collector's count of trajectories."""
+    collector._traj_pool.load_state_dict(state)
+
+
+def gymnasium_env(env: GymWrapper) -> Any:  # noqa: ANN401
+    """The environment that a ``GymWrapper`` wraps."""
+    return env._env
+
+
+def serial_workers(env: SerialEnv) -> list[EnvBase]:
+    """The environments of a ``SerialEnv`` that has been started."""
+    workers: list[EnvBase] = env._envs
+    return workers
 
 
 def generator_of(buffer: ReplayBuffer) -> torch.Generator | None:

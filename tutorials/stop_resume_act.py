@@ -130,9 +130,10 @@ assert stopped.optimization_stepper.optimizer_step_count == SHORT // 2
 
 # %% [markdown]
 # A checkpoint is a folder of arrays and JSON; nothing in it is pickled. It holds all
-# that the next step depends on. `collector` is the simulator in mid-episode: for an
-# environment of your own, too, if its state is in plain attributes (the docstring of
-# `alm_torchrl.environment_state` has the rest).
+# that the next step depends on. `collector` is the running episode: its seed and its
+# actions, which are repeated when it is loaded. An environment of your own needs
+# nothing for it unless it keeps state across resets (`alm_torchrl.training.episode`
+# has the rest).
 
 # %%
 checkpoint = find_checkpoint(OUTPUT / "run", components=None)

@@ -26,7 +26,7 @@ class DynamicsNoise(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs
     of 1 to 10.)
 
     The numbers come from the task's own generator (``np_random``), which
-    ``reset(seed)`` seeds and :func:`~alm_torchrl.environment_state` keeps.
+    ``reset(seed)`` seeds.
 
     Args:
         env: a Gymnasium environment with a MuJoCo simulation as ``data``.

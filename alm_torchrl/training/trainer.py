@@ -27,7 +27,7 @@ from alm_torchrl.training.checkpoint import (
     VerifiedCheckpoint,
     clear_leftovers,
 )
-from alm_torchrl.training.episode import CollectorState
+from alm_torchrl.training.episode import CollectorState, EpisodeEnv
 from alm_torchrl.training.hooks import (
     BestCheckpoint,
     EpisodeLog,
@@ -126,11 +126,12 @@ def make_trainer(
 
     A trainer made with the same arguments continues exactly where another one was
     saved, bit by bit on an eager CPU, if ``load_from_file(checkpoint)`` is called
-    before ``train()``; see :class:`~alm_torchrl.CollectorState` for environments
-    that cannot give their state.
+    before ``train()``. The running episode is repeated for it: see
+    :class:`~alm_torchrl.EpisodeEnv`, which is put around ``env`` and gives each
+    episode a seed of its own.
 
     Args:
-        env (EnvBase): environment to train in, without batch dimensions; seeded here.
+        env (EnvBase): environment to train in, without batch dimensions.
         loss (ALMLoss or BaselineLoss): the loss, on the device to train on. It
             decides the algorithm: see :mod:`alm_torchrl.baselines` for TD3, SAC and
             REDQ.
@@ -242,6 +243,7 @@ def make_trainer(
             )
         _check_fit(name, environment, loss)
     torch.manual_seed(seed)
+    env = EpisodeEnv(env)
     env.set_seed(seed)
     policy = loss.acting_policy()
     device = next(loss.parameters()).device

@@ -25,7 +25,7 @@ PUBLIC = [
         importlib.import_module(f"alm_torchrl.{name}")
         for name in (
             *("functional", "distributions", "networks", "networks.layers"),
-            *("objectives", "replay", "envs", "env_state", "evaluation"),
+            *("objectives", "replay", "envs", "evaluation"),
             *("training.stepper", "training.checkpoint", "training.hooks"),
             *("training.trainer", "baselines", "testing", "bounds", "analysis"),
             *("experiments.catalogue", "runs.loading"),

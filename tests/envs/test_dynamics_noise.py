@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from alm_torchrl import environment_state, load_environment_state, make_env
+from alm_torchrl import make_env
 from alm_torchrl.envs.dynamics_noise import DynamicsNoise
 from alm_torchrl.runs.folder import harmful_differences
 from alm_torchrl.runs.settings import TrainConfig, preset_config
@@ -62,6 +62,61 @@ def test_no_noise_is_the_task_as_it_is(task):
     size = make_env(task).observation_spec["observation"].shape[0]
     assert torch.equal(different[:size], first[:size])
     assert not torch.equal(different, first)
+
+
+@pytest.mark.parametrize("strength", [0.02, 0.5])
+def test_each_velocity_is_disturbed_by_the_strength(strength):
+    spy = Spy(gymnasium.make("HalfCheetah-v5"))
+    env = DynamicsNoise(spy, strength)
+    env.reset(seed=0)
+    noise = []
+    for _ in range(800):
+        before = env.unwrapped.data.qvel.copy()
+        returned = env.step(np.zeros(6, np.float32))
+        noise.append(spy.started[-1] - before)
+        # The task's own answer to the disturbed state, untouched.
+        assert returned is spy.returned[-1]
+    noise = np.stack(noise) / strength
+    assert noise.shape == (800, 9)
+    np.testing.assert_allclose(noise.mean(0), 0, atol=4 / np.sqrt(800))
+    np.testing.assert_allclose(noise.std(0), 1, atol=4 / np.sqrt(1600))
+    correlation = np.corrcoef(noise.T) - np.eye(9)
+    assert np.abs(correlation).max() < 5 / np.sqrt(800)
+    following = (noise[1:] * noise[:-1]).mean(0)
+    assert np.abs(following).max() < 4 / np.sqrt(800)
+
+
+def test_the_noise_moves_the_simulation_and_the_reward():
+    """A step from disturbed velocities is a plain step from those velocities."""
+    spy = Spy(gymnasium.make("HalfCheetah-v5"))
+    noisy, plain = DynamicsNoise(spy, 0.3), gymnasium.make("HalfCheetah-v5")
+    noisy.reset(seed=0)
+    plain.reset(seed=1)
+    position = noisy.unwrapped.data.qpos.copy()
+    action = np.full(6, 0.3, np.float32)
+    observation, reward, *_ = noisy.step(action)
+    plain.unwrapped.set_state(position, spy.started[0])
+    plain.unwrapped.data.qacc_warmstart[:] = 0
+    expected, expected_reward, *_ = plain.step(action)
+    np.testing.assert_allclose(observation, expected, atol=1e-5)
+    assert reward == pytest.approx(expected_reward, abs=1e-5)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_seed_decides_the_noise(task):
+    first, same, other = (
+        course(make_env(task, dynamics_noise=0.1, seed=seed), 5) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_global_generators_are_left_alone():
+    env = make_env("HalfCheetah-v5", dynamics_noise=0.1, seed=0)
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    course(env, 3)
+    assert torch.equal(torch_state, torch.get_rng_state())
+    assert (numpy_state == np.random.get_state()[1]).all()  # noqa: NPY002
 
 
 @pytest.mark.parametrize("strength", [0.02, 0.5])

@@ -88,7 +88,7 @@ def test_stopped_and_continued_equals_uninterrupted(
 @pytest.mark.parametrize(
     "left_out",
     [
-        "environment",
+        "episode",
         "traj_pool",
         "rng",
         "trainer_module.episode_log",
@@ -104,18 +104,13 @@ def test_the_comparison_notices_what_is_left_out(
     def forgetful(folder):
         trainer = make_run(folder, task)
         checkpoint = trainer.checkpoint
-        if left_out in ("environment", "traj_pool"):
-            checkpoint.load(
-                newest, components=set(checkpoint.components) - {"collector"}
-            )
-            state = make_collector_state(newest, trainer)
-            if left_out == "environment":
-                state |= {"environment": None, "reason": "left out"}
-            else:
-                state["traj_pool"]["traj_id"] += 1
-            checkpoint.components["collector"].load_state_dict(state)
-        else:
-            checkpoint.load(newest, components=set(checkpoint.components) - {left_out})
+        collector = checkpoint.components["collector"]
+        collector.fresh_episode = left_out == "episode"
+        checkpoint.load(newest, components=set(checkpoint.components) - {left_out})
+        if left_out == "traj_pool":
+            state = collector.state_dict()
+            state["traj_pool"]["traj_id"] += 1
+            collector.load_state_dict(state)
         keep_final_state(trainer, folder)
         trainer.train()
 
@@ -127,13 +122,6 @@ def test_the_comparison_notices_what_is_left_out(
         or not logged(tmp_path / "log.txt").items()
         <= logged(uninterrupted(task) / "log.txt").items()
     )
-
-
-def make_collector_state(checkpoint, trainer):
-    from alm_torchrl.training.files import read_state
-
-    (directory,) = (checkpoint / "components").glob("*-collector")
-    return read_state(directory / "state.npz")
 
 
 def _killed_and_continued(task, folder, size, delay):
