@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.checkpoint._checkpoint import _decode_state_dict_value as decode_state
-from torchrl.checkpoint._checkpoint import _encode_state_dict_value as encode_state
+from torch import Tensor
+from torchrl.checkpoint._checkpoint import (
+    _decode_state_dict_value,
+    _encode_state_dict_value,
+)
 from torchrl.collectors import Collector
 from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase, GymWrapper, SerialEnv
@@ -30,6 +33,20 @@ __all__ = [
     "set_trajectories",
     "uncount_update",
 ]
+
+
+def encode_state(state: Any, tensors: dict[str, Tensor]) -> Any:  # noqa: ANN401
+    """Nested state as JSON values; its tensors and arrays go to ``tensors``."""
+    return _encode_state_dict_value(state, tensors)
+
+
+def decode_state(
+    schema: Any,  # noqa: ANN401
+    tensors: Mapping[str, Tensor],
+    map_location: object,
+) -> Any:  # noqa: ANN401
+    """Makes again what :func:`encode_state` took apart."""
+    return _decode_state_dict_value(schema, tensors, map_location)
 
 
 def get_carrier(collector: Collector) -> TensorDictBase:

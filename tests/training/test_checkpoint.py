@@ -141,11 +141,16 @@ def test_every_file_is_checked_before_anything_is_loaded(checkpoints, tmp_path):
         half = len(content) // 2
         flipped = bytearray(content)
         flipped[half] ^= 1
-        for damaged in (content[:half], bytes(flipped), None):
+        for damaged, message in (
+            (content[:half], rf"{len(content)} bytes, got {half}"),
+            (bytes(flipped), r"SHA-256 \w{64}.*, got \w{64}"),
+            (None, "cannot be read"),
+        ):
             path.unlink()
             if damaged is not None:
                 path.write_bytes(damaged)
-            with pytest.raises(CheckpointError, match=newest.name):
+            expected = newest.name if path.suffix == ".json" else message
+            with pytest.raises(CheckpointError, match=expected):
                 trainer.checkpoint.load(newest)
             with pytest.warns(UserWarning, match=newest.name):
                 found = next(usable_checkpoints(tmp_path / "checkpoints"))
@@ -158,22 +163,14 @@ def test_every_file_is_checked_before_anything_is_loaded(checkpoints, tmp_path):
     assert differing(_state(trainer), before) != []
 
 
-def test_the_message_says_what_was_expected_and_got(checkpoints, tmp_path):
+def test_damage_elsewhere_does_not_matter(checkpoints, tmp_path):
     path = tmp_path / "copy"
-    shutil.copytree(sorted(checkpoints.iterdir())[0], path)
+    shutil.copytree(min(checkpoints.iterdir()), path)
     (file,) = path.glob("components/*-loss_module/state.npz")
-    size = file.stat().st_size
-    content = file.read_bytes()
-    file.write_bytes(content[:-7])
-    with pytest.raises(
-        CheckpointError, match=rf"expected {size} bytes, got {size - 7}"
-    ):
-        VerifiedCheckpoint().verify(path)
-    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(CheckpointError, match=r"expected SHA-256 \w{64}, got \w{64}"):
-        VerifiedCheckpoint().verify(path)
-    # Damage elsewhere does not matter to who loads only something else.
+    file.unlink()
     VerifiedCheckpoint().verify(path, components=["collector"])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        VerifiedCheckpoint().verify(path)
 
 
 def _edit_manifest(path, edit):
@@ -450,7 +447,7 @@ def test_leftovers_of_killed_saves_are_cleared(tmp_path):
     clear_leftovers(tmp_path / "nowhere")
 
 
-# -- best, and acting ------------------------------------------------------------------
+# -- best ------------------------------------------------------------------------------
 
 
 def test_the_best_networks_are_kept_without_the_replay(tmp_path):
@@ -483,12 +480,8 @@ def test_the_best_networks_are_kept_without_the_replay(tmp_path):
 
 
 def test_a_policy_cannot_be_loaded_without_knowing_how_it_was_built(checkpoints):
-    newest = max(checkpoints.iterdir())
-    with pytest.raises(
-        CheckpointError, match="does not say how its networks are built"
-    ):
-        load_policy(newest)
-    with pytest.raises(FileNotFoundError, match="neither a checkpoint nor a run"):
-        load_policy(checkpoints)
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        load_policy(checkpoints / "nowhere")
+    with pytest.raises(CheckpointError, match="does not say how its networks are"):
+        load_policy(max(checkpoints.iterdir()))
+    for path, message in ((checkpoints, "neither a checkpoint"), ("nowhere", "exist")):
+        with pytest.raises(FileNotFoundError, match=message):
+            load_policy(path)

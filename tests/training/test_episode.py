@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -347,27 +344,3 @@ def test_another_number_of_environments_is_refused():
     other = CollectorState(collector_of(EpisodeEnv(make("Hopper-v5"))))
     with pytest.raises(CheckpointError, match="expected 2 that repeat episodes, got 1"):
         other.load_state_dict(state)
-
-
-# -- another process -------------------------------------------------------------------
-
-
-def replay_elsewhere(folder):
-    env = EpisodeEnv(make("Humanoid-v5"))
-    env.replay(read_state(folder / "episode.npz"))
-    write_state(folder / "there.npz", env.step(env.full_action_spec.zero()).to_dict())
-
-
-@pytest.mark.slow
-def test_another_process_goes_on_bit_for_bit(tmp_path):
-    env = EpisodeEnv(make("Humanoid-v5"))
-    middle(env)
-    write_state(tmp_path / "episode.npz", env.episode())
-    root = Path(__file__).parents[2]
-    code = (
-        "import pathlib; from tests.training import test_episode; "
-        f"test_episode.replay_elsewhere(pathlib.Path({str(tmp_path)!r}))"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
-    here = env.step(env.full_action_spec.zero()).to_dict()
-    assert not differing(tensors(here), tensors(read_state(tmp_path / "there.npz")))
