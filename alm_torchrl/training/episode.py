@@ -79,8 +79,7 @@ class EpisodeEnv(TransformedEnv):
     def __init__(self, env: EnvBase) -> None:
         if env.batch_size:
             raise ValueError(
-                f"env must have no batch dimensions, got batch size "
-                f"{list(env.batch_size)}"
+                f"env must have no batch dimensions, got batch size {env.batch_size}"
             )
         if type(env) is TransformedEnv:
             super().__init__(env.base_env, env.transform.clone())
@@ -112,12 +111,11 @@ class EpisodeEnv(TransformedEnv):
 
     def episode(self) -> dict[str, Any]:
         """The running episode: what :meth:`replay` needs."""
+        actions = zip(*self._actions, strict=True)
         return {
-            **self._before,
+            **copy.deepcopy(self._before),
             "seed": self._seed,
-            "actions": [
-                torch.stack(actions) for actions in zip(*self._actions, strict=True)
-            ],
+            "actions": [torch.stack(values) for values in actions],
             "digests": torch.frombuffer(self._digests[:], dtype=torch.uint8),
         }
 
@@ -142,16 +140,26 @@ class EpisodeEnv(TransformedEnv):
                 "load_checkpoint_state"
             ) from error
 
+    def load_lasting_state(self, episode: Mapping[str, Any]) -> None:
+        """Loads what outlives resets, as it was before an episode.
+
+        Args:
+            episode: what :meth:`episode` returned.
+
+        Raises:
+            ValueError: if it is of an environment with other such state.
+        """
+        saved, here = len(episode["layers"]), len(self._layers)
+        if saved != here:
+            raise ValueError(
+                f"expected {saved} layers with state that outlives resets, got {here}"
+            )
+        for layer, state in zip(self._layers, episode["layers"], strict=True):
+            _load_lasting(layer, state)
+
     @torch.no_grad()
     def _repeat(self, episode: Mapping[str, Any]) -> None:
-        before, here = episode["layers"], self._layers
-        if len(before) != len(here):
-            raise ValueError(
-                f"expected {len(before)} layers with state that outlives resets, got "
-                f"{len(here)}"
-            )
-        for layer, state in zip(here, before, strict=True):
-            _load_lasting(layer, state)
+        self.load_lasting_state(episode)
         self.transform.load_state_dict(episode["transforms"])
         self._next_seed = episode["seed"]
         tensordict = self.reset()
@@ -207,9 +215,9 @@ class EpisodeEnv(TransformedEnv):
         for key in self._recorded_keys:
             value = tensordict.get(key, None)
             if isinstance(value, torch.Tensor):
-                digest.update(
-                    value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
-                )
+                if value.dtype == torch.bfloat16:  # NumPy has no such type.
+                    value = value.float()
+                digest.update(value.cpu().numpy().tobytes())
         return digest.digest()
 
 
@@ -279,34 +287,35 @@ class CollectorState:
                 f"{len(envs)}"
             )
         fresh = self.fresh_episode or not envs
-        if not fresh:
-            for env, episode in zip(envs, episodes, strict=True):
+        for env, episode in zip(envs, episodes, strict=True):
+            if fresh:
+                env.load_lasting_state(episode)
+            else:
                 env.replay(episode)
         # Gives the collector new numbers of trajectories, which fresh episodes need.
         collector.load_state_dict(saved, strict=False)
         carrier = get_carrier(collector)
-        if not fresh:
+        if fresh:
+            self._start_episode(saved["frames"])
+        else:
             set_trajectories(collector, saved["traj_pool"])
-            set_carrier(
-                collector, TensorDict(carried, carrier.batch_size, carrier.device)
-            )
-            return
-        steps = saved["frames"]
-        collector.env.set_seed(
-            (torch.initial_seed() + 1_000_003 * (steps + 1)) % _MAX_SEED
-        )
-        first = collector.env.reset()
+            carrier = TensorDict(carried, carrier.batch_size, carrier.device)
+            set_carrier(collector, carrier)
+
+    def _start_episode(self, steps: int) -> None:
+        env, carrier = self.collector.env, get_carrier(self.collector)
+        seed = torch.initial_seed() + 1_000_003 * (steps + 1)
+        env.set_seed(seed % _MAX_SEED)
+        first = env.reset()
         first.set("collector", carrier.get("collector"))
-        set_carrier(collector, first if carrier.device else first.clear_device_())
+        set_carrier(self.collector, first if carrier.device else first.clear_device_())
+        reason = "as asked for"
+        if not self.fresh_episode:
+            reason = f"since a {type(env).__name__} cannot repeat the last one"
         warnings.warn(
-            "the run continues with a fresh episode, "
-            + (
-                "as asked for"
-                if self.fresh_episode
-                else f"since a {type(collector.env).__name__} cannot repeat the last"
-            ),
+            f"the run continues with a fresh episode, {reason}",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
 

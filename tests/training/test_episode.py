@@ -269,7 +269,7 @@ def test_each_reset_has_a_seed_of_its_own():
 
 
 def test_environments_that_cannot_be_recorded_are_refused():
-    with pytest.raises(ValueError, match=r"batch dimensions, got batch size \[2\]"):
+    with pytest.raises(ValueError, match=r"no batch dimensions, got .*\[2\]"):
         EpisodeEnv(SerialEnv(2, lambda: wrap(Walk())))
     with pytest.raises(TypeError, match="Half: expected both of checkpoint_state"):
         EpisodeEnv(wrap(Half()))
@@ -337,6 +337,19 @@ def test_a_fresh_episode_starts_where_it_has_to(make_one, options, reason):
     assert not torch.equal(first, collector_of(make_one()).next()["observation"])
     ids = [batch["collector", "traj_ids"] for batch in (before, after)]
     assert ids[1].min() > ids[0].max()
+
+
+def test_a_fresh_episode_keeps_what_outlives_resets():
+    one, other = (collector_of(EpisodeEnv(normalized())) for _ in "ab")
+    for _ in range(LIMIT + 7):
+        one.next()
+    state = CollectorState(one).state_dict()
+    with pytest.warns(UserWarning, match="fresh episode"):
+        CollectorState(other, fresh_episode=True).load_state_dict(state)
+    expected = state["episodes"][0]["layers"]
+    kept = CollectorState(other).state_dict()["episodes"][0]["layers"]
+    assert differing(tensors(kept), tensors(expected)) == []
+    assert expected[1]["count"] > LIMIT
 
 
 def test_another_number_of_environments_is_refused():
