@@ -2,11 +2,6 @@
 
 from alm_torchrl.baselines.builders import make_redq_loss, make_sac_loss, make_td3_loss
 from alm_torchrl.distributions import ClampedNormal
-from alm_torchrl.env_state import (
-    EnvironmentStateError,
-    environment_state,
-    load_environment_state,
-)
 from alm_torchrl.envs import make_env
 from alm_torchrl.envs.dynamics_noise import DynamicsNoise
 from alm_torchrl.evaluation import evaluate_policy, random_policy, zero_policy
@@ -27,7 +22,7 @@ from alm_torchrl.replay import UniformWindowSampler, make_replay_buffer
 from alm_torchrl.runs.loading import ActingPolicy, load_policy
 from alm_torchrl.training.baseline_stepper import BaselineOptimizationStepper
 from alm_torchrl.training.checkpoint import VerifiedCheckpoint
-from alm_torchrl.training.episode import CollectorState
+from alm_torchrl.training.episode import CollectorState, EpisodeEnv
 from alm_torchrl.training.stepper import (
     ALMOptimizationStepper,
     NonFiniteError,
@@ -46,15 +41,13 @@ __all__ = [
     "ClampedNormal",
     "CollectorState",
     "DynamicsNoise",
-    "EnvironmentStateError",
+    "EpisodeEnv",
     "NoiseSchedule",
     "NonFiniteError",
     "OrthogonalLinear",
     "UniformWindowSampler",
     "VerifiedCheckpoint",
-    "environment_state",
     "evaluate_policy",
-    "load_environment_state",
     "load_policy",
     "make_actor",
     "make_alm_loss",

@@ -49,6 +49,8 @@ class Train(TrainConfig):
     """Run folder or checkpoint to continue; its settings are the defaults then."""
     fresh: bool = False
     """Start anew; a run that is in the folder is moved aside, not deleted."""
+    fresh_episode: bool = False
+    """Continue with a fresh episode, not the one that was running."""
 
     def run(self) -> int:
         """Train."""
@@ -65,7 +67,12 @@ class Train(TrainConfig):
         )
         from alm_torchrl.runs import commands
 
-        return commands.train(config, resume=self.resume, fresh=self.fresh)
+        return commands.train(
+            config,
+            resume=self.resume,
+            fresh=self.fresh,
+            fresh_episode=self.fresh_episode,
+        )
 
 
 CheckpointArgument = Annotated[

@@ -8,31 +8,22 @@ from gymnasium import spaces
 from torchrl.envs import GymWrapper, TransformedEnv
 
 
-def wrap(env, seed=None):
-    env = TransformedEnv(GymWrapper(env))
-    if seed is not None:
-        env.set_seed(seed)
-    return env
+def wrap(env):
+    return TransformedEnv(GymWrapper(env))
 
 
 class Walk(gymnasium.Env):
-    """A random walk in one dimension, which keeps whatever it is given, too."""
+    """A random walk in one dimension."""
 
-    def __init__(self, **kept):
+    def __init__(self):
         self.observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float64)
         self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
-        vars(self).update(kept)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.position = np.zeros(1)
+        self.position = self.np_random.normal(size=1)
         return self.position.copy(), {}
 
     def step(self, action):
         self.position += action + self.np_random.normal(size=1)
-        self.last_action = action
         return self.position.copy(), float(action[0]), False, False, {}
-
-
-class Odd:
-    """A type that nothing is known about."""

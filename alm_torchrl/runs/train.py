@@ -24,7 +24,6 @@ from torchrl.envs import TransformedEnv
 from torchrl.record.loggers import Logger
 from torchrl.trainers import Trainer
 
-from alm_torchrl.env_state import EnvironmentStateError
 from alm_torchrl.envs import make_env
 from alm_torchrl.evaluation import Policy, evaluate_policy, random_policy, zero_policy
 from alm_torchrl.runs.curves import plot_runs
@@ -67,7 +66,6 @@ def mistakes() -> Iterator[None]:
         ImportError,
         GymnasiumError,
         CheckpointError,
-        EnvironmentStateError,
     ) as error:
         raise UserError(str(error)) from error
 
@@ -82,7 +80,12 @@ class _Start:
     wall_time: float = 0.0
 
 
-def train(config: TrainConfig, resume: Path | None = None, fresh: bool = False) -> int:
+def train(
+    config: TrainConfig,
+    resume: Path | None = None,
+    fresh: bool = False,
+    fresh_episode: bool = False,
+) -> int:
     """Train an agent in its run folder, from where the run in it was left.
 
     Args:
@@ -91,6 +94,8 @@ def train(config: TrainConfig, resume: Path | None = None, fresh: bool = False) 
             only if it is ``config.run_path``. Default: ``None``, the run in
             ``config.run_path`` if there is one.
         fresh: move such a run aside and start anew. Default: ``False``.
+        fresh_episode: continue with a fresh episode, not the one that was running.
+            Default: ``False``.
 
     Returns:
         int: 0, 130 if it was interrupted with Ctrl-C, or 143 with SIGTERM.
@@ -131,7 +136,9 @@ def train(config: TrainConfig, resume: Path | None = None, fresh: bool = False) 
                 _print_folder(path, eval_env)
                 return 0
             logger = _logger(config, start.step)
-        return _train_in_folder(config, device, start, env, eval_env, logger)
+        return _train_in_folder(
+            config, device, start, env, eval_env, logger, fresh_episode
+        )
 
 
 def _start(config: TrainConfig, resume: Path | None) -> _Start:
@@ -183,6 +190,7 @@ def _train_in_folder(
     env: TransformedEnv,
     eval_env: TransformedEnv,
     logger: Logger | None,
+    fresh_episode: bool,
 ) -> int:
     path = config.run_path
     spaces = describe_spaces(env)
@@ -238,6 +246,8 @@ def _train_in_folder(
         if start.checkpoint is None or start.source is None:
             create_run(config, device)
         else:
+            collector = trainer.checkpoint.components["collector"]
+            collector.fresh_episode = fresh_episode
             trainer.load_from_file(start.checkpoint)
             continue_run(config, device, start.source, start.checkpoint, start.step)
             if start.source.resolve() != path.resolve():

@@ -6,15 +6,18 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import torch
 from torchrl.checkpoint import (
     Checkpoint,
     CheckpointAdapter,
     CheckpointError,
     CheckpointLoadResult,
+    GlobalRNGState,
 )
 from torchrl.data import ReplayBuffer
 
@@ -26,59 +29,78 @@ from alm_torchrl.training.files import (
 )
 from alm_torchrl.training.replay_segments import ReplayAdapter
 
-__all__ = ["StateAdapter", "VerifiedCheckpoint", "clear_leftovers"]
+__all__ = ["RandomState", "VerifiedCheckpoint", "clear_leftovers"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _SECTION = "alm_torchrl"
 _MANIFEST = "manifest.json"
-
-
-class _HasState(Protocol):
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> object: ...
+_STATE = "state.npz"
 
 
 class StateAdapter(CheckpointAdapter):
-    """Keeps what has ``state_dict`` and ``load_state_dict`` in JSON and arrays.
+    """Keeps what has ``state_dict`` and ``load_state_dict`` in a file of arrays.
 
-    Unlike TorchRL's own adapter it writes no memory-mapped files, so that a full disk
-    is an error and not the end of the process.
-
-    Examples:
-        >>> import torch
-        >>> from torchrl.checkpoint import Checkpoint
-        >>> net = torch.nn.Linear(2, 1)
-        >>> _ = Checkpoint().register("net", net, adapter=StateAdapter())
+    TorchRL's own adapter writes memory-mapped files, where a full disk ends the
+    process; here it is an error.
     """
 
     adapter_id = "alm_torchrl.state"
 
-    def save(
-        self,
-        component: _HasState,
-        path: Path,
-        *,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> dict[str, Any]:
+    def save(self, component: Any, path: Path, **_: Any) -> None:  # noqa: ANN401
         """Writes ``component.state_dict()`` into the directory ``path``."""
-        state: dict[str, Any] = component.state_dict(*args, **kwargs)
-        write_state(path, state)
-        return state
+        path.mkdir(parents=True)
+        write_state(path / _STATE, component.state_dict())
 
     def load(
         self,
-        component: _HasState,
+        component: Any,  # noqa: ANN401
         path: Path,
         *,
         map_location: object,
-        tensor_load_kwargs: Mapping[str, Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        **_: Any,
     ) -> None:
         """Gives what lies in ``path`` to ``component.load_state_dict``."""
-        component.load_state_dict(read_state(path, map_location), *args, **kwargs)
+        component.load_state_dict(read_state(path / _STATE, map_location))
+
+
+class RandomState(GlobalRNGState):
+    """The generators of Python, NumPy and PyTorch as a checkpoint component.
+
+    :class:`torchrl.checkpoint.GlobalRNGState` refuses the states of CUDA generators
+    on a machine with fewer devices. This one leaves those out, and warns.
+
+    Warns:
+        UserWarning: by ``load_state_dict``, if states of CUDA generators are left out.
+
+    Examples:
+        >>> import torch
+        >>> state = RandomState().state_dict()
+        >>> number = torch.rand(())
+        >>> RandomState().load_state_dict(state)
+        >>> bool(torch.rand(()) == number)
+        True
+    """
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Puts the generators back where :meth:`state_dict` was taken.
+
+        Args:
+            state_dict: the saved state.
+        """
+        state = dict(state_dict)
+        saved = state.pop("torch_cuda", [])
+        here = torch.cuda.device_count()
+        if len(saved) > here:
+            warnings.warn(
+                f"the checkpoint has the generators of {len(saved)} CUDA devices, and "
+                f"there are {here} here: what is drawn on a GPU goes on with other "
+                "random numbers.",
+                UserWarning,
+                stacklevel=2,
+            )
+        if saved[:here]:
+            state["torch_cuda"] = saved[:here]
+        super().load_state_dict(state)
 
 
 class VerifiedCheckpoint(Checkpoint):
@@ -86,18 +108,16 @@ class VerifiedCheckpoint(Checkpoint):
 
     The manifest records size and SHA-256 of each file, and of itself; ``load`` checks
     those of the requested components before the first of them is touched. Nothing is
-    pickled. Components with ``state_dict`` are kept by :class:`StateAdapter`, replay
-    buffers by :class:`ReplayAdapter`, whose unchanged files are shared with the
-    checkpoint before, by hard link. A save is on disk when it returns, under its
-    final name, or leaves nothing.
+    pickled. The rows of replay buffers are shared between checkpoints by hard link.
+    A save is on disk under its final name when it returns, or leaves nothing.
 
     Keyword Args:
-        **components: objects to save and restore, as in TorchRL.
+        **components: objects with ``state_dict`` and ``load_state_dict``, and replay
+            buffers, to save and restore.
 
     Raises:
-        CheckpointError: by ``load``, if a file is missing, damaged or foreign, naming
-            the file, what was expected and what was got; by ``save`` and ``load``,
-            as TorchRL's.
+        CheckpointError: by ``load``, if a file is missing, damaged or foreign, or a
+            component does not take its state.
         OSError: by ``save``, if the disk is full or the folder cannot be written.
 
     Examples:
@@ -112,11 +132,11 @@ class VerifiedCheckpoint(Checkpoint):
 
     def __init__(self, **components: Any) -> None:
         super().__init__(**components)
-        self.newest: Path | None = None
-        # Digests of files that do not change any more.
-        self._digests: dict[tuple[int, ...], str] = {}
+        # The checkpoint saved or loaded last, and size and digest of its files.
+        self._newest: Path | None = None
+        self._files: dict[str, list[Any]] = {}
         self.register_adapter(object, StateAdapter())
-        self.register_adapter(ReplayBuffer, ReplayAdapter(lambda: self.newest))
+        self.register_adapter(ReplayBuffer, ReplayAdapter(lambda: self._newest))
 
     def load(
         self,
@@ -135,15 +155,12 @@ class VerifiedCheckpoint(Checkpoint):
             **kwargs: as in :meth:`torchrl.checkpoint.Checkpoint.load`.
 
         Returns:
-            CheckpointLoadResult: what was loaded.
-
-        Raises:
-            CheckpointError: if the checkpoint is damaged, foreign or incomplete.
+            What was loaded.
         """
-        source = self._local_path(path)
-        self.verify(source, components=components or self.components)
+        source = Path(path).expanduser().absolute()
+        manifest = self.verify(source, components=components or self.components)
         result = super().load(source, components=components, **kwargs)
-        self.newest = source
+        self._newest, self._files = source, manifest[_SECTION]["files"]
         return result
 
     def verify(
@@ -156,78 +173,61 @@ class VerifiedCheckpoint(Checkpoint):
 
         Keyword Args:
             components: whose files to check; names that the checkpoint lacks are
-                passed over. Default: ``None``, all.
+                ignored. Default: ``None``, all.
 
         Returns:
-            dict: the manifest.
+            The manifest.
 
         Raises:
-            CheckpointError: if a file is missing or damaged, or the checkpoint was
-                not written by this class or by a newer version of it.
+            CheckpointError: if the checkpoint is damaged, foreign or of another format.
         """
-        source = self._local_path(path)
+        source = Path(path).expanduser().absolute()
         manifest = read_manifest(source)
-        recorded = manifest[_SECTION]["files"]
         for name, record in manifest["components"].items():
-            if components is not None and name not in components:
-                continue
-            for file in record["files"]:
-                relative = f"{record['path']}/{file}"
-                if relative not in recorded:
-                    raise CheckpointError(f"{source}: {relative} has no checksum")
-                self._check(source / relative, *recorded[relative])
+            if components is None or name in components:
+                for file in record["files"]:
+                    relative = f"{record['path']}/{file}"
+                    recorded = manifest[_SECTION]["files"].get(relative)
+                    _check(source / relative, recorded)
         return manifest
-
-    def _check(self, path: Path, size: int, digest: str) -> None:
-        try:
-            found = path.stat().st_size
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        if found != size:
-            raise CheckpointError(
-                f"{path} is damaged: expected {size} bytes, got {found}"
-            )
-        actual = file_digest(path)
-        if actual != digest:
-            raise CheckpointError(
-                f"{path} is damaged: expected SHA-256 {digest}, got {actual}"
-            )
-        self._digests[_identity(path)] = digest
 
     def _publish_path(self, source: Path, destination: Path) -> None:
         """Completes the manifest, waits for the disk, and gives the final name."""
-        files, digests = {}, {}
+        files: dict[str, list[Any]] = {}
         for path in sorted(source.rglob("*")):
             relative = path.relative_to(source).as_posix()
             if path.is_dir():
                 flush_to_disk(path)
             elif relative != _MANIFEST:
-                identity = _identity(path)
-                digest = self._digests.get(identity)
-                if digest is None:
+                shared = self._shared(path, relative)
+                if shared is None:
                     flush_to_disk(path)
-                    digest = file_digest(path)
-                digests[identity] = digest
-                files[relative] = [path.stat().st_size, digest]
+                files[relative] = shared or [path.stat().st_size, file_digest(path)]
         manifest = json.loads((source / _MANIFEST).read_text(encoding="utf-8"))
         manifest[_SECTION] = {"format_version": FORMAT_VERSION, "files": files}
         manifest[_SECTION]["manifest_sha256"] = _manifest_digest(manifest)
         with (source / _MANIFEST).open("w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=1, sort_keys=True)
-            file.write("\n")
         flush_to_disk(source / _MANIFEST)
         flush_to_disk(source)
         super()._publish_path(source, destination)
         flush_to_disk(destination.parent)
-        self._digests = digests
-        self.newest = destination
+        self._newest, self._files = destination, files
+
+    def _shared(self, path: Path, relative: str) -> list[Any] | None:
+        """Size and digest of a file that is also in the checkpoint before."""
+        if self._newest is None or path.stat().st_nlink == 1:
+            return None
+        before = self._newest / relative
+        same = before.exists() and before.samefile(path)
+        return self._files.get(relative) if same else None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint that :class:`VerifiedCheckpoint` wrote.
 
     Raises:
-        CheckpointError: if it is damaged, foreign, or of a newer version.
+        CheckpointError: if it is damaged, foreign, or of another version.
     """
     try:
         manifest: dict[str, Any] = Checkpoint.manifest(path)
@@ -244,8 +244,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{path} has format version {version!r}; this version of alm_torchrl "
             f"reads version {FORMAT_VERSION}"
         )
-    expected = section["manifest_sha256"]
-    actual = _manifest_digest(manifest)
+    expected, actual = section["manifest_sha256"], _manifest_digest(manifest)
     if actual != expected:
         raise CheckpointError(
             f"{path / _MANIFEST} is damaged: expected SHA-256 {expected} of its "
@@ -272,23 +271,31 @@ def clear_leftovers(directory: Path) -> None:
         ...     list(directory.iterdir())
         []
     """
-    if not directory.is_dir():
-        return
-    for path in sorted(directory.iterdir()):
-        name, _, rest = path.name.removeprefix(".").rpartition(".")
+    for path in sorted(directory.glob(".?*.*-*")):
+        name, _, rest = path.name[1:].rpartition(".")
         kind = rest.partition("-")[0]
-        if not (path.name.startswith(".") and name):
-            continue
         if kind == "backup" and not (directory / name).exists():
             os.replace(path, directory / name)
         elif kind in ("stage", "backup", "delete"):
             shutil.rmtree(path)
 
 
-def _identity(path: Path) -> tuple[int, ...]:
-    """Tells a file that has not been changed since from any other."""
-    stat = path.stat()
-    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+def _check(path: Path, recorded: list[Any] | None) -> None:
+    """Compares a file with the size and digest that the manifest has for it."""
+    if recorded is None:
+        raise CheckpointError(f"{path} has no checksum in the manifest")
+    size, digest = recorded
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if found != size:
+        raise CheckpointError(f"{path} is damaged: expected {size} bytes, got {found}")
+    actual = file_digest(path)
+    if actual != digest:
+        raise CheckpointError(
+            f"{path} is damaged: expected SHA-256 {digest}, got {actual}"
+        )
 
 
 def _manifest_digest(manifest: Mapping[str, Any]) -> str:

@@ -1,69 +1,275 @@
-"""The complete state of a collector, its environment in mid-episode included."""
+"""Exact resume in mid-episode, by replaying the episode from its own seed.
+
+A checkpoint keeps the seed of the running episode and the actions since; loading
+resets the environment with that seed and repeats the actions. Each observation, reward
+and done flag must then be the recorded one, bit by bit.
+
+State that outlives resets has to be put back before the reset. The running moments of
+Gymnasium's ``NormalizeObservation`` and ``NormalizeReward`` are, and those of TorchRL's
+transforms. Any other environment with such state, a ``gymnasium.Env``, a wrapper or an
+``EnvBase``, offers two methods:
+
+``checkpoint_state() -> dict[str, Any]``
+    What a reset with a seed does not restore: numbers, strings, ``None``, NumPy arrays,
+    torch tensors, and lists, tuples and dictionaries of such. Called before each reset,
+    the first one included.
+``load_checkpoint_state(state: dict[str, Any]) -> None``
+    Takes what the other method returned.
+"""
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import gymnasium
 import torch
+from gymnasium.wrappers import NormalizeObservation, NormalizeReward
 from tensordict import TensorDict, TensorDictBase
+from torchrl.checkpoint import CheckpointError
 from torchrl.collectors import Collector
+from torchrl.envs import EnvBase, GymWrapper, SerialEnv, TransformedEnv
 
-from alm_torchrl.env_state import (
-    EnvironmentStateError,
-    environment_state,
-    load_environment_state,
+from alm_torchrl.compat import (
+    get_carrier,
+    gymnasium_env,
+    serial_workers,
+    set_carrier,
+    set_trajectories,
 )
+from alm_torchrl.evaluation import isolated_rng
 
-__all__ = ["CollectorState"]
+__all__ = ["CollectorState", "EpisodeEnv"]
+
+_DIGEST_BYTES = 8
+_MAX_SEED = 2**31
+
+
+class EpisodeEnv(TransformedEnv):
+    """An environment that can repeat its running episode.
+
+    Each reset gets a seed of its own, drawn from PyTorch's global generator. Seed and
+    actions of the running episode are recorded, and a digest of all that it returned.
+
+    Args:
+        env (EnvBase): the environment, without batch dimensions; transformed or not.
+            It is stepped, but its transforms are cloned, as TorchRL does.
+
+    Raises:
+        ValueError: if ``env`` has batch dimensions.
+        TypeError: if it has only one of the methods for state that outlives resets.
+
+    Examples:
+        >>> from alm_torchrl import make_env
+        >>> one, other = (
+        ...     EpisodeEnv(make_env("Pendulum-v1", action_bounds="rescale"))
+        ...     for _ in range(2)
+        ... )
+        >>> steps = one.rollout(5)
+        >>> other.replay(one.episode())
+        >>> action = one.rand_action()
+        >>> ends = [env.step(action.clone())["next"] for env in (one, other)]
+        >>> bool((ends[0] == ends[1]).all())
+        True
+    """
+
+    def __init__(self, env: EnvBase) -> None:
+        if env.batch_size:
+            raise ValueError(
+                f"env must have no batch dimensions, got batch size {env.batch_size}"
+            )
+        if type(env) is TransformedEnv:
+            super().__init__(env.base_env, env.transform.clone())
+        else:
+            super().__init__(env)
+        self._layers = list(_layers(self.base_env))
+        self._recorded_keys = [
+            *self.full_observation_spec.keys(True, True),
+            *self.reward_keys,
+            *self.done_keys,
+        ]
+        self._next_seed: int | None = None
+        self._seed = -1
+        self._before: dict[str, Any] = {}
+        self._actions: list[list[torch.Tensor]] = []
+        self._digests = bytearray()
+
+    def set_seed(
+        self, seed: int | None = None, static_seed: bool = False
+    ) -> int | None:
+        """Sets the seed of the next reset.
+
+        Args:
+            seed: the seed. Default: ``None``, one from PyTorch's global generator.
+            static_seed: return the same seed. Default: ``False``, the next one.
+        """
+        self._next_seed = seed
+        return EnvBase.set_seed(self, seed, static_seed)
+
+    def episode(self) -> dict[str, Any]:
+        """The running episode: what :meth:`replay` needs."""
+        actions = zip(*self._actions, strict=True)
+        return {
+            **copy.deepcopy(self._before),
+            "seed": self._seed,
+            "actions": [torch.stack(values) for values in actions],
+            "digests": torch.frombuffer(self._digests[:], dtype=torch.uint8),
+        }
+
+    def replay(self, episode: Mapping[str, Any]) -> None:
+        """Repeats an episode, and compares all that the environment returns.
+
+        Args:
+            episode: what :meth:`episode` returned, of an environment that was made in
+                the same way.
+
+        Raises:
+            CheckpointError: if anything differs; the environment is then somewhere in
+                the episode.
+        """
+        try:
+            self._repeat(episode)
+        except Exception as error:
+            raise CheckpointError(
+                f"the environment does not repeat its episode: {error}. Continue with "
+                "a fresh episode (--fresh-episode, or CollectorState.fresh_episode), "
+                "or give the environment the methods checkpoint_state and "
+                "load_checkpoint_state"
+            ) from error
+
+    def load_lasting_state(self, episode: Mapping[str, Any]) -> None:
+        """Loads what outlives resets, as it was before an episode.
+
+        Args:
+            episode: what :meth:`episode` returned.
+
+        Raises:
+            ValueError: if it is of an environment with other such state.
+        """
+        saved, here = len(episode["layers"]), len(self._layers)
+        if saved != here:
+            raise ValueError(
+                f"expected {saved} layers with state that outlives resets, got {here}"
+            )
+        for layer, state in zip(self._layers, episode["layers"], strict=True):
+            _load_lasting(layer, state)
+
+    @torch.no_grad()
+    def _repeat(self, episode: Mapping[str, Any]) -> None:
+        self.load_lasting_state(episode)
+        self.transform.load_state_dict(episode["transforms"])
+        self._next_seed = episode["seed"]
+        tensordict = self.reset()
+        digests = bytes(episode["digests"].tolist())
+        self._compare(digests)
+        for actions in zip(*episode["actions"], strict=True):
+            for key, action in zip(self.action_keys, actions, strict=True):
+                tensordict.set(key, action.to(self.device))
+            tensordict = self.step(tensordict)
+            tensordict = tensordict.exclude("next").update(tensordict["next"])
+            self._compare(digests)
+
+    def _compare(self, digests: bytes) -> None:
+        length = len(self._digests)
+        last = slice(length - _DIGEST_BYTES, length)
+        if self._digests[last] != digests[last]:
+            steps, total = (n // _DIGEST_BYTES - 1 for n in (length, len(digests)))
+            raise ValueError(
+                f"what it returned after {steps} of {total} steps differs from the "
+                "record"
+            )
+
+    def _reset(
+        self, tensordict: TensorDictBase | None = None, **kwargs: Any
+    ) -> TensorDictBase:
+        self._before = {
+            "layers": [copy.deepcopy(_lasting(layer)) for layer in self._layers],
+            "transforms": copy.deepcopy(self.transform.state_dict()),
+        }
+        if self._next_seed is None:
+            self._seed = int(torch.randint(_MAX_SEED, ()))
+        else:
+            self._seed, self._next_seed = self._next_seed, None
+        # An environment may seed, or draw from, the global generators.
+        with isolated_rng(seed=self._seed):
+            if isinstance(self.base_env, GymWrapper):
+                kwargs["seed"] = self._seed
+            else:
+                self.base_env.set_seed(self._seed)
+            first = super()._reset(tensordict, **kwargs)
+        self._actions, self._digests = [], bytearray(self._digest(first))
+        return first
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        # Copied: the environment may write into its action.
+        self._actions.append([tensordict.get(key).clone() for key in self.action_keys])
+        following = super()._step(tensordict)
+        self._digests += self._digest(following)
+        return following
+
+    def _digest(self, tensordict: TensorDictBase) -> bytes:
+        digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+        for key in self._recorded_keys:
+            value = tensordict.get(key, None)
+            if isinstance(value, torch.Tensor):
+                if value.dtype == torch.bfloat16:  # NumPy has no such type.
+                    value = value.float()
+                digest.update(value.cpu().numpy().tobytes())
+        return digest.digest()
 
 
 class CollectorState:
     """A collector as a checkpoint component from which it continues exactly.
 
     TorchRL's own state of a collector leaves out where the environment is, so that a
-    resumed run starts a fresh episode. This one adds the simulator's state, what the
-    collector carries from one step to the next, and the numbers of the trajectories;
-    the policy is left to the loss module that it belongs to.
+    resumed run starts a fresh episode. This one adds the running episode, what the
+    collector carries from one step to the next, and the numbers of the trajectories.
+    The policy is left to the loss module that it belongs to.
 
-    An environment that cannot give its state (:func:`~alm_torchrl.environment_state`
-    says why) is saved without it: loading starts a fresh episode, with a seed that
-    follows from the steps collected, and warns.
+    The environment is an :class:`EpisodeEnv`, or a ``SerialEnv`` of such. With any
+    other, as parallel and natively batched ones, loading starts fresh episodes.
 
     Args:
-        collector: a :class:`torchrl.collectors.Collector` with one environment.
+        collector: a :class:`torchrl.collectors.Collector`.
+
+    Keyword Args:
+        fresh_episode: start a fresh episode when loading, with a seed that follows
+            from the steps collected. Default: ``False``, continue the saved one.
+
+    Raises:
+        CheckpointError: by ``load_state_dict``, if the environment does not repeat
+            its episode.
 
     Warns:
-        UserWarning: by ``load_state_dict``, if the environment's state is not in it.
+        UserWarning: by ``load_state_dict``, if a fresh episode starts.
 
     Examples:
         >>> from torchrl.collectors import Collector
         >>> from alm_torchrl import make_env, random_policy
-        >>> def collector(seed):
-        ...     env = make_env("Pendulum-v1", action_bounds="rescale", seed=seed)
+        >>> def collector():
+        ...     env = EpisodeEnv(make_env("Pendulum-v1", action_bounds="rescale"))
         ...     return Collector(env, random_policy(env), frames_per_batch=3,
         ...                      auto_register_policy_transforms=False)
-        >>> one, other = collector(0), collector(1)
+        >>> one, other = collector(), collector()
         >>> _ = one.next()
         >>> CollectorState(other).load_state_dict(CollectorState(one).state_dict())
         >>> [int(c.next()["collector", "traj_ids"][0]) for c in (one, other)]
         [0, 0]
     """
 
-    def __init__(self, collector: Collector) -> None:
+    def __init__(self, collector: Collector, *, fresh_episode: bool = False) -> None:
         self.collector = collector
+        self.fresh_episode = fresh_episode
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the collector, its transforms and, if possible, the environment."""
+        """State of the collector, its transforms and the running episodes."""
         state = dict(self.collector.state_dict())
         state.pop("policy_state_dict", None)
-        state["carrier"] = _leaves(self.collector._carrier)
-        try:
-            state["environment"] = environment_state(self.collector.env)
-        except EnvironmentStateError as error:
-            state["environment"] = None
-            state["reason"] = str(error)
+        state["carrier"] = get_carrier(self.collector).clone().to_dict()
+        state["episodes"] = [env.episode() for env in _episode_envs(self.collector.env)]
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -71,49 +277,105 @@ class CollectorState:
 
         Args:
             state_dict: the saved state.
-
-        Raises:
-            EnvironmentStateError: if it belongs to another environment.
         """
-        collector = self.collector
-        # Gives the collector a trajectory number of its own, which a fresh episode
-        # needs and a continued one does not.
-        collector.load_state_dict(
-            {key: state_dict[key] for key in _OWN_KEYS if key in state_dict},
-            strict=False,
-        )
-        if state_dict["environment"] is None:
-            fresh = collector._carrier.get("collector").clone()
-            steps = state_dict["frames"]
-            seed = (torch.initial_seed() + 1_000_003 * (steps + 1)) % 2**31
-            collector.env.set_seed(seed)
-            collector._carrier = collector.env.reset()
-            if collector._carrier_has_no_device:
-                collector._carrier.clear_device_()
-            collector._carrier.set("collector", fresh)
-            warnings.warn(
-                "the run continues with a fresh episode, since its environment could "
-                f"not be saved: {state_dict['reason']}",
-                UserWarning,
-                stacklevel=2,
+        collector, saved = self.collector, dict(state_dict)
+        episodes, carried = saved.pop("episodes"), saved.pop("carrier")
+        envs = _episode_envs(collector.env)
+        if len(envs) != len(episodes):
+            raise CheckpointError(
+                f"the environment: expected {len(episodes)} that repeat episodes, got "
+                f"{len(envs)}"
             )
-            return
-        load_environment_state(collector.env, state_dict["environment"])
-        collector._traj_pool.load_state_dict(state_dict["traj_pool"])
-        carrier = collector._carrier
-        saved = TensorDict({}, batch_size=carrier.batch_size)
-        for key, value in state_dict["carrier"]:
-            saved.set(tuple(key), value)
-        device = carrier.device
-        collector._carrier = saved if device is None else saved.to(device)
+        fresh = self.fresh_episode or not envs
+        for env, episode in zip(envs, episodes, strict=True):
+            if fresh:
+                env.load_lasting_state(episode)
+            else:
+                env.replay(episode)
+        # Gives the collector new numbers of trajectories, which fresh episodes need.
+        collector.load_state_dict(saved, strict=False)
+        carrier = get_carrier(collector)
+        if fresh:
+            self._start_episode(saved["frames"])
+        else:
+            set_trajectories(collector, saved["traj_pool"])
+            carrier = TensorDict(carried, carrier.batch_size, carrier.device)
+            set_carrier(collector, carrier)
+
+    def _start_episode(self, steps: int) -> None:
+        env, carrier = self.collector.env, get_carrier(self.collector)
+        seed = torch.initial_seed() + 1_000_003 * (steps + 1)
+        env.set_seed(seed % _MAX_SEED)
+        first = env.reset()
+        first.set("collector", carrier.get("collector"))
+        set_carrier(self.collector, first if carrier.device else first.clear_device_())
+        reason = "as asked for"
+        if not self.fresh_episode:
+            reason = f"since a {type(env).__name__} cannot repeat the last one"
+        warnings.warn(
+            f"the run continues with a fresh episode, {reason}",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
-# What the collector's own load_state_dict reads.
-_OWN_KEYS = ("env_state_dict", "frames", "iter", "traj_pool", "policy_version")
+def _episode_envs(env: EnvBase) -> list[EpisodeEnv]:
+    """The environments that repeat their episodes, if all under ``env`` do."""
+    while isinstance(env, TransformedEnv) and not isinstance(env, EpisodeEnv):
+        env = env.base_env
+    if isinstance(env, EpisodeEnv):
+        return [env]
+    if isinstance(env, SerialEnv):
+        found = [_episode_envs(worker) for worker in serial_workers(env)]
+        if all(found):
+            return [each for envs in found for each in envs]
+    return []
 
 
-def _leaves(carrier: TensorDictBase) -> list[tuple[tuple[str, ...], torch.Tensor]]:
-    return [
-        ((key,) if isinstance(key, str) else tuple(key), value.clone())
-        for key, value in carrier.items(include_nested=True, leaves_only=True)
-    ]
+def _layers(env: EnvBase) -> Iterator[Any]:
+    """An environment and what it wraps, where state may outlive resets."""
+    layers: list[Any] = [env]
+    if isinstance(env, GymWrapper):
+        layers.append(gymnasium_env(env))
+        while isinstance(layers[-1], gymnasium.Wrapper):
+            layers.append(layers[-1].env)
+    for layer in layers:
+        # On the class: a GymWrapper forwards unknown attributes.
+        offered = [
+            hasattr(type(layer), name)
+            for name in ("checkpoint_state", "load_checkpoint_state")
+        ]
+        if any(offered) and not all(offered):
+            raise TypeError(
+                f"{type(layer).__name__}: expected both of checkpoint_state and "
+                "load_checkpoint_state, got one"
+            )
+        if any(offered) or isinstance(layer, NormalizeObservation | NormalizeReward):
+            yield layer
+
+
+def _lasting(layer: Any) -> dict[str, Any]:  # noqa: ANN401
+    """What of a layer outlives resets."""
+    if isinstance(layer, NormalizeObservation):
+        return vars(layer.obs_rms)
+    if isinstance(layer, NormalizeReward):
+        moments = vars(layer.return_rms)
+        return {**moments, "discounted_reward": layer.discounted_reward}
+    state: dict[str, Any] = layer.checkpoint_state()
+    return state
+
+
+def _load_lasting(layer: Any, state: dict[str, Any]) -> None:  # noqa: ANN401
+    if isinstance(layer, NormalizeObservation):
+        _load_moments(layer.obs_rms, state)
+    elif isinstance(layer, NormalizeReward):
+        _load_moments(layer.return_rms, state)
+        layer.discounted_reward = state["discounted_reward"]
+    else:
+        layer.load_checkpoint_state(state)
+
+
+def _load_moments(moments: Any, state: dict[str, Any]) -> None:  # noqa: ANN401
+    moments.mean, moments.var, moments.count = (
+        state[name] for name in ("mean", "var", "count")
+    )

@@ -1,9 +1,9 @@
-"""Nested state in two files, without pickle: ``state.json`` and ``tensors.npz``.
+"""Nested state in one file without pickle, flushed and hashed.
 
-The JSON file holds the structure and the plain values, as TorchRL's own state-dict
-adapter writes it; the NPZ file, an uncompressed ZIP archive of NumPy arrays, holds the
-tensors. Both are written with ordinary writes, so that a full disk raises ``OSError``
-(a memory-mapped file would end the process), and read without unpickling anything.
+A state file is an uncompressed NPZ archive: the tensors as NumPy arrays, and the
+structure around them as JSON in the array ``schema``. It is written with ordinary
+writes, so that a full disk raises ``OSError`` (a memory-mapped file would end the
+process), and read without unpickling anything.
 """
 
 from __future__ import annotations
@@ -12,123 +12,70 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchrl.checkpoint._checkpoint import (
-    _decode_state_dict_value,
-    _encode_state_dict_value,
-)
 
-__all__ = [
-    "file_digest",
-    "flush_to_disk",
-    "read_state",
-    "read_tensors",
-    "write_json",
-    "write_state",
-    "write_tensors",
-]
+from alm_torchrl.compat import decode_state, encode_state
 
-STATE_FILE = "state.json"
-TENSORS_FILE = "tensors.npz"
+__all__ = ["file_digest", "flush_to_disk", "read_state", "write_state"]
 
-# NumPy has no such types: their bits are stored as integers of the same size.
-_BITS = {torch.bfloat16: torch.int16}
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _BITS}
+# NumPy has no bfloat16: its bits are stored as integers, under a name that says so.
+_BFLOAT16 = "|bfloat16"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors into a new NPZ file.
+def write_state(path: Path, state: Any) -> None:  # noqa: ANN401
+    """Writes nested state into a new file.
 
     Args:
-        path: the file to write.
-        tensors: by name, of any shape, on any device.
-
-    Raises:
-        OSError: if the file cannot be written; what there is of it is the caller's
-            to remove.
-    """
-    arrays: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu()
-        if tensor.dtype in _BITS:
-            name = f"{name}|{str(tensor.dtype).removeprefix('torch.')}"
-            tensor = tensor.view(_BITS[tensor.dtype])
-        arrays[name] = tensor.numpy()
-    with path.open("xb") as file:
-        np.savez(file, **arrays)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads what :func:`write_tensors` wrote.
-
-    Raises:
-        ValueError: if the file is not such a file, is damaged, or holds a pickle,
-            which is not executed.
-    """
-    tensors = {}
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            for stored in arrays.files:
-                tensor = torch.from_numpy(arrays[stored])
-                name, _, dtype = stored.rpartition("|")
-                if dtype in _DTYPES:
-                    tensors[name] = tensor.view(_DTYPES[dtype])
-                else:
-                    tensors[stored] = tensor
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read as tensors: {error}") from error
-    return tensors
-
-
-def write_json(path: Path, value: Any) -> None:  # noqa: ANN401
-    """Writes a value as JSON into a new file."""
-    with path.open("x", encoding="utf-8") as file:
-        json.dump(value, file, separators=(",", ":"))
-        file.write("\n")
-
-
-def write_state(directory: Path, state: Any) -> None:  # noqa: ANN401
-    """Writes nested state into a directory, made if it does not exist.
-
-    Args:
-        directory: where the two files go.
+        path: the file.
         state: mappings, lists and tuples of tensors, arrays, numbers, strings and
             ``None``, as state dicts hold them.
 
     Raises:
-        TypeError: if it holds anything else.
-        OSError: if a file cannot be written.
+        TypeError: if ``state`` holds anything else.
+        OSError: if the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    schema = _encode_state_dict_value(state, tensors)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_tensors(directory / TENSORS_FILE, tensors)
-    write_json(directory / STATE_FILE, schema)
+    schema = json.dumps(encode_state(state, tensors), separators=(",", ":"))
+    arrays = {"schema": np.frombuffer(schema.encode(), np.uint8)}
+    for name, tensor in tensors.items():
+        tensor = tensor.cpu()
+        if tensor.dtype == torch.bfloat16:
+            arrays[name + _BFLOAT16] = tensor.view(torch.int16).numpy()
+        else:
+            arrays[name] = tensor.numpy()
+    with path.open("xb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def read_state(directory: Path, map_location: object = None) -> Any:  # noqa: ANN401
+def read_state(path: Path, map_location: object = None) -> Any:  # noqa: ANN401
     """Reads what :func:`write_state` wrote.
 
     Args:
-        directory: where the two files are.
+        path: the file.
         map_location: device for the tensors. Default: ``None``, the one they were
             saved from.
 
     Raises:
-        ValueError: if a file is damaged, foreign, or holds a pickle.
-        OSError: if a file is missing or unreadable.
+        ValueError: if the file is missing, damaged, foreign, or holds a pickle.
     """
-    with (directory / STATE_FILE).open(encoding="utf-8") as file:
-        schema = json.load(file)
-    return _decode_state_dict_value(
-        schema, read_tensors(directory / TENSORS_FILE), map_location
-    )
+    tensors = {}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            schema = json.loads(arrays["schema"].tobytes())
+            for stored in arrays.files:
+                name = stored.removesuffix(_BFLOAT16)
+                tensor = torch.from_numpy(arrays[stored])
+                tensors[name] = (
+                    tensor if name == stored else tensor.view(torch.bfloat16)
+                )
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read as state: {error}") from error
+    return decode_state(schema, tensors, map_location)
 
 
 def file_digest(path: Path) -> str:

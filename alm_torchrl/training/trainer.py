@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,11 +18,16 @@ from torchrl.trainers import Trainer
 
 from alm_torchrl.baselines.losses import BaselineLoss
 from alm_torchrl.checks import check_integer, check_steps, check_type
+from alm_torchrl.compat import keep_last_logs, uncount_update
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.replay import make_replay_buffer
 from alm_torchrl.training.baseline_stepper import BaselineOptimizationStepper
-from alm_torchrl.training.checkpoint import VerifiedCheckpoint, clear_leftovers
-from alm_torchrl.training.episode import CollectorState
+from alm_torchrl.training.checkpoint import (
+    RandomState,
+    VerifiedCheckpoint,
+    clear_leftovers,
+)
+from alm_torchrl.training.episode import CollectorState, EpisodeEnv
 from alm_torchrl.training.hooks import (
     BestCheckpoint,
     EpisodeLog,
@@ -31,7 +35,6 @@ from alm_torchrl.training.hooks import (
     NonFiniteCheck,
     ProgressBar,
 )
-from alm_torchrl.training.random_state import RandomState
 from alm_torchrl.training.stepper import ALMOptimizationStepper, NonFiniteError
 
 __all__ = ["ALMTrainer", "make_trainer"]
@@ -123,11 +126,12 @@ def make_trainer(
 
     A trainer made with the same arguments continues exactly where another one was
     saved, bit by bit on an eager CPU, if ``load_from_file(checkpoint)`` is called
-    before ``train()``; see :class:`~alm_torchrl.CollectorState` for environments
-    that cannot give their state.
+    before ``train()``. The running episode is repeated for it: see
+    :class:`~alm_torchrl.EpisodeEnv`, which is put around ``env`` and gives each
+    episode a seed of its own.
 
     Args:
-        env (EnvBase): environment to train in, without batch dimensions; seeded here.
+        env (EnvBase): environment to train in, without batch dimensions.
         loss (ALMLoss or BaselineLoss): the loss, on the device to train on. It
             decides the algorithm: see :mod:`alm_torchrl.baselines` for TD3, SAC and
             REDQ.
@@ -239,6 +243,7 @@ def make_trainer(
             )
         _check_fit(name, environment, loss)
     torch.manual_seed(seed)
+    env = EpisodeEnv(env)
     env.set_seed(seed)
     policy = loss.acting_policy()
     device = next(loss.parameters()).device
@@ -304,10 +309,7 @@ def make_trainer(
         checkpoint_metadata=None if rotation is None else metadata,
         save_trainer_interval=checkpoint_interval - 1,
     )
-    # The Trainer keeps each value it ever logged, and shares the times of the last
-    # log among all trainers of the process.
-    trainer._log_dict = defaultdict(lambda: deque(maxlen=1))
-    trainer._last_log = {}
+    keep_last_logs(trainer)
 
     stored = [*loss.in_keys, ("next", "done"), ("collector", "traj_ids")]
     schedule = loss.noise_schedule
@@ -325,7 +327,7 @@ def make_trainer(
         # The Trainer would update after the last random step already, and has
         # counted that update.
         if trainer.collected_frames <= warmup_steps:
-            trainer._optim_count -= 1
+            uncount_update(trainer)
             raise StopIteration
         if schedule is not None:
             schedule.step()

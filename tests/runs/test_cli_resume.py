@@ -49,7 +49,7 @@ def newest(folder):
 
 def parameters(folder):
     (component,) = newest(folder).glob("components/*-loss_module")
-    return read_state(component)
+    return read_state(component / "state.npz")
 
 
 def same(one, other):
@@ -118,7 +118,7 @@ def test_a_checkpoint_can_be_continued_too(six, twelve, tmp_path):
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
     copy, twelve, recwarn
 ):
-    (file,) = newest(copy).glob("components/*-loss_module/tensors.npz")
+    (file,) = newest(copy).glob("components/*-loss_module/state.npz")
     content = file.read_bytes()
     file.unlink()
     file.write_bytes(content[:-100])
@@ -189,17 +189,17 @@ def test_folders_that_cannot_be_continued(copy, six, tmp_path, capsys):
 def test_a_full_disk_says_how_to_continue(copy, twelve, capsys, monkeypatch):
     import errno
 
-    from alm_torchrl.checkpoint import verified
+    from alm_torchrl.training import checkpoint
 
-    flush = verified.flush_to_disk
+    flush = checkpoint.flush_to_disk
 
     def full(path):
-        if "stage" in str(path) and path.name == "tensors.npz":
+        if "stage" in str(path) and path.name == "state.npz":
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         flush(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(verified, "flush_to_disk", full)
+        patch.setattr(checkpoint, "flush_to_disk", full)
         message = fails_to_run(capsys, copy, steps=12)
     assert "No space left on device" in message
     assert f"alm-torchrl train --resume {copy}" in message

@@ -141,9 +141,9 @@ def finish(function, *args, **kwargs):
 
 def kill_at(call, function, *args, **kwargs):
     """Calls ``function``; kills its process before the ``call``-th flush to disk."""
-    from alm_torchrl.checkpoint import verified
+    from alm_torchrl.training import checkpoint
 
-    flush, count = verified.flush_to_disk, [0]
+    flush, count = checkpoint.flush_to_disk, [0]
 
     def counting(path):
         count[0] += 1
@@ -151,7 +151,7 @@ def kill_at(call, function, *args, **kwargs):
             os.kill(os.getpid(), signal.SIGKILL)
         flush(path)
 
-    verified.flush_to_disk = counting
+    checkpoint.flush_to_disk = counting
     function(*args, **kwargs)
 
 

@@ -31,10 +31,13 @@ from torchrl.data.replay_buffers.writers import TensorDictMaxValueWriter
 
 from alm_torchrl import make_replay_buffer
 from alm_torchrl.runs.loading import load_policy, usable_checkpoints
-from alm_torchrl.training.checkpoint import VerifiedCheckpoint, clear_leftovers
+from alm_torchrl.training import replay_segments
+from alm_torchrl.training.checkpoint import (
+    RandomState,
+    VerifiedCheckpoint,
+    clear_leftovers,
+)
 from alm_torchrl.training.files import read_state, write_state
-from alm_torchrl.training.random_state import RandomState
-from alm_torchrl.training.replay_segments import ReplayAdapter
 from tests.training.resume_runs import finish
 from tests.training.trainer_runs import Counter, build, differing, tensors, tiny_loss
 
@@ -62,13 +65,12 @@ def test_any_state_comes_back_as_it_was(tmp_path):
             for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
         ],
         "other": (torch.tensor(True), torch.arange(3), torch.empty(0), None, "x"),
-        "a|bfloat16": torch.tensor(1.5),
         3: {"nan": float("nan"), "big": 2**127 + 1, "array": np.arange(4.0)},
         "python": random.getstate(),
         "transposed": torch.arange(6).reshape(2, 3).T,
     }
-    write_state(tmp_path / "state", state)
-    back = read_state(tmp_path / "state")
+    write_state(tmp_path / "state.npz", state)
+    back = read_state(tmp_path / "state.npz")
     assert back.keys() == state.keys()
     for one, other in zip(back["tensors"], state["tensors"], strict=True):
         assert one.dtype == other.dtype
@@ -80,7 +82,7 @@ def test_any_state_comes_back_as_it_was(tmp_path):
     assert back["python"] == state["python"]
     assert isinstance(back[3]["array"], np.ndarray)
     with pytest.raises(TypeError, match="Foo"):
-        write_state(tmp_path / "other", {"x": type("Foo", (), {})()})
+        write_state(tmp_path / "other.npz", {"x": type("Foo", (), {})()})
 
 
 class _Poison:
@@ -90,15 +92,15 @@ class _Poison:
 
 def test_a_poisoned_pickle_is_refused_and_not_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_state(tmp_path / "state", {"x": torch.zeros(2)})
+    file = tmp_path / "state.npz"
     poisoned = np.empty(1, dtype=object)
     poisoned[0] = _Poison()
-    np.savez(tmp_path / "state" / "tensors.npz", tensor_00000000=poisoned)
-    with pytest.raises(ValueError, match=r"tensors\.npz cannot be read"):
-        read_state(tmp_path / "state")
-    (tmp_path / "state" / "tensors.npz").write_bytes(pickle.dumps(_Poison()))
-    with pytest.raises(ValueError, match=r"tensors\.npz cannot be read"):
-        read_state(tmp_path / "state")
+    np.savez(file, schema=poisoned)
+    with pytest.raises(ValueError, match=r"state\.npz cannot be read"):
+        read_state(file)
+    file.write_bytes(pickle.dumps(_Poison()))
+    with pytest.raises(ValueError, match=r"state\.npz cannot be read"):
+        read_state(file)
     assert not (tmp_path / "executed").exists()
 
 
@@ -133,17 +135,22 @@ def test_every_file_is_checked_before_anything_is_loaded(checkpoints, tmp_path):
     trainer = _trainer(tmp_path / "checkpoints")
     before = _state(trainer)
     files = [path for path in newest.rglob("*") if path.is_file()]
-    assert len(files) > 15
+    assert len(files) >= 10
     for path in files:
         content = path.read_bytes()
         half = len(content) // 2
         flipped = bytearray(content)
         flipped[half] ^= 1
-        for damaged in (content[:half], bytes(flipped), None):
+        for damaged, message in (
+            (content[:half], rf"{len(content)} bytes, got {half}"),
+            (bytes(flipped), r"SHA-256 \w{64}.*, got \w{64}"),
+            (None, "cannot be read"),
+        ):
             path.unlink()
             if damaged is not None:
                 path.write_bytes(damaged)
-            with pytest.raises(CheckpointError, match=newest.name):
+            expected = newest.name if path.suffix == ".json" else message
+            with pytest.raises(CheckpointError, match=expected):
                 trainer.checkpoint.load(newest)
             with pytest.warns(UserWarning, match=newest.name):
                 found = next(usable_checkpoints(tmp_path / "checkpoints"))
@@ -152,27 +159,18 @@ def test_every_file_is_checked_before_anything_is_loaded(checkpoints, tmp_path):
                 path.touch()
         path.write_bytes(content)
     assert differing(_state(trainer), before) == []
-    with pytest.warns(UserWarning, match="fresh episode"):
-        trainer.load_from_file(newest)
+    trainer.load_from_file(newest)
     assert differing(_state(trainer), before) != []
 
 
-def test_the_message_says_what_was_expected_and_got(checkpoints, tmp_path):
+def test_damage_elsewhere_does_not_matter(checkpoints, tmp_path):
     path = tmp_path / "copy"
-    shutil.copytree(sorted(checkpoints.iterdir())[0], path)
-    (file,) = path.glob("components/*-loss_module/tensors.npz")
-    size = file.stat().st_size
-    content = file.read_bytes()
-    file.write_bytes(content[:-7])
-    with pytest.raises(
-        CheckpointError, match=rf"expected {size} bytes, got {size - 7}"
-    ):
-        VerifiedCheckpoint().verify(path)
-    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(CheckpointError, match=r"expected SHA-256 \w{64}, got \w{64}"):
-        VerifiedCheckpoint().verify(path)
-    # Damage elsewhere does not matter to who loads only something else.
+    shutil.copytree(min(checkpoints.iterdir()), path)
+    (file,) = path.glob("components/*-loss_module/state.npz")
+    file.unlink()
     VerifiedCheckpoint().verify(path, components=["collector"])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        VerifiedCheckpoint().verify(path)
 
 
 def _edit_manifest(path, edit):
@@ -181,19 +179,19 @@ def _edit_manifest(path, edit):
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_foreign_and_newer_checkpoints_are_refused(tmp_path):
+def test_foreign_and_older_checkpoints_are_refused(tmp_path):
     holder = Holder({"x": 1})
     Checkpoint(part=holder).save(tmp_path / "foreign")
     with pytest.raises(CheckpointError, match="not written by alm_torchrl"):
         VerifiedCheckpoint(part=holder).load(tmp_path / "foreign")
-    VerifiedCheckpoint(part=holder).save(tmp_path / "newer")
+    VerifiedCheckpoint(part=holder).save(tmp_path / "older")
 
     def edit(manifest):
-        manifest["alm_torchrl"]["format_version"] = 2
+        manifest["alm_torchrl"]["format_version"] = 1
 
-    _edit_manifest(tmp_path / "newer", edit)
-    with pytest.raises(CheckpointError, match=r"format version 2; .* reads version 1"):
-        VerifiedCheckpoint(part=holder).load(tmp_path / "newer")
+    _edit_manifest(tmp_path / "older", edit)
+    with pytest.raises(CheckpointError, match=r"format version 1; .* reads version 2"):
+        VerifiedCheckpoint(part=holder).load(tmp_path / "older")
     (tmp_path / "file").write_text("{}")
     for path in (tmp_path / "file", tmp_path / "nowhere", tmp_path):
         with pytest.raises(
@@ -232,17 +230,16 @@ def _rows(first, count):
     )
 
 
-def _replay_checkpoint(buffer, segment_rows=8):
-    checkpoint = VerifiedCheckpoint(replay=buffer)
-    adapter = ReplayAdapter(lambda: checkpoint.newest, segment_rows=segment_rows)
-    checkpoint.register_adapter(ReplayBuffer, adapter)
-    return checkpoint
+@pytest.fixture
+def _short_segments(monkeypatch):
+    monkeypatch.setattr(replay_segments, "SEGMENT_ROWS", 8)
 
 
 def _segments(path):
     return {file.name: file for file in path.glob("components/*/rows-*.npz")}
 
 
+@pytest.mark.usefixtures("_short_segments")
 @pytest.mark.parametrize("memmap", [False, True])
 @pytest.mark.parametrize("written", [1, 7, 8, 30, 50, 51, 93])
 def test_a_buffer_comes_back_and_draws_the_same(written, memmap, tmp_path):
@@ -256,7 +253,7 @@ def test_a_buffer_comes_back_and_draws_the_same(written, memmap, tmp_path):
     for first in range(written):
         buffer.extend(_rows(first, 1))
     buffer.sample()
-    path = _replay_checkpoint(buffer).save(tmp_path / "saved")
+    path = VerifiedCheckpoint(replay=buffer).save(tmp_path / "saved")
     other = make_replay_buffer(
         50,
         batch_size=6,
@@ -265,7 +262,7 @@ def test_a_buffer_comes_back_and_draws_the_same(written, memmap, tmp_path):
         generator=torch.Generator(),
     )
     other.extend(_rows(1000, 20))
-    _replay_checkpoint(other).load(path)
+    VerifiedCheckpoint(replay=other).load(path)
     for first in range(written, written + 60):
         assert len(other) == len(buffer)
         for key in ("observation", ("next", "done"), ("collector", "traj_ids")):
@@ -279,9 +276,10 @@ def test_a_buffer_comes_back_and_draws_the_same(written, memmap, tmp_path):
             each.extend(_rows(first, 1))
 
 
+@pytest.mark.usefixtures("_short_segments")
 def test_complete_segments_are_shared_and_outdated_ones_dropped(tmp_path):
     buffer = make_replay_buffer(20, horizon=1)
-    checkpoint = _replay_checkpoint(buffer)
+    checkpoint = VerifiedCheckpoint(replay=buffer)
     rotation = CheckpointRotation(tmp_path, keep_last=2)
     inodes = {}
     for step in range(0, 60, 6):
@@ -294,7 +292,7 @@ def test_complete_segments_are_shared_and_outdated_ones_dropped(tmp_path):
             if (int(name[5:11]) + 1) * 8 <= step + 6:
                 assert inodes.setdefault(name, file.stat().st_ino) == file.stat().st_ino
         fresh = make_replay_buffer(20, horizon=1)
-        other = _replay_checkpoint(fresh)
+        other = VerifiedCheckpoint(replay=fresh)
         other.load(path)
         assert torch.equal(fresh[:]["observation"], buffer[:]["observation"])
         if step == 30:
@@ -303,11 +301,12 @@ def test_complete_segments_are_shared_and_outdated_ones_dropped(tmp_path):
     assert len(inodes) == 7
 
 
+@pytest.mark.usefixtures("_short_segments")
 @pytest.mark.parametrize("reason", ["no links", "previous checkpoint removed"])
 def test_without_links_segments_are_copied_or_written(reason, tmp_path, monkeypatch):
     buffer = make_replay_buffer(20, horizon=1)
     buffer.extend(_rows(0, 16))
-    checkpoint = _replay_checkpoint(buffer)
+    checkpoint = VerifiedCheckpoint(replay=buffer)
     checkpoint.save(tmp_path / "one")
     if reason == "no links":
 
@@ -320,35 +319,73 @@ def test_without_links_segments_are_copied_or_written(reason, tmp_path, monkeypa
     path = checkpoint.save(tmp_path / "two")
     assert all(file.stat().st_nlink == 1 for file in _segments(path).values())
     fresh = make_replay_buffer(20, horizon=1)
-    _replay_checkpoint(fresh).load(path)
+    VerifiedCheckpoint(replay=fresh).load(path)
     assert torch.equal(fresh[:]["observation"], buffer[:]["observation"])
 
 
 def test_buffers_that_do_not_fit_are_refused(tmp_path):
     buffer = make_replay_buffer(20, horizon=1)
     buffer.extend(_rows(0, 5))
-    path = _replay_checkpoint(buffer).save(tmp_path / "saved")
+    path = VerifiedCheckpoint(replay=buffer).save(tmp_path / "saved")
     with pytest.raises(CheckpointError, match="saved capacity 20, got 30"):
-        _replay_checkpoint(make_replay_buffer(30, horizon=1)).load(path)
+        VerifiedCheckpoint(replay=make_replay_buffer(30, horizon=1)).load(path)
     with pytest.raises(TypeError, match=r"storage: expected a TensorStorage.*ListStor"):
-        _replay_checkpoint(ReplayBuffer(storage=ListStorage(5))).save(tmp_path / "a")
+        VerifiedCheckpoint(replay=ReplayBuffer(storage=ListStorage(5))).save(
+            tmp_path / "a"
+        )
     other = TensorDictReplayBuffer(
         storage=LazyTensorStorage(5), writer=TensorDictMaxValueWriter()
     )
     with pytest.raises(TypeError, match=r"writer: expected a RoundRobinWriter.*MaxVal"):
-        _replay_checkpoint(other).save(tmp_path / "b")
+        VerifiedCheckpoint(replay=other).save(tmp_path / "b")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["saved"]
 
 
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda index: index["segments"].pop(0), "expected row 0, got row 4"),
+        (lambda index: index.update(written=9, stored=9), "expected 9 rows, got 8"),
+        (lambda index: index["segments"].pop(), "expected 8 rows, got 4"),
+        (lambda index: index["segments"][0].__setitem__(2, 3), "expected 3 rows"),
+    ],
+)
+def test_another_count_of_rows_is_refused(break_it, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(replay_segments, "SEGMENT_ROWS", 4)
+    buffer = make_replay_buffer(20, horizon=1)
+    buffer.extend(_rows(0, 8))
+    path = VerifiedCheckpoint(replay=buffer).save(tmp_path / "saved")
+    (folder,) = (path / "components").iterdir()
+    index = read_state(folder / "replay.npz")
+    break_it(index)
+    (folder / "replay.npz").unlink()
+    write_state(folder / "replay.npz", index)
+    fresh = make_replay_buffer(20, horizon=1)
+    with pytest.raises(ValueError, match=message):
+        replay_segments.ReplayAdapter(lambda: None).load(fresh, folder)
+
+
 def test_an_empty_buffer_is_saved_too(tmp_path):
-    path = _replay_checkpoint(make_replay_buffer(20)).save(tmp_path / "saved")
+    path = VerifiedCheckpoint(replay=make_replay_buffer(20)).save(tmp_path / "saved")
     buffer = make_replay_buffer(20)
     buffer.extend(_rows(0, 5))
-    _replay_checkpoint(buffer).load(path)
+    VerifiedCheckpoint(replay=buffer).load(path)
     assert len(buffer) == 0
 
 
 # -- generators ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "draw", [random.random, np.random.rand, lambda: torch.rand(())]
+)
+def test_each_generator_goes_on(draw, tmp_path):
+    checkpoint = VerifiedCheckpoint(rng=RandomState())
+    path = checkpoint.save(tmp_path / "saved")
+    expected = [draw() for _ in range(3)]
+    draw()
+    checkpoint.load(path)
+    assert [draw() for _ in range(3)] == expected
 
 
 def test_generators_of_absent_devices_are_left_out_with_a_warning(tmp_path):
@@ -410,7 +447,7 @@ def test_leftovers_of_killed_saves_are_cleared(tmp_path):
     clear_leftovers(tmp_path / "nowhere")
 
 
-# -- best, and acting ------------------------------------------------------------------
+# -- best ------------------------------------------------------------------------------
 
 
 def test_the_best_networks_are_kept_without_the_replay(tmp_path):
@@ -443,12 +480,8 @@ def test_the_best_networks_are_kept_without_the_replay(tmp_path):
 
 
 def test_a_policy_cannot_be_loaded_without_knowing_how_it_was_built(checkpoints):
-    newest = max(checkpoints.iterdir())
-    with pytest.raises(
-        CheckpointError, match="does not say how its networks are built"
-    ):
-        load_policy(newest)
-    with pytest.raises(FileNotFoundError, match="neither a checkpoint nor a run"):
-        load_policy(checkpoints)
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        load_policy(checkpoints / "nowhere")
+    with pytest.raises(CheckpointError, match="does not say how its networks are"):
+        load_policy(max(checkpoints.iterdir()))
+    for path, message in ((checkpoints, "neither a checkpoint"), ("nowhere", "exist")):
+        with pytest.raises(FileNotFoundError, match=message):
+            load_policy(path)

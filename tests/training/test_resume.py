@@ -7,9 +7,12 @@ import random
 import shutil
 import time
 
+import gymnasium
 import pytest
 
+from alm_torchrl.cli import main
 from alm_torchrl.envs import TASKS
+from alm_torchrl.runs.folder import read_metrics
 from tests.training.resume_runs import (
     CAPACITY,
     HALF,
@@ -25,10 +28,10 @@ from tests.training.resume_runs import (
     make_run,
     train,
 )
+from tests.training.test_episode import Curriculum
 from tests.training.trainer_runs import differing
 
-FEW = ("Pendulum-v1", "HalfCheetah-v5")
-MANY = [task.id for task in TASKS if task.id not in FEW]
+MANY = [task.id for task in TASKS if task.id != "Pendulum-v1"]
 SAVES_OFTEN = {"checkpoint_interval": 4}
 
 
@@ -59,7 +62,8 @@ def stopped(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "task", [*FEW, *(pytest.param(task, marks=pytest.mark.slow) for task in MANY)]
+    "task",
+    ["Pendulum-v1", *(pytest.param(task, marks=pytest.mark.slow) for task in MANY)],
 )
 def test_stopped_and_continued_equals_uninterrupted(
     task, uninterrupted, stopped, tmp_path
@@ -88,7 +92,7 @@ def test_stopped_and_continued_equals_uninterrupted(
 @pytest.mark.parametrize(
     "left_out",
     [
-        "environment",
+        "episode",
         "traj_pool",
         "rng",
         "trainer_module.episode_log",
@@ -104,18 +108,13 @@ def test_the_comparison_notices_what_is_left_out(
     def forgetful(folder):
         trainer = make_run(folder, task)
         checkpoint = trainer.checkpoint
-        if left_out in ("environment", "traj_pool"):
-            checkpoint.load(
-                newest, components=set(checkpoint.components) - {"collector"}
-            )
-            state = make_collector_state(newest, trainer)
-            if left_out == "environment":
-                state |= {"environment": None, "reason": "left out"}
-            else:
-                state["traj_pool"]["traj_id"] += 1
-            checkpoint.components["collector"].load_state_dict(state)
-        else:
-            checkpoint.load(newest, components=set(checkpoint.components) - {left_out})
+        collector = checkpoint.components["collector"]
+        collector.fresh_episode = left_out == "episode"
+        checkpoint.load(newest, components=set(checkpoint.components) - {left_out})
+        if left_out == "traj_pool":
+            state = collector.state_dict()
+            state["traj_pool"]["traj_id"] += 1
+            collector.load_state_dict(state)
         keep_final_state(trainer, folder)
         trainer.train()
 
@@ -127,13 +126,6 @@ def test_the_comparison_notices_what_is_left_out(
         or not logged(tmp_path / "log.txt").items()
         <= logged(uninterrupted(task) / "log.txt").items()
     )
-
-
-def make_collector_state(checkpoint, trainer):
-    from alm_torchrl.training.files import read_state
-
-    (directory,) = (checkpoint / "components").glob("*-collector")
-    return read_state(directory)
 
 
 def _killed_and_continued(task, folder, size, delay):
@@ -150,9 +142,19 @@ def _killed_and_continued(task, folder, size, delay):
     return killed
 
 
-def _check_kills(task, count, uninterrupted, tmp_path):
+@pytest.mark.parametrize(
+    ("task", "count"),
+    [
+        ("Pendulum-v1", 2),
+        pytest.param("HalfCheetah-v5", 3, marks=pytest.mark.slow),
+        pytest.param(
+            "Pendulum-v1", 30, marks=[pytest.mark.slow, pytest.mark.timeout(900)]
+        ),
+    ],
+)
+def test_killed_at_random_moments(task, count, uninterrupted, tmp_path):
     moments = random.Random(count)
-    killed, saved = 0, 0
+    killed = 0
     whole = uninterrupted(task)
     size = (whole / "log.txt").stat().st_size
     for number in range(count):
@@ -166,22 +168,12 @@ def _check_kills(task, count, uninterrupted, tmp_path):
             path.name.partition("-")[0] for path in (folder / "checkpoints").iterdir()
         }
         assert left == {"checkpoint", "best"}
-        saved += 1
-    assert saved == count
     assert killed >= count * 2 // 3
 
 
-def test_killed_at_random_moments(uninterrupted, tmp_path):
-    _check_kills("HalfCheetah-v5", 3, uninterrupted, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_killed_at_thirty_random_moments(uninterrupted, tmp_path):
-    _check_kills("Pendulum-v1", 30, uninterrupted, tmp_path)
-
-
-@pytest.mark.parametrize("call", [2, 18, 31, 44])
+@pytest.mark.parametrize(
+    "call", [2, 18, *(pytest.param(call, marks=pytest.mark.slow) for call in (31, 44))]
+)
 def test_killed_in_a_save(call, uninterrupted, tmp_path):
     process = in_process(
         kill_at, call, train, tmp_path, "Pendulum-v1", checkpoint_interval=40
@@ -190,3 +182,27 @@ def test_killed_in_a_save(call, uninterrupted, tmp_path):
     assert process.exitcode == -9
     finish(train, tmp_path, "Pendulum-v1", checkpoint_interval=40)
     assert differing(final(tmp_path), final(uninterrupted("Pendulum-v1"))) == []
+
+
+def test_the_command_asks_for_a_fresh_episode(tmp_path, capsys):
+    name = "Curriculum-v0"
+    gymnasium.register(name, entry_point=Curriculum, max_episode_steps=7)
+    words = [
+        *("train", name, "--run-dir", str(tmp_path), "--device", "cpu"),
+        *("--warmup-steps", "30", "--batch-size", "4", "--latent-dim", "4"),
+        *("--hidden-dim", "8", "--model-hidden-dim", "8", "--eval-episodes", "1"),
+        *("--eval-interval", "50", "--threads", "1", "--logger", "none"),
+    ]
+    try:
+        assert main([*words, "--total-steps", "2"]) == 0
+        with pytest.raises(SystemExit) as stop:
+            main([*words, "--total-steps", "4"])
+        assert stop.value.code == 2
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "--fresh-episode" in message
+        assert "checkpoint_state" in message
+        with pytest.warns(UserWarning, match="fresh episode, as asked for"):
+            assert main([*words, "--total-steps", "4", "--fresh-episode"]) == 0
+    finally:
+        del gymnasium.registry[name]
+    assert read_metrics(tmp_path / "metrics.csv")[-1]["training_step"] == 4
