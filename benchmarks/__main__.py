@@ -12,7 +12,7 @@ from torchrl import torchrl_logger
 
 from alm_torchrl.checks import check_output
 from alm_torchrl.runs.settings import UserError
-from alm_torchrl.runs.train import find_device, mistakes
+from alm_torchrl.runs.train import find_device, user_errors
 from benchmarks.suite import BenchOptions, run_bench
 from benchmarks.updates import MODES, ModeName
 
@@ -32,7 +32,7 @@ def main() -> None:
     options = tyro.cli(Bench, config=(tyro.conf.OmitArgPrefixes,))
     torchrl_logger.setLevel(logging.WARNING)
     try:
-        with mistakes():
+        with user_errors():
             for name, path in (("json", options.json), ("plot", options.plot)):
                 if path is not None:
                     check_output(name, path)

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from alm_torchrl.runs.folder import circumstances
+from alm_torchrl.runs.folder import provenance
 from benchmarks.sizes import Sizes
 from benchmarks.timing import Contender
 
@@ -188,7 +188,7 @@ def _product(
 
 def machine(device: str) -> dict[str, Any]:
     """Versions, commit, hardware, instruction set and load of the machine."""
-    record = circumstances(device)
+    record = provenance(device)
     record["hardware"]["instructions"] = torch.backends.cpu.get_cpu_capability()
     load = getattr(os, "getloadavg", None)
     record["hardware"]["load_average"] = None if load is None else list(load())

@@ -98,7 +98,7 @@ class _Agent:
 
     @classmethod
     def load(cls, checkpoint: Path) -> _Agent:
-        loss = load_loss(checkpoint, baselines=True)
+        loss = load_loss(checkpoint)
         metadata = checkpoint_metadata(checkpoint)
         return cls(loss, metadata["settings"], _training_step(metadata))
 

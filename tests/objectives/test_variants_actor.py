@@ -11,8 +11,8 @@ from tensordict import TensorDict
 from torch.testing import assert_close
 
 from alm_torchrl import ALMOptimizationStepper, make_classifier, testing
+from alm_torchrl.runs.agents import build_loss
 from alm_torchrl.runs.folder import harmful_differences
-from alm_torchrl.runs.loading import build_loss
 from alm_torchrl.runs.settings import TrainConfig, preset_config
 from tests.helpers import (
     ACTION,

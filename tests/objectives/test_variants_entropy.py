@@ -27,7 +27,8 @@ from alm_torchrl import (
     make_stochastic_actor,
     make_trainer,
 )
-from alm_torchrl.runs.loading import build_loss, describe_spaces, load_policy
+from alm_torchrl.runs.agents import build_loss, describe_spaces
+from alm_torchrl.runs.loading import load_policy
 from alm_torchrl.runs.settings import preset_config
 from tests.helpers import (
     ACTION,

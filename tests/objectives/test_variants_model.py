@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from torchrl.modules import IndependentNormal
 
 from alm_torchrl import ALMOptimizationStepper, functional, make_identity_encoder
-from alm_torchrl.runs.loading import build_loss
+from alm_torchrl.runs.agents import build_loss
 from alm_torchrl.runs.settings import preset_config
 from alm_torchrl.testing import ROUTES, check_loss
 from tests.helpers import (
