@@ -120,10 +120,7 @@ class Run:
 class MetricsWriter:
     """Writes rows of ``metrics.csv``, each on disk before :meth:`write` returns.
 
-    Args:
-        path: the file.
-        until: last environment step whose rows are kept if the file exists.
-            Default: ``-1``, none.
+    Of the rows in an existing file, those up to the environment step ``until`` stay.
 
     Raises:
         ValueError: if the file exists and its columns are not :data:`METRICS_FIELDS`.
@@ -152,11 +149,7 @@ class MetricsWriter:
         os.replace(kept, path)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Appends a row with exactly the columns :data:`METRICS_FIELDS`.
-
-        Raises:
-            ValueError: if a column is missing or unknown.
-        """
+        """Appends a row with exactly the columns :data:`METRICS_FIELDS`."""
         if set(row) != set(METRICS_FIELDS):
             raise ValueError(f"row: expected {METRICS_FIELDS}, got {tuple(row)}")
         self._writer.writerow(row)
@@ -249,12 +242,7 @@ def set_run_aside(path: Path) -> Path:
 
 
 def create_run(config: TrainConfig, device: str) -> None:
-    """Writes the ``config.json`` of a new run into ``config.run_path``.
-
-    Args:
-        config: the settings.
-        device: the device in use, ``"cpu"`` or ``"cuda"``.
-    """
+    """Writes the ``config.json`` of a new run into ``config.run_path``."""
     record = {
         "format": FORMAT,
         "settings": config.to_dict(),
@@ -274,8 +262,8 @@ def continue_run(
     Args:
         config: the settings from now on.
         device: the device in use, ``"cpu"`` or ``"cuda"``.
-        source: folder of the run that is continued, possibly another one.
-        checkpoint: where it continues.
+        source: folder of the run, if need be another one.
+        checkpoint: the checkpoint it continues from.
         step: environment step of the checkpoint.
     """
     record = read_record(source)
@@ -299,15 +287,7 @@ def continue_run(
 def harmful_differences(
     before: Mapping[str, Any], config: TrainConfig
 ) -> dict[str, tuple[Any, Any]]:
-    """Settings that a run cannot change when it continues.
-
-    Args:
-        before: the settings that the run was started with.
-        config: those it would continue with.
-
-    Returns:
-        dict: both values of each that differs and is not :data:`CHANGEABLE`.
-    """
+    """Settings that a run cannot change when it continues, with both values."""
     started = TrainConfig.from_dict(before).to_dict()
     return {
         name: (started[name], value)
@@ -353,14 +333,7 @@ def read_run(path: Path) -> Run:
 
 
 def provenance(device: str) -> dict[str, Any]:
-    """Package versions, source commit and hardware, as records keep them.
-
-    Args:
-        device: the device in use, ``"cpu"`` or ``"cuda"``.
-
-    Returns:
-        dict: ``versions``, ``commit`` and ``hardware``.
-    """
+    """The ``versions``, ``commit`` and ``hardware`` of a record; see this module."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         versions[name] = None
