@@ -309,13 +309,15 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         found = record.get("format", 1)
-        if found != FORMAT:
-            raise ValueError(f"its format is {found}, this version reads {FORMAT}")
-        TrainConfig.from_dict(record["settings"])
+        if found == FORMAT:
+            TrainConfig.from_dict(record["settings"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not the config.json of a run: {error}") from error
+    if found != FORMAT:
         raise ValueError(
-            f"{file}: expected the settings of a run, got {error}"
-        ) from error
+            f"{file}: expected a run folder of format {FORMAT}, which this version of "
+            f"alm_torchrl reads, got one of format {found}"
+        )
     return record
 
 
