@@ -126,7 +126,7 @@ def test_a_setting_out_of_range_is_named(name, value):
 def test_a_preset_needs_its_name_and_a_task():
     with pytest.raises(ValueError, match=r"preset: expected one of .* got 'fast'"):
         preset_config("fast")
-    with pytest.raises(ValueError, match="task: expected one, .* got None"):
+    with pytest.raises(ValueError, match=r"task: expected one, .* got None"):
         preset_config("paper")
 
 
