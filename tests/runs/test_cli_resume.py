@@ -176,7 +176,7 @@ def test_folders_that_cannot_be_continued(copy, six, tmp_path, capsys):
     assert "does not exist" in message
     (copy / "config.json").write_text("{")
     message = fails(capsys, "train", "--resume", copy)
-    assert "does not hold a run's settings" in message
+    assert "is not the config.json of a run" in message
     assert "choose one" in fails(capsys, "train", "--resume", six, "--fresh")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "metrics.csv").write_text("mine")
@@ -189,9 +189,9 @@ def test_folders_that_cannot_be_continued(copy, six, tmp_path, capsys):
 def test_a_full_disk_says_how_to_continue(copy, twelve, capsys, monkeypatch):
     import errno
 
-    from alm_torchrl.checkpoint import verified
+    from alm_torchrl.training import checkpoint
 
-    flush = verified.flush_to_disk
+    flush = checkpoint.flush_to_disk
 
     def full(path):
         if "stage" in str(path) and path.name == "tensors.npz":
@@ -199,7 +199,7 @@ def test_a_full_disk_says_how_to_continue(copy, twelve, capsys, monkeypatch):
         flush(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(verified, "flush_to_disk", full)
+        patch.setattr(checkpoint, "flush_to_disk", full)
         message = fails_to_run(capsys, copy, steps=12)
     assert "No space left on device" in message
     assert f"alm-torchrl train --resume {copy}" in message
