@@ -1,18 +1,33 @@
-"""The ``alm-torchrl`` command: arguments, and errors as one line."""
+"""The ``alm-torchrl`` command: one class per command, its flags and what it prints."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import logging
 import sys
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Union
 
-from alm_torchrl.experiments.reproduce import ReproduceOptions
-from alm_torchrl.runs.diagnose import DiagnoseOptions
+from torchrl import torchrl_logger
+
+from alm_torchrl.checks import check_integer, check_output
+from alm_torchrl.envs import TASKS
+from alm_torchrl.evaluation import evaluate_policy
+from alm_torchrl.experiments.reproduce import (
+    ReproduceOptions,
+    describe_experiments,
+    reproduce,
+)
+from alm_torchrl.runs.agents import build_env
+from alm_torchrl.runs.curves import plot_runs, reference_curve
+from alm_torchrl.runs.diagnose import DiagnoseOptions, run_diagnose
+from alm_torchrl.runs.film import check_film_name, film_policy, render_headless
+from alm_torchrl.runs.folder import holds_run, read_record, read_run
+from alm_torchrl.runs.loading import checkpoint_metadata, find_checkpoint, load_policy
 from alm_torchrl.runs.settings import PRESETS, Preset, TrainConfig, UserError
+from alm_torchrl.runs.train import train, user_errors
 
 try:
     import tyro
@@ -21,14 +36,18 @@ except ImportError as error:
         "the command line needs tyro: pip install 'alm_torchrl[cli]'"
     ) from error
 
-__all__ = ["main"]
-
+__all__ = ["COMMANDS", "main"]
 
 Count = Annotated[int, tyro.conf.arg(metavar="N")]
 Curves = Annotated[
     tuple[Path, ...],
     tyro.conf.arg(metavar="CSV...", help_behavior_hint="(default: none)"),
 ]
+Checkpoint = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _task_hint(default: str) -> str:
@@ -53,38 +72,28 @@ class Train(TrainConfig):
     """Continue with a fresh episode, not the one that was running."""
 
     def run(self) -> int:
-        """Train."""
+        """Trains."""
         if not self.task:
             raise UserError(
                 f"the preset {self.preset!r} needs a task, for example: "
                 f"alm-torchrl train HalfCheetah-v5 --preset {self.preset}"
             )
-        config = TrainConfig(
-            **{
-                field.name: getattr(self, field.name)
-                for field in dataclasses.fields(TrainConfig)
-            }
-        )
-        from alm_torchrl.runs import commands
-
-        return commands.train(
-            config,
+        settings = {
+            field.name: getattr(self, field.name) for field in fields(TrainConfig)
+        }
+        return train(
+            TrainConfig(**settings),
             resume=self.resume,
             fresh=self.fresh,
             fresh_episode=self.fresh_episode,
         )
 
 
-CheckpointArgument = Annotated[
-    tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")
-]
-
-
 @dataclass(frozen=True)
 class Evaluate:
     """Score a trained agent over whole episodes, without action noise."""
 
-    checkpoint: CheckpointArgument
+    checkpoint: Checkpoint
     """A run folder (its newest checkpoint) or one of its checkpoints."""
     episodes: Count = 20
     """Whole episodes to run."""
@@ -92,10 +101,42 @@ class Evaluate:
     """Seed of the episodes and of the latent samples."""
 
     def run(self) -> int:
-        """Evaluate."""
-        from alm_torchrl.runs import commands
+        """Evaluates, and prints the scores."""
+        with user_errors():
+            file = find_checkpoint(self.checkpoint)
+            config = TrainConfig.from_dict(checkpoint_metadata(file)["settings"])
+            scores = evaluate_policy(
+                build_env(config.to_dict()),
+                load_policy(file),
+                episodes=self.episodes,
+                seed=self.seed,
+            )
+        returns = scores["return"].double()
+        std = f"{returns.std().item():.1f}" if self.episodes > 1 else "-"
+        print(f"task        {config.task}")
+        if config.dynamics_noise:
+            print(f"dynamics    noise {config.dynamics_noise:g}")
+        print(f"checkpoint  {file}")
+        print(f"episodes    {self.episodes}, without action noise, seed {self.seed}")
+        print(f"return      mean {returns.mean():.1f}, standard deviation {std},")
+        print(f"            min {returns.min():.1f}, max {returns.max():.1f}")
+        print(f"length      mean {scores['length'].double().mean():.1f}")
+        return 0
 
-        return commands.evaluate(self.checkpoint, self.episodes, self.seed)
+
+@dataclass(frozen=True)
+class Diagnose(DiagnoseOptions):
+    """Look into a trained agent: bias of its bound, latent model, latents, losses."""
+
+    checkpoint: Checkpoint
+    """A run folder (its newest checkpoint) or one of its checkpoints."""
+
+    def run(self) -> int:
+        """Diagnoses."""
+        with user_errors():
+            check_output("output", self.output)
+            run_diagnose(self, build_env, _say)
+        return 0
 
 
 @dataclass(frozen=True)
@@ -113,17 +154,22 @@ class Plot:
     """Published curves to draw too, in the format of the authors' scores/*.csv."""
 
     def run(self) -> int:
-        """Plot."""
-        from alm_torchrl.runs import commands
-
-        return commands.plot(self.runs, self.output, self.reference)
+        """Plots."""
+        with user_errors():
+            if not self.runs:
+                raise ValueError("plot needs at least one run folder")
+            check_output("output", self.output)
+            references = [reference_curve(path) for path in self.reference]
+            runs = [read_run(path) for path in self.runs]
+            print(plot_runs(runs, self.output, references))
+        return 0
 
 
 @dataclass(frozen=True)
 class Render:
     """Film one episode of a trained agent; no display is needed."""
 
-    checkpoint: CheckpointArgument
+    checkpoint: Checkpoint
     """A run folder (its newest checkpoint) or one of its checkpoints."""
     output: Path = Path("film.gif")
     """Film to write, .gif or .mp4."""
@@ -133,10 +179,31 @@ class Render:
     """Environment steps to show; None shows the whole episode."""
 
     def run(self) -> int:
-        """Render."""
-        from alm_torchrl.runs import commands
-
-        return commands.render(self.checkpoint, self.output, self.seed, self.steps)
+        """Renders."""
+        render_headless()
+        with user_errors():
+            check_film_name(self.output)
+            if self.steps is not None:
+                check_integer("steps", self.steps)
+            check_output("output", self.output)
+            file = find_checkpoint(self.checkpoint)
+            settings = checkpoint_metadata(file)["settings"]
+            try:
+                env = build_env(settings, render_mode="rgb_array")
+            except ValueError as error:
+                raise ValueError(
+                    f"{settings['task']} cannot be filmed: {error}"
+                ) from error
+            policy = load_policy(file)
+            _say(f"Filming {file}")
+            film = film_policy(
+                env, policy, self.output, seed=self.seed, max_steps=self.steps
+            )
+        print(
+            f"{film.path}: {film.frames} frames at {film.fps:g} per second, "
+            f"{film.steps} steps, return {film.episode_return:.1f}"
+        )
+        return 0
 
 
 @dataclass(frozen=True)
@@ -144,24 +211,19 @@ class Tasks:
     """List the paper's tasks, and say what other tasks can be trained on."""
 
     def run(self) -> int:
-        """List them."""
-        from alm_torchrl.runs import commands
-
-        return commands.tasks()
-
-
-@dataclass(frozen=True)
-class Diagnose(DiagnoseOptions):
-    """Look into a trained agent: bias of its bound, latent model, latents, losses."""
-
-    checkpoint: CheckpointArgument
-    """A run folder (its newest checkpoint) or one of its checkpoints."""
-
-    def run(self) -> int:
-        """Diagnose."""
-        from alm_torchrl.runs import commands
-
-        return commands.diagnose(self)
+        """Lists them."""
+        print(f"{'task':15} {'observation':>11} {'action':>6} {'steps':>5}  note")
+        for task in TASKS:
+            sizes = f"{task.observation_dim:11} {task.action_dim:6}"
+            start = f"{task.id:15} {sizes} {task.max_episode_steps:5}  "
+            print(
+                textwrap.fill(start + task.note, 80, subsequent_indent=" " * len(start))
+            )
+        print(
+            "\nAny other Gymnasium task with flat observations and continuous actions"
+            "\nworks too; 'module:Task-v0' imports the module that registers it first."
+        )
+        return 0
 
 
 @dataclass(frozen=True)
@@ -184,34 +246,51 @@ class Reproduce(ReproduceOptions):
     """List the experiments, what the paper found, and stop."""
 
     def run(self) -> int:
-        """Reproduce."""
-        from alm_torchrl.runs import commands
-
+        """Reproduces."""
         if self.list:
-            return commands.list_experiments()
-        return commands.reproduce(self.name, self)
+            print(describe_experiments())
+            return 0
+        torchrl_logger.setLevel(logging.WARNING)
+        try:
+            with user_errors():
+                check_output("output", self.output)
+                return reproduce(self.name, self, _say)
+        except KeyboardInterrupt:
+            _say("\nInterrupted; the runs are saved. The same command continues them.")
+            return 130
+
+
+COMMANDS: dict[str, type] = {
+    "train": Train,
+    "evaluate": Evaluate,
+    "diagnose": Diagnose,
+    "plot": Plot,
+    "render": Render,
+    "tasks": Tasks,
+    "reproduce": Reproduce,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Runs a command.
 
     Args:
         argv: the words after ``alm-torchrl``.
             Default: ``None``, those of ``sys.argv``.
 
     Returns:
-        int: 0, or 130 after Ctrl-C.
+        int: 0, 130 after Ctrl-C, 143 after SIGTERM, or 1 if a run failed.
 
     Raises:
-        SystemExit: with code 2 after a mistake of the user's, explained on the
-            standard error stream; with 0 after ``--help``.
+        SystemExit: with code 2 after a user's mistake, explained on standard error;
+            with 0 after ``--help``.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "" not in sys.path:
-        sys.path.append("")  # a task's module may lie in the working directory
+        sys.path.append("")  # a task's module may be in the working directory
     try:
         command = tyro.cli(
-            _commands(_train_defaults(arguments)),
+            _command_line(_train_defaults(arguments)),
             args=arguments,
             prog="alm-torchrl",
             description="Aligned Latent Models: train agents, look into them, rerun "
@@ -228,55 +307,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _command_line(defaults: Train) -> Any:  # noqa: ANN401
+    """The union of the commands, as tyro reads it."""
+    options: dict[str, Any] = {"train": {"default": defaults}}
+    return Union[  # noqa: UP007
+        tuple(
+            Annotated[command, tyro.conf.subcommand(name, **options.get(name, {}))]
+            for name, command in COMMANDS.items()
+        )
+    ]
+
+
 def _train_defaults(arguments: Sequence[str]) -> Train:
     """The flags' defaults: those of the run to resume, or else of the preset."""
     resumed = _value_of("--resume", arguments)
-    settings = None if resumed is None else _run_settings(Path(resumed))
-    if settings is not None:
-        return Train(**settings)
-    # An unknown name is refused by tyro, which knows the choices.
-    named = _value_of("--preset", arguments)
-    preset: Preset = "paper" if named == "paper" else "quick"
+    if resumed is not None:
+        # A run folder, or a checkpoint in one.
+        for folder in (Path(resumed), *Path(resumed).absolute().parents[1:2]):
+            if holds_run(folder):
+                with user_errors():
+                    config = TrainConfig.from_dict(read_record(folder)["settings"])
+                return Train(**{**vars(config), "run_dir": folder})
+    # tyro refuses an unknown name: it knows the choices.
+    preset: Preset = "quick"
+    if _value_of("--preset", arguments) == "paper":
+        preset = "paper"
     return Train(**{"task": "", **PRESETS[preset], "preset": preset})
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """What follows the last occurrence of a flag."""
+    """The word after the last occurrence of a flag."""
     found: str | None = None
     for index, word in enumerate(arguments):
         name, equals, value = word.partition("=")
         if name == flag:
             found = value if equals else "".join(arguments[index + 1 : index + 2])
     return found
-
-
-def _run_settings(path: Path) -> dict[str, Any] | None:
-    """Settings of a run folder, or of the one a checkpoint is in, if it has any."""
-    for run in (path, *path.absolute().parents[1:2]):
-        if (run / "config.json").is_file():
-            try:
-                record = json.loads((run / "config.json").read_text(encoding="utf-8"))
-                settings = {**record["settings"], "run_dir": str(run)}
-                config = TrainConfig.from_dict(settings)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{run / 'config.json'} does not hold a run's settings: {error}"
-                ) from error
-            return {
-                field.name: getattr(config, field.name)
-                for field in dataclasses.fields(config)
-            }
-    return None
-
-
-def _commands(train: Train) -> Any:  # noqa: ANN401
-    """The union of the commands, as tyro reads it."""
-    return (
-        Annotated[Train, tyro.conf.subcommand("train", default=train)]
-        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-        | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
-        | Annotated[Plot, tyro.conf.subcommand("plot")]
-        | Annotated[Render, tyro.conf.subcommand("render")]
-        | Annotated[Tasks, tyro.conf.subcommand("tasks")]
-        | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
-    )

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import flop_registry
 
-from alm_torchrl.runs.folder import circumstances
+from alm_torchrl.runs.folder import provenance
 from benchmarks.problem import Problem
 
 Clock = Callable[[], float]
@@ -227,7 +227,7 @@ def _product(
 
 def machine(device: str) -> dict[str, Any]:
     """Versions, commit, hardware, instruction set and load of the machine."""
-    record = circumstances(device)
+    record = provenance(device)
     record["hardware"]["instructions"] = torch.backends.cpu.get_cpu_capability()
     record["hardware"]["load_average"] = list(os.getloadavg())
     return record

@@ -43,8 +43,9 @@ from alm_torchrl import (
     make_trainer,
     random_policy,
 )
+from alm_torchrl.runs.agents import describe_spaces
 from alm_torchrl.runs.film import film_policy
-from alm_torchrl.runs.loading import ActingPolicy, describe_spaces, find_checkpoint
+from alm_torchrl.runs.loading import ActingPolicy, find_checkpoint
 from alm_torchrl.runs.settings import preset_config
 
 torch.set_num_threads(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +14,10 @@ from alm_torchrl.analysis.bias import ESTIMATES, bias_summary, bound_bias
 from alm_torchrl.analysis.rollouts import latent_rollout
 from alm_torchrl.envs import make_env
 from alm_torchrl.experiments.catalogue import SCALES, ScaleName
+from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.runs.folder import Run
 from alm_torchrl.runs.loading import (
     checkpoint_metadata,
-    find_checkpoint,
     load_loss,
     usable_checkpoints,
 )
@@ -61,7 +61,7 @@ def bias_rows(groups: Iterable[Group], scale: ScaleName) -> list[Row]:
             for checkpoint in _checkpoints(run.path):
                 pairs = bound_bias(
                     env,
-                    load_loss(checkpoint, baselines=True),
+                    load_loss(checkpoint),
                     horizon=settings["horizon"],
                     pairs=SCALES[scale].pairs,
                     seed=run.config.seed,
@@ -98,7 +98,8 @@ def rollout_rows(groups: Iterable[Group], scale: ScaleName) -> list[Row]:
     for label, task, runs in groups:
         for run in runs:
             env = _env(run.config.to_dict())
-            loss = load_loss(find_checkpoint(run.path))
+            # Only ALM's agents have a latent model: the baselines have no such study.
+            loss = cast(ALMLoss, load_loss(run.path))
             found = latent_rollout(
                 env, loss, steps=SCALES[scale].rollout, seed=run.config.seed
             )

@@ -28,9 +28,8 @@ __all__ = [
     "save",
 ]
 
-
-_WAYS = CHANGEABLE | {"compile", "cudagraph"}
-"""Settings of how a run is made and kept, not of what is trained."""
+# They say how a run is made and kept, not what is trained.
+_NOT_TRAINED = CHANGEABLE | {"compile", "cudagraph"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Curve:
     """Mean return over the seeds of one setting."""
 
     label: str
-    """What the legend says."""
+    """Its text in the legend."""
     steps: NDArray[np.int64]
     """Training steps at which every seed was evaluated, shape [N]."""
     mean: NDArray[np.float64]
@@ -47,46 +46,70 @@ class Curve:
     """Standard deviation over seeds (n - 1), shape [N]; None for one seed."""
 
 
+def curve_of(label: str, runs: Sequence[Run]) -> Curve:
+    """The curve of runs of one setting, over the steps that all were evaluated at.
+
+    Raises:
+        ValueError: if they share no training step.
+    """
+    returns = [
+        {row["training_step"]: row["mean_return"] for row in run.metrics}
+        for run in runs
+    ]
+    steps = sorted(set.intersection(*(set(values) for values in returns)))
+    if not steps:
+        raise ValueError(f"runs: those of '{label}' share no training step")
+    table = np.array([[values[step] for step in steps] for values in returns])
+    std = table.std(axis=0, ddof=1) if len(runs) > 1 else None
+    return Curve(label, np.array(steps), table.mean(axis=0), std)
+
+
 def curves_of(runs: Sequence[Run]) -> list[Curve]:
     """One curve for each task, agent, preset and set of changed settings.
 
-    Runs that differ in nothing but the seed (and in where and how they ran: steps,
-    logs, checkpoints, compiled or not) share a curve, which covers the training steps
-    that all of them were evaluated at.
-
-    Args:
-        runs: runs with at least one evaluation each, in any order.
-
-    Returns:
-        list[Curve]: in the order in which the settings first appear.
+    Runs that differ only in the seed, or in where and how they ran (steps, logs,
+    checkpoints, compiled or not), share a curve. Curves stand in the order in which
+    their settings first appear.
 
     Raises:
-        ValueError: if a run has no evaluation, if a seed appears twice in a
-            group, or if the runs of a group share no training step.
+        ValueError: if a run has no evaluation, a seed appears twice in a group, or
+            the runs of a group share no training step.
     """
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         if not run.metrics:
             raise ValueError(f"{run.path} has no evaluation yet")
         config = run.config
-        changes = repr(
-            sorted(item for item in config.changes.items() if item[0] not in _WAYS)
-        )
-        key = (config.task, config.agent, config.preset, changes)
+        changes = [(k, v) for k, v in config.changes.items() if k not in _NOT_TRAINED]
+        key = (config.task, config.agent, config.preset, repr(sorted(changes)))
         groups.setdefault(key, []).append(run)
     curves = []
     for members in groups.values():
         seeds = sorted(run.config.seed for run in members)
-        label = ", ".join(
-            [
-                *_distinction(members[0], runs),
-                f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds",
-            ]
-        )
+        last = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
+        label = ", ".join([*_distinction(members[0], runs), last])
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"runs: a seed of '{label}' appears twice: {seeds}")
         curves.append(curve_of(label, members))
     return curves
+
+
+def _distinction(run: Run, runs: Sequence[Run]) -> list[str]:
+    """The preset, and the settings in which a run differs from the others."""
+    config, others = run.config, [other.config for other in runs]
+    named: list[str] = [config.preset]
+    if len({other.agent for other in others} | {"alm"}) > 1:
+        named.insert(0, config.agent)
+    if len({other.task for other in others}) > 1:
+        named.insert(0, config.task)
+    differing = {
+        name
+        for other in others
+        if other.preset == config.preset
+        for name in {*other.changes, *config.changes} - _NOT_TRAINED
+        if getattr(other, name) != getattr(config, name)
+    }
+    return [*named, *(f"{name}={getattr(config, name)}" for name in sorted(differing))]
 
 
 def reference_curve(path: Path) -> Curve:
@@ -95,12 +118,6 @@ def reference_curve(path: Path) -> Curve:
     One column for each seed and, if there is one, a first column ``Step`` with the
     training steps; without it, row i is training step 5,000 i.
 
-    Args:
-        path: the file.
-
-    Returns:
-        Curve: named after the file.
-
     Raises:
         ValueError: if it has another format.
     """
@@ -108,19 +125,19 @@ def reference_curve(path: Path) -> Curve:
         header, *rows = list(csv.reader(file)) or [[]]
     has_steps = header[:1] == ["Step"]
     seeds = len(header) - has_steps
+    if not seeds or not rows:
+        raise ValueError(
+            f"{path}: expected a column Step, if any, and a column of returns for each "
+            f"seed, got the columns {header} and {len(rows)} rows"
+        )
     try:
         table = np.array(rows, dtype=np.float64).reshape(len(rows), len(header))
     except ValueError as error:
         raise ValueError(
             f"{path}: expected a header, then rows of {len(header)} numbers: {error}"
         ) from error
-    if not seeds or not rows:
-        raise ValueError(
-            f"{path}: expected a column Step, if any, and a column of returns for each "
-            f"seed, got the columns {header} and {len(rows)} rows"
-        )
     steps = table[:, 0] if has_steps else 5000 * np.arange(len(rows))
-    returns = table[:, 1:] if has_steps else table
+    returns = table[:, has_steps:]
     label = f"published {path.stem}, " + (f"{seeds} seeds" if seeds > 1 else "a seed")
     std = returns.std(axis=1, ddof=1) if seeds > 1 else None
     return Curve(label, steps.astype(np.int64), returns.mean(axis=1), std)
@@ -129,31 +146,23 @@ def reference_curve(path: Path) -> Curve:
 def plot_runs(
     runs: Sequence[Run], output: Path, references: Sequence[Curve] = ()
 ) -> Path:
-    """Draw return against training steps, the mean over seeds with its deviation.
+    """Draws return against training steps, the mean over seeds with its deviation.
 
-    Args:
-        runs: see :func:`curves_of`.
-        output: the picture to write; its ending chooses the format (PNG, PDF, ...).
-        references: published curves to draw too, dashed, as far as the runs reach.
-            Default: ``()``.
-
-    Returns:
-        Path: ``output``.
+    The ending of ``output`` chooses the format. Published curves are dashed, and shown
+    as far as the runs reach.
 
     Raises:
         ImportError: if Matplotlib is missing.
         ValueError: see :func:`curves_of`; also for an unknown ending.
     """
     curves = curves_of(runs)
-    tasks = sorted({run.config.task for run in runs})
     height = 3.8 + 0.22 * (len(curves) + len(references))
     figure, (axes,) = panels(1, 1, size=(6.4, height))
     draw_curves(axes, curves, references)
-    spread = any(curve.std is not None for curve in [*curves, *references])
-    title = ", ".join(tasks)
-    axes.set_title(
-        title + (", mean and standard deviation over seeds" if spread else "")
-    )
+    title = ", ".join(sorted({run.config.task for run in runs}))
+    if any(curve.std is not None for curve in [*curves, *references]):
+        title += ", mean and standard deviation over seeds"
+    axes.set_title(title)
     # Below the panel: long labels would lie on the curves.
     figure.legend(loc="outside lower left", frameon=False)
     return save(figure, output)
@@ -162,14 +171,7 @@ def plot_runs(
 def panels(
     rows: int, columns: int, *, size: tuple[float, float]
 ) -> tuple[Figure, list[Axes]]:
-    """An empty figure and its panels, row by row.
-
-    Args:
-        rows: of panels.
-        columns: of panels.
-
-    Keyword Args:
-        size: of the figure in inches.
+    """An empty figure, its size in inches, and its panels, row by row.
 
     Raises:
         ImportError: if Matplotlib is missing.
@@ -189,23 +191,16 @@ def panels(
 def draw_curves(
     axes: Axes, curves: Sequence[Curve], references: Sequence[Curve] = ()
 ) -> None:
-    """Draw curves with their deviation, and what the axes mean, into a panel.
-
-    Args:
-        axes: the panel.
-        curves: the curves.
-        references: published ones, dashed, as far as the others reach. Default: ``()``.
-    """
+    """Draws curves with their deviation into a panel, and labels its axes."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     last = max(curve.steps[-1] for curve in curves)
     grays = ("0.3", "0.5", "0.7")
     for index, curve in enumerate(references):
         shown = curve.steps <= last
-        color = grays[index % len(grays)]
         std = None if curve.std is None else curve.std[shown]
-        band = Curve(curve.label, curve.steps[shown], curve.mean[shown], std)
-        _draw(axes, band, color=color, linestyle="--")
+        within = Curve(curve.label, curve.steps[shown], curve.mean[shown], std)
+        _draw(axes, within, color=grays[index % len(grays)], linestyle="--")
     for curve in curves:
         _draw(axes, curve, marker="o" if len(curve.steps) <= 12 else None)
     axes.set_xlabel("training steps")
@@ -214,17 +209,6 @@ def draw_curves(
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
     axes.grid(alpha=0.3)
-
-
-def save(figure: Figure, output: Path) -> Path:
-    """Write a figure, and its folder if need be.
-
-    Raises:
-        ValueError: for an unknown ending.
-    """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output)
-    return output
 
 
 def _draw(axes: Axes, curve: Curve, **style: Any) -> None:
@@ -238,44 +222,8 @@ def _draw(axes: Axes, curve: Curve, **style: Any) -> None:
         )
 
 
-def _distinction(run: Run, runs: Sequence[Run]) -> list[str]:
-    """What tells a run's settings from those of the others, the preset in any case."""
-    differing = {
-        name
-        for other in runs
-        if other.config.preset == run.config.preset
-        for name in {*other.config.changes, *run.config.changes} - _WAYS
-        if getattr(other.config, name) != getattr(run.config, name)
-    }
-    named = [
-        value
-        for value, all_values in (
-            (run.config.task, {other.config.task for other in runs}),
-            (run.config.agent, {other.config.agent for other in runs} | {"alm"}),
-        )
-        if len(all_values) > 1
-    ]
-    changed = [f"{name}={getattr(run.config, name)}" for name in sorted(differing)]
-    return [*named, run.config.preset, *changed]
-
-
-def curve_of(label: str, runs: Sequence[Run]) -> Curve:
-    """The curve of some runs, over the training steps that all were evaluated at.
-
-    Args:
-        label: what the legend says.
-        runs: runs of one setting, with different seeds.
-
-    Raises:
-        ValueError: if they share no training step.
-    """
-    returns = [
-        {row["training_step"]: row["mean_return"] for row in run.metrics}
-        for run in runs
-    ]
-    steps = sorted(set.intersection(*(set(values) for values in returns)))
-    if not steps:
-        raise ValueError(f"runs: those of '{label}' share no training step")
-    table = np.array([[values[step] for step in steps] for values in returns])
-    std = table.std(axis=0, ddof=1) if len(runs) > 1 else None
-    return Curve(label, np.array(steps), table.mean(axis=0), std)
+def save(figure: Figure, output: Path) -> Path:
+    """Writes a figure, and makes its folder if it is missing."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output)
+    return output

@@ -118,7 +118,7 @@ class _Diagnosis:
         metadata = checkpoint_metadata(self.checkpoint)
         self.settings, self.step = metadata["settings"], _training_step(metadata)
         # Of ALM or a baseline: the check below leaves a baseline its own sections.
-        self.loss: Any = load_loss(self.checkpoint, baselines=True)
+        self.loss: Any = load_loss(self.checkpoint)
         self.estimator = f"K = {self.settings['horizon']}"
         if isinstance(self.loss, BaselineLoss):
             self.estimator = self.loss.agent.upper()
@@ -174,7 +174,7 @@ class _Diagnosis:
         }
         summaries = {}
         for step, path in sorted(by_step.items()):
-            pairs = self._pairs(load_loss(path, baselines=True))
+            pairs = self._pairs(load_loss(path))
             summaries[step] = summary = analysis.bias_summary(pairs)
             labels = figures.estimate_labels(summary)
             cells = (f"{text} {_cell(summary, name)}" for name, text in labels.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import sys
@@ -20,16 +21,12 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from alm_torchrl.checks import check_integer
 
 __all__ = [
-    "FILM_SUFFIXES",
     "Film",
     "check_film_name",
     "draws_pictures",
     "film_policy",
     "render_headless",
 ]
-
-FILM_SUFFIXES = (".gif", ".mp4")
-"""Endings of the films that can be written."""
 
 _MAX_FPS = 50
 _GIF_HEIGHT = 320
@@ -54,10 +51,10 @@ class Film:
 
 
 def render_headless() -> None:
-    """Let MuJoCo and pygame draw without a display where there is none (Linux).
+    """Lets MuJoCo and pygame draw on a Linux machine without a display.
 
-    It has to be called before MuJoCo is first imported. A ``MUJOCO_GL`` or a
-    ``SDL_VIDEODRIVER`` that is already set stays as it is.
+    Call it before MuJoCo is first imported. ``MUJOCO_GL`` and ``SDL_VIDEODRIVER``
+    are left alone if they are set.
     """
     display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if sys.platform == "linux" and not display:
@@ -71,14 +68,9 @@ def draws_pictures(env: TransformedEnv) -> bool:
 
 
 def check_film_name(output: Path) -> None:
-    """Check that a film's name ends in one of :data:`FILM_SUFFIXES`.
-
-    Raises:
-        ValueError: if it does not.
-    """
-    if output.suffix.lower() not in FILM_SUFFIXES:
-        expected = " or ".join(FILM_SUFFIXES)
-        raise ValueError(f"output: expected a name in {expected}, got {output.name}")
+    """Checks that a film's name ends in ``.gif`` or ``.mp4``."""
+    if output.suffix.lower() not in (".gif", ".mp4"):
+        raise ValueError(f"output: expected a name in .gif or .mp4, got {output.name}")
 
 
 def film_policy(
@@ -89,26 +81,15 @@ def film_policy(
     seed: int = 0,
     max_steps: int | None = None,
 ) -> Film:
-    """Film one episode.
+    """Films one episode, or its first steps, without exploration.
 
-    Args:
-        env: an environment made with ``render_mode="rgb_array"``.
-        policy: acts on the environment's tensordict, without exploration.
-        output: the film, ``.gif`` (at most 320 pixels high) or ``.mp4``. At more
-            than 50 steps per second every n-th is shown.
-
-    Keyword Args:
-        seed: of the episode and of the policy's sampling. Default: ``0``.
-        max_steps: environment steps to show at most, at least 1.
-            Default: ``None``, the whole episode.
-
-    Returns:
-        Film: what was written.
+    The environment is made with ``render_mode="rgb_array"``. A GIF is at most 320
+    pixels high; at more than 50 steps per second, only every n-th step is shown.
 
     Raises:
-        ValueError: if the ending is another, the environment draws no pictures, or
-            ``max_steps`` is not positive.
-        ImportError: if what writes films is missing.
+        ValueError: if the file has another ending, the environment draws no
+            pictures, or ``max_steps`` is not positive.
+        ImportError: if a package that writes films is missing.
     """
     check_film_name(output)
     if max_steps is not None:
@@ -123,19 +104,20 @@ def film_policy(
     _follow(gym_env.unwrapped)
     rate = float(gym_env.metadata.get("render_fps", 30))
     stride = math.ceil(rate / _MAX_FPS)
-    played: dict[str, Any] = {"steps": 0, "return": 0.0}
+    steps, total = 0, 0.0
 
     def frames() -> Iterator[Frame]:
+        nonlocal steps, total
         env.set_seed(seed)
         data = env.reset()
         yield gym_env.render()
         while True:
             data = env.step(policy(data))
-            played["steps"] += 1
-            played["return"] += data["next", "reward"].item()
-            if played["steps"] % stride == 0:
+            steps += 1
+            total += data["next", "reward"].item()
+            if steps % stride == 0:
                 yield gym_env.render()
-            if data["next", "done"].item() or played["steps"] == max_steps:
+            if data["next", "done"].item() or steps == max_steps:
                 return
             data = env.step_mdp(data)
 
@@ -144,11 +126,11 @@ def film_policy(
     with torch.random.fork_rng(), torch.no_grad(), deterministic:
         torch.manual_seed(seed)
         count = writer(output, frames(), rate / stride)
-    return Film(output, count, rate / stride, played["steps"], played["return"])
+    return Film(output, count, rate / stride, steps, total)
 
 
 def _follow(task: Any) -> None:  # noqa: ANN401
-    """Takes the camera that follows the body, where a MuJoCo task has one."""
+    """Chooses the camera that follows the body, if a MuJoCo task has one."""
     renderer = getattr(task, "mujoco_renderer", None)
     if renderer is None or (task.camera_id, task.camera_name) != (None, None):
         return
@@ -190,9 +172,8 @@ def _write_mp4(path: Path, frames: Iterator[Frame], fps: float) -> int:
         str(path), (width, height), fps=fps, macro_block_size=2
     )
     writer.send(None)
-    writer.send(np.ascontiguousarray(first))
-    count = 1
-    for frame in frames:
+    count = 0
+    for frame in itertools.chain([first], frames):
         writer.send(np.ascontiguousarray(frame))
         count += 1
     writer.close()

@@ -11,11 +11,12 @@
 
 ``config.json`` is an object with the keys
 
+- ``format``: :data:`FORMAT`; folders of another format are refused;
 - ``settings``: every field of :class:`alm_torchrl.runs.settings.TrainConfig`;
 - ``agent``: name of the algorithm;
 - ``versions``: of Python and of each package in :data:`PACKAGES`;
-- ``commit``: git commit of the source, with ``-dirty`` appended where tracked
-  files were changed; ``null`` for an installed package;
+- ``commit``: git commit of the source, with ``-dirty`` appended if tracked files
+  were changed; ``null`` for an installed package;
 - ``hardware``: ``cpu`` (model), ``cores`` (usable ones), ``threads`` (PyTorch's),
   ``device`` (``cpu`` or ``cuda``), ``gpu`` (model or ``null``);
 - ``started``: local time with offset, ISO 8601;
@@ -33,7 +34,6 @@ that the run took (pauses left out); and ``task``, whose id ends in its version.
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import os
 import platform
@@ -46,28 +46,32 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from alm_torchrl.runs.settings import TrainConfig
 
 __all__ = [
     "CHANGEABLE",
+    "FORMAT",
     "METRICS_FIELDS",
     "PACKAGES",
     "MetricsWriter",
     "Run",
-    "circumstances",
     "continue_run",
     "create_run",
     "harmful_differences",
     "holds_run",
     "lock_run",
+    "provenance",
     "read_metrics",
     "read_record",
     "read_run",
-    "refuse_other_files",
     "set_run_aside",
 ]
+
+FORMAT = 2
+"""Of the run folder; a folder without a number has format 1."""
 
 METRICS_FIELDS = (
     "seed",
@@ -83,10 +87,6 @@ METRICS_FIELDS = (
 PACKAGES = ("alm_torchrl", "torch", "torchrl", "tensordict", "gymnasium", "mujoco")
 """Packages whose versions a run records."""
 
-_INTEGERS = ("seed", "training_step", "environment_step")
-_FLOATS = ("mean_return", "mean_length", "wall_time")
-_OWN_NAMES = ("metrics.csv", "checkpoints", "learning_curve.png")
-
 CHANGEABLE = frozenset(
     {
         "preset",
@@ -101,6 +101,9 @@ CHANGEABLE = frozenset(
 )
 """Settings that a run may change when it continues."""
 
+_INTEGERS = ("seed", "training_step", "environment_step")
+_FLOATS = ("mean_return", "mean_length", "wall_time")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -111,16 +114,13 @@ class Run:
     config: TrainConfig
     """Its settings."""
     metrics: list[dict[str, Any]]
-    """Rows of ``metrics.csv``, numbers converted, possibly none yet."""
+    """Rows of ``metrics.csv``, numbers converted; empty before the first one."""
 
 
 class MetricsWriter:
     """Writes rows of ``metrics.csv``, each on disk before :meth:`write` returns.
 
-    Args:
-        path: the file; rows in it stay, as far as ``until`` says.
-        until: environment step up to which rows stay, those of later steps being
-            measured again. Default: ``-1``, none.
+    Of the rows in an existing file, those up to the environment step ``until`` stay.
 
     Raises:
         ValueError: if the file exists and its columns are not :data:`METRICS_FIELDS`.
@@ -145,40 +145,32 @@ class MetricsWriter:
         self._writer = csv.DictWriter(self._file, METRICS_FIELDS, lineterminator="\n")
         self._writer.writeheader()
         self._writer.writerows(self.rows)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._flush()
         os.replace(kept, path)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append a row that has exactly the columns :data:`METRICS_FIELDS`.
-
-        Raises:
-            ValueError: if a column is missing or unknown.
-        """
+        """Appends a row with exactly the columns :data:`METRICS_FIELDS`."""
         if set(row) != set(METRICS_FIELDS):
             raise ValueError(f"row: expected {METRICS_FIELDS}, got {tuple(row)}")
         self._writer.writerow(row)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._flush()
         self.rows.append(dict(row))
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    def _flush(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def __enter__(self) -> MetricsWriter:
-        """Return the writer itself."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Close the file."""
-        self.close()
+        self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a ``metrics.csv`` with integers and floats converted.
+    """The rows of a ``metrics.csv`` with integers and floats converted.
 
-    A last line without its end, as a killed process leaves it, is passed over.
+    An incomplete last line, as a killed process leaves it, is skipped.
 
     Raises:
         ValueError: if the columns are not :data:`METRICS_FIELDS`.
@@ -203,13 +195,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def lock_run(path: Path) -> Iterator[None]:
-    """Keep other processes from training in a folder, which is made if need be.
+    """Keeps other processes from training in a folder; makes it if it is missing.
 
-    The lock is the operating system's: it ends with its process, however that ends.
-    A folder that was made for it and stays empty is removed again.
+    The operating system frees the lock when the process ends. A folder that was made
+    here and stays empty is removed again.
 
     Raises:
-        BlockingIOError: if another process holds it.
+        BlockingIOError: if another process holds the lock.
     """
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
@@ -225,7 +217,7 @@ def lock_run(path: Path) -> Iterator[None]:
         yield
     finally:
         if made and list(path.iterdir()) == [file]:
-            # Others may have come into a parent; Windows keeps a locked file.
+            # A parent may hold other files by now; Windows keeps a locked file.
             with suppress(OSError):
                 file.unlink()
                 for folder in made:
@@ -238,22 +230,8 @@ def holds_run(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def refuse_other_files(path: Path) -> None:
-    """Check that a folder without a run has nothing that a run would overwrite.
-
-    Raises:
-        FileExistsError: if it has.
-    """
-    for name in _OWN_NAMES:
-        if (path / name).exists():
-            raise FileExistsError(
-                f"{path} has a {name} but no config.json, so it is not a run that can "
-                "be continued; choose another folder with --run-dir"
-            )
-
-
 def set_run_aside(path: Path) -> Path:
-    """Move what is in a run folder into a new one beside it, whose path is returned."""
+    """Moves what is in a run folder into a new one beside it, and returns that."""
     time = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     aside = path.with_name(f"{path.name}-replaced-{time}")
     aside.mkdir()
@@ -264,16 +242,12 @@ def set_run_aside(path: Path) -> Path:
 
 
 def create_run(config: TrainConfig, device: str) -> None:
-    """Write the ``config.json`` of a new run into ``config.run_path``.
-
-    Args:
-        config: the settings.
-        device: the device in use, ``"cpu"`` or ``"cuda"``.
-    """
+    """Writes the ``config.json`` of a new run into ``config.run_path``."""
     record = {
+        "format": FORMAT,
         "settings": config.to_dict(),
         "agent": config.agent,
-        **circumstances(device),
+        **provenance(device),
         "started": _now(),
         "continued": [],
     }
@@ -283,60 +257,42 @@ def create_run(config: TrainConfig, device: str) -> None:
 def continue_run(
     config: TrainConfig, device: str, source: Path, checkpoint: Path, step: int
 ) -> None:
-    """Note in the ``config.json`` of ``config.run_path`` that a run is continued.
+    """Notes in the ``config.json`` of ``config.run_path`` that a run is continued.
 
     Args:
         config: the settings from now on.
         device: the device in use, ``"cpu"`` or ``"cuda"``.
-        source: folder of the run that is continued, possibly another one.
-        checkpoint: where it continues.
+        source: folder of the run, if need be another one.
+        checkpoint: the checkpoint it continues from.
         step: environment step of the checkpoint.
     """
     record = read_record(source)
-    before = record["settings"]
-    after = config.to_dict()
+    before, after = record["settings"], config.to_dict()
     entry = {
         "time": _now(),
         "environment_step": step,
         "checkpoint": str(checkpoint.resolve()),
         "changes": {
-            name: [before.get(name), value]
+            name: [before[name], value]
             for name, value in after.items()
-            if before.get(name) != value
+            if before[name] != value
         },
-        **circumstances(device),
+        **provenance(device),
     }
     record["settings"] = after
-    record["continued"] = [*record.get("continued", []), entry]
+    record["continued"].append(entry)
     _write_record(config.run_path, record)
 
 
 def harmful_differences(
     before: Mapping[str, Any], config: TrainConfig
 ) -> dict[str, tuple[Any, Any]]:
-    """Settings that a run cannot change when it continues.
-
-    Args:
-        before: the settings that the run was started with.
-        config: those it would continue with.
-
-    Returns:
-        dict: the names of those that differ, with both values. :data:`CHANGEABLE`
-        ones are left out, and a setting that an older version did not have yet counts
-        as its default.
-    """
-    after = config.to_dict()
-    # A setting that is younger than the run had its default.
-    defaults = {
-        field.name: field.default
-        for field in dataclasses.fields(config)
-        if field.default is not dataclasses.MISSING
-    }
-    before = {**defaults, **before}
+    """Settings that a run cannot change when it continues, with both values."""
+    started = TrainConfig.from_dict(before).to_dict()
     return {
-        name: (before.get(name), value)
-        for name, value in after.items()
-        if name not in CHANGEABLE and before.get(name) != value
+        name: (started[name], value)
+        for name, value in config.to_dict().items()
+        if name not in CHANGEABLE and started[name] != value
     }
 
 
@@ -345,69 +301,60 @@ def read_record(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is not readable.
+        ValueError: if it is not readable or of another format.
     """
     file = path / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{path} is not a run folder: it has no config.json")
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        record["settings"].items()
+        found = record.get("format", 1)
+        if found == FORMAT:
+            TrainConfig.from_dict(record["settings"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not the config.json of a run: {error}") from error
+    if found != FORMAT:
+        raise ValueError(
+            f"{file}: expected a run folder of format {FORMAT}, which this version of "
+            f"alm_torchrl reads, got one of format {found}"
+        )
     return record
 
 
 def read_run(path: Path) -> Run:
-    """Read the settings and the metrics of a run folder.
+    """Reads the settings and the metrics of a run folder.
 
     Raises:
         FileNotFoundError: if the folder or one of the two files is missing.
         ValueError: if a file does not have the documented form.
     """
-    record = read_record(path)
+    config = TrainConfig.from_dict(read_record(path)["settings"])
     if not (path / "metrics.csv").is_file():
         raise FileNotFoundError(f"{path} is not a run folder: it has no metrics.csv")
-    config = TrainConfig.from_dict(record["settings"])
     return Run(path, config, read_metrics(path / "metrics.csv"))
 
 
-def _write_record(path: Path, record: Mapping[str, Any]) -> None:
-    new = path / ".config.json.new"
-    with new.open("w", encoding="utf-8") as file:
-        json.dump(record, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path / "config.json")
-
-
-def _now() -> str:
-    return datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-def circumstances(device: str) -> dict[str, Any]:
-    """Package versions, source commit and hardware, as records keep them."""
-    return {
-        "versions": _versions(),
-        "commit": _source_commit(),
-        "hardware": _hardware(device),
-    }
-
-
-def _versions() -> dict[str, str | None]:
+def provenance(device: str) -> dict[str, Any]:
+    """The ``versions``, ``commit`` and ``hardware`` of a record; see this module."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        versions[name] = None
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
+    affinity = getattr(os, "sched_getaffinity", None)
+    hardware = {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count() if affinity is None else len(affinity(0)),
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+    }
+    return {"versions": versions, "commit": _source_commit(), "hardware": hardware}
 
 
 def _source_commit() -> str | None:
-    """The commit of the checkout that this file belongs to, if it is in one."""
-    root = Path(__file__).resolve().parents[1]
+    """The commit of the checkout that holds this file, if there is one."""
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -419,20 +366,6 @@ def _source_commit() -> str | None:
     return done.stdout.strip()
 
 
-def _hardware(device: str) -> dict[str, Any]:
-    import torch
-
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity is not None else os.cpu_count()
-    return {
-        "cpu": _cpu_model(),
-        "cores": cores,
-        "threads": torch.get_num_threads(),
-        "device": device,
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-    }
-
-
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -440,3 +373,17 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _write_record(path: Path, record: Mapping[str, Any]) -> None:
+    new = path / ".config.json.new"
+    with new.open("w", encoding="utf-8") as file:
+        json.dump(record, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path / "config.json")

@@ -1,21 +1,22 @@
 """Settings of a training run, and the presets that fill them in.
 
-Every field of :class:`TrainConfig` is a flag of ``alm-torchrl train`` with the
-same name (dashes for underscores). The class's defaults are the paper's Table 3;
-a preset states what it changes.
+Every field of :class:`TrainConfig` is a flag of ``alm-torchrl train`` with the same
+name (dashes for underscores). Defaults stand here once: those of the class are the
+paper's Table 3, and a preset states what it changes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from alm_torchrl.checks import (
     check_choice,
@@ -28,17 +29,26 @@ __all__ = ["PRESETS", "Preset", "TrainConfig", "UserError", "preset_config"]
 
 Preset = Literal["quick", "paper"]
 
+# Each kind of number carries its check.
+Count = Annotated[int, check_integer]
+Seed = Annotated[int, partial(check_integer, low=0, high=2**31 - 1)]
+Weight = Annotated[float, check_number]
+Positive = Annotated[float, partial(check_number, open_low=True)]
+Share = Annotated[float, partial(check_number, high=1.0)]
+PositiveShare = Annotated[float, partial(check_number, high=1.0, open_low=True)]
+Discount = Annotated[float, partial(check_number, high=1.0, open_high=True)]
+
 
 class UserError(Exception):
-    """A mistake in what was asked for, which the command line tells in one line."""
+    """A mistake in what was asked for; the command line shows it as one line."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Train an agent on a Gymnasium task.
 
-    The baselines take what they know: they have no latent state, model, slices or
-    classifier, and SAC and REDQ no noise schedule, so that such settings do nothing.
+    The baselines use the settings that apply to them: they have no latent state,
+    model, slices or classifier, and SAC and REDQ no noise schedule.
 
     Example:
         >>> config = preset_config("quick", seed=3)
@@ -46,7 +56,7 @@ class TrainConfig:
         ('HalfCheetah-v5', 3, 'HalfCheetah-v5-alm-quick-s3')
 
     Raises:
-        ValueError: if a value lies outside the range its field allows.
+        ValueError: if a value is outside the range of its field.
     """
 
     task: str
@@ -55,37 +65,37 @@ class TrainConfig:
     """Defaults of all other settings: a run of minutes, or the paper's Table 3."""
     agent: Literal["alm", "td3", "sac", "redq"] = "alm"
     """Algorithm: ALM, or a baseline with ALM's settings as far as it has them."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of networks, exploration, replay and environment."""
 
     # Where and how to compute
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of networks and updates; auto takes a GPU where there is one."""
-    threads: int | None = None
+    threads: Count | None = None
     """CPU threads of PyTorch; None leaves its own choice."""
 
     # Environment and replay
     action_bounds: Literal["clamp", "rescale"] = "clamp"
     """Bounds other than +-1: clamp actions to them, or rescale [-1, 1] to them."""
-    dynamics_noise: float = 0.0
+    dynamics_noise: Weight = 0.0
     """Noise on the joint velocities before each step of a MuJoCo task (Fig. 17)."""
-    total_steps: int = 300_000
+    total_steps: Count = 300_000
     """Training steps (updates), one per environment step after the warm-up."""
-    warmup_steps: int = 5000
+    warmup_steps: Count = 5000
     """Uniformly random environment steps before the first update."""
-    capacity: int | None = None
+    capacity: Count | None = None
     """Transitions kept for replay; None: 1e6 for Humanoid-v*, else 1e5."""
-    batch_size: int = 512
+    batch_size: Count = 512
     """Slices, and as many single transitions, in an update (REDQ makes 20)."""
-    horizon: int = 3
+    horizon: Count = 3
     """Steps K of a slice and of the imagined rollouts."""
 
     # Networks
-    latent_dim: int = 50
+    latent_dim: Count = 50
     """Size of the latent state."""
-    hidden_dim: int = 512
+    hidden_dim: Count = 512
     """Units per hidden layer of all networks but the latent model."""
-    model_hidden_dim: int = 1024
+    model_hidden_dim: Count = 1024
     """Units per hidden layer of the latent model."""
     classifier: Literal["mlp", "linear"] = "mlp"
     """Hidden layers in the classifier, or none."""
@@ -94,15 +104,15 @@ class TrainConfig:
     """Learned encoder, or the observation as latent (Fig. 13; no latent_dim then)."""
 
     # Losses
-    gamma: float = 0.99
+    gamma: Discount = 0.99
     """Discount factor."""
-    lmbda: float = 0.95
+    lmbda: Share = 0.95
     """Weight of longer rollouts in the policy's lambda return."""
-    classifier_coef: float = 0.1
+    classifier_coef: Weight = 0.1
     """Weight of the classifier's log ratio in the policy objective."""
-    kl_coef: float = 1.0
+    kl_coef: Weight = 1.0
     """Weight of the KL term in the encoder and model objective."""
-    value_coef: float = 1.0
+    value_coef: Weight = 1.0
     """Weight of the final value in the encoder and model objective."""
     actor_objective: Literal["bound", "qvalue"] = "bound"
     """What the policy maximises; qvalue (TD3's) never reads the classifier."""
@@ -118,21 +128,21 @@ class TrainConfig:
     # Exploration
     entropy: bool = False
     """Learn the noise, with SAC's entropy bonus, in place of its schedule and clip."""
-    noise_initial: float = 1.0
+    noise_initial: Weight = 1.0
     """Standard deviation of the action noise at the first training step."""
-    noise_final: float = 0.1
+    noise_final: Weight = 0.1
     """Standard deviation of the action noise once the schedule has ended."""
-    noise_steps: int = 100_000
+    noise_steps: Count = 100_000
     """Training steps over which the noise falls linearly."""
-    noise_clip: float = 0.3
+    noise_clip: Weight = 0.3
     """Largest action noise inside the losses."""
 
     # Optimization
-    lr: float = 1e-4
+    lr: Positive = 1e-4
     """Learning rate of all Adam optimizers."""
-    clip_norm: float = 100.0
+    clip_norm: Positive = 100.0
     """Largest gradient norm of each optimizer."""
-    tau: float = 0.005
+    tau: PositiveShare = 0.005
     """Step of the target networks towards the online ones."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Precision of the hidden layers in updates; all else keeps fp32."""
@@ -142,15 +152,15 @@ class TrainConfig:
     """Run updates as one captured CUDA graph; None: wherever there is a GPU."""
 
     # Evaluation, logs and checkpoints
-    eval_interval: int = 5000
+    eval_interval: Count = 5000
     """Training steps between evaluations."""
-    eval_episodes: int = 5
+    eval_episodes: Count = 5
     """Whole episodes per evaluation, without action noise."""
-    log_interval: int = 1000
+    log_interval: Count = 1000
     """Environment steps between logged losses."""
-    checkpoint_interval: int = 5000
+    checkpoint_interval: Count = 5000
     """Environment steps between checkpoints; there is always one at the end."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """Newest checkpoints that are kept."""
     logger: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where losses and returns go besides metrics.csv."""
@@ -158,31 +168,10 @@ class TrainConfig:
     """Run folder; None: a name made of task, preset, seed and changes in runs/."""
 
     def __post_init__(self) -> None:
-        """Check each setting against its type and range, and some together."""
-        for name, hint in get_type_hints(TrainConfig).items():
-            value = getattr(self, name)
-            kinds = get_args(hint)
-            if get_origin(hint) is Literal:
-                check_choice(name, value, kinds)
-            elif name not in _RANGES:
-                if not isinstance(value, hint):
-                    expected = getattr(hint, "__name__", hint)
-                    raise ValueError(f"{name}: expected {expected}, got {value!r}.")
-            elif value is None and type(None) in kinds:
-                continue
-            else:
-                low, high, open_low = _RANGES[name]
-                if hint is float:
-                    check_number(
-                        name,
-                        value,
-                        low,
-                        high,
-                        open_low=open_low,
-                        open_high=name == "gamma",
-                    )
-                else:
-                    check_integer(name, value, int(low), high)
+        """Checks each setting, and those that depend on each other."""
+        for name, hint in _HINTS.items():
+            checked = _check_setting(name, hint, getattr(self, name))
+            object.__setattr__(self, name, checked)
         check_steps(
             warmup_steps=self.warmup_steps,
             capacity=self.replay_capacity,
@@ -192,18 +181,18 @@ class TrainConfig:
 
     @property
     def replay_capacity(self) -> int:
-        """Transitions kept for replay, with the default for the task filled in."""
+        """``capacity``, or the task's default."""
         if self.capacity is not None:
             return self.capacity
         return 1_000_000 if re.match(r"Humanoid-v\d", self.task) else 100_000
 
     @property
     def changes(self) -> dict[str, Any]:
-        """Settings that differ from the preset; where a run lives does not count."""
+        """Settings that differ from the preset and can change a result."""
         reference = preset_config(self.preset, task=self.task)
         return {
             field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
+            for field in dataclasses.fields(TrainConfig)
             if field.name not in _NOT_HASHED
             and getattr(self, field.name) != getattr(reference, field.name)
         }
@@ -220,28 +209,38 @@ class TrainConfig:
 
     @property
     def run_path(self) -> Path:
-        """The run folder: :attr:`run_dir`, or :attr:`run_name` in ``runs``."""
+        """The run folder: ``run_dir``, or :attr:`run_name` in ``runs``."""
         return Path("runs") / self.run_name if self.run_dir is None else self.run_dir
+
+    def arguments_of(self, function: Callable[..., Any]) -> dict[str, Any]:
+        """The settings that a function takes under the same names."""
+        settings = {**vars(self), "capacity": self.replay_capacity}
+        names = inspect.signature(function).parameters
+        return {name: settings[name] for name in names if name in settings}
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values for JSON."""
-        values = dataclasses.asdict(self)
+        names = (field.name for field in dataclasses.fields(TrainConfig))
+        values = {name: getattr(self, name) for name in names}
         values["run_dir"] = None if self.run_dir is None else str(self.run_dir)
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The inverse of :meth:`to_dict`.
+        """The inverse of :meth:`to_dict`; settings left out have their defaults.
 
         Raises:
             ValueError: if a name is not a setting, or a value is out of range.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
+        names = {field.name for field in dataclasses.fields(TrainConfig)}
         if unknown := sorted(set(values) - names):
             raise ValueError(f"expected the fields of TrainConfig, got also {unknown}")
         run_dir = values.get("run_dir")
-        return cls(**{**values, "run_dir": None if run_dir is None else Path(run_dir)})
+        paths = {"run_dir": None if run_dir is None else Path(run_dir)}
+        return cls(**{"task": "", **values, **paths})
 
+
+_HINTS = get_type_hints(TrainConfig, include_extras=True)
 
 PRESETS: dict[Preset, dict[str, Any]] = {
     "quick": {
@@ -264,14 +263,20 @@ PRESETS: dict[Preset, dict[str, Any]] = {
 }
 """What each preset changes in the defaults of :class:`TrainConfig`."""
 
+# The first four are in the name of the run.
+_NOT_HASHED = {
+    *("task", "agent", "preset", "seed"),
+    *("device", "threads", "logger", "run_dir"),
+}
+
 
 def preset_config(preset: Preset, **changes: Any) -> TrainConfig:
     """The settings of a preset with some of them changed.
 
     Args:
         preset: ``"quick"`` or ``"paper"``.
-        **changes: fields of :class:`TrainConfig`; ``task`` is needed where the
-            preset names none.
+        **changes: fields of :class:`TrainConfig`. The preset ``"paper"`` names no
+            ``task``.
 
     Raises:
         ValueError: if the preset is unknown or no task is given.
@@ -291,40 +296,18 @@ def preset_config(preset: Preset, **changes: Any) -> TrainConfig:
     return TrainConfig(**values)
 
 
-# (lowest, highest, whether the lowest itself is excluded)
-_RANGES: dict[str, tuple[float, float, bool]] = {
-    "seed": (0, 2**31 - 1, False),
-    "threads": (1, math.inf, False),
-    "dynamics_noise": (0, math.inf, False),
-    "total_steps": (1, math.inf, False),
-    "warmup_steps": (1, math.inf, False),
-    "capacity": (1, math.inf, False),
-    "batch_size": (1, math.inf, False),
-    "horizon": (1, math.inf, False),
-    "latent_dim": (1, math.inf, False),
-    "hidden_dim": (1, math.inf, False),
-    "model_hidden_dim": (1, math.inf, False),
-    "gamma": (0, 1, False),
-    "lmbda": (0, 1, False),
-    "classifier_coef": (0, math.inf, False),
-    "kl_coef": (0, math.inf, False),
-    "value_coef": (0, math.inf, False),
-    "noise_initial": (0, math.inf, False),
-    "noise_final": (0, math.inf, False),
-    "noise_steps": (1, math.inf, False),
-    "noise_clip": (0, math.inf, False),
-    "lr": (0, math.inf, True),
-    "clip_norm": (0, math.inf, True),
-    "tau": (0, 1, True),
-    "eval_interval": (1, math.inf, False),
-    "eval_episodes": (1, math.inf, False),
-    "log_interval": (1, math.inf, False),
-    "checkpoint_interval": (1, math.inf, False),
-    "keep_checkpoints": (1, math.inf, False),
-}
-
-# The first four are in the name of the run.
-_NOT_HASHED = {
-    *("task", "agent", "preset", "seed"),
-    *("device", "threads", "logger", "run_dir"),
-}
+def _check_setting(name: str, hint: Any, value: Any) -> Any:  # noqa: ANN401
+    kinds = get_args(hint)
+    if value is None and type(None) in kinds:
+        return None
+    if get_origin(hint) is Literal:
+        check_choice(name, value, kinds)
+        return value
+    for kind in (hint, *kinds):
+        if get_origin(kind) is Annotated:
+            (check,) = kind.__metadata__
+            return check(name, value)
+    if not isinstance(value, hint):
+        expected = getattr(hint, "__name__", hint)
+        raise ValueError(f"{name}: expected {expected}, got {value!r}.")
+    return value

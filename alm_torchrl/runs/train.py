@@ -1,4 +1,4 @@
-"""The ``train`` command: a run folder from its first step to its closing lines."""
+"""Training in a run folder, from the first step to the closing lines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -22,10 +23,9 @@ from torchrl import torchrl_logger
 from torchrl.checkpoint import CheckpointError
 from torchrl.envs import TransformedEnv
 from torchrl.record.loggers import Logger
-from torchrl.trainers import Trainer
 
-from alm_torchrl.envs import make_env
-from alm_torchrl.evaluation import Policy, evaluate_policy, random_policy, zero_policy
+from alm_torchrl.evaluation import evaluate_policy, random_policy, zero_policy
+from alm_torchrl.runs.agents import build_env, build_loss, describe_spaces
 from alm_torchrl.runs.curves import plot_runs
 from alm_torchrl.runs.film import draws_pictures
 from alm_torchrl.runs.folder import (
@@ -38,13 +38,10 @@ from alm_torchrl.runs.folder import (
     lock_run,
     read_record,
     read_run,
-    refuse_other_files,
     set_run_aside,
 )
 from alm_torchrl.runs.loading import (
-    build_loss,
     checkpoint_metadata,
-    describe_spaces,
     find_checkpoint,
     usable_checkpoints,
 )
@@ -52,12 +49,14 @@ from alm_torchrl.runs.settings import TrainConfig, UserError
 from alm_torchrl.training.stepper import NonFiniteError
 from alm_torchrl.training.trainer import ALMTrainer, make_trainer
 
-__all__ = ["find_device", "mistakes", "train"]
+__all__ = ["find_device", "train", "user_errors"]
+
+Rows = list[dict[str, Any]]
 
 
 @contextmanager
-def mistakes() -> Iterator[None]:
-    """Turn the errors that name a mistake of the user's into :class:`UserError`."""
+def user_errors() -> Iterator[None]:
+    """Turns errors that users can cause into :class:`UserError`."""
     try:
         yield
     except (
@@ -70,35 +69,28 @@ def mistakes() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-@dataclass(frozen=True)
-class _Start:
-    """Where a run starts from: nothing, or a checkpoint of a run folder."""
-
-    source: Path | None = None
-    checkpoint: Path | None = None
-    step: int = -1
-    wall_time: float = 0.0
-
-
 def train(
     config: TrainConfig,
     resume: Path | None = None,
     fresh: bool = False,
     fresh_episode: bool = False,
 ) -> int:
-    """Train an agent in its run folder, from where the run in it was left.
+    """Trains an agent in its run folder, and continues the run that is in it.
+
+    In the main thread, SIGINT and SIGTERM stop the training once the current step is
+    done and saved.
 
     Args:
         config: the settings; ``config.run_path`` is the folder.
-        resume: a run folder, or a checkpoint in one, to continue from; it is changed
-            only if it is ``config.run_path``. Default: ``None``, the run in
-            ``config.run_path`` if there is one.
-        fresh: move such a run aside and start anew. Default: ``False``.
+        resume: a run folder, or a checkpoint in one, to continue from. Another
+            folder than ``config.run_path`` is left as it is. Default: ``None``.
+        fresh: move a run in ``config.run_path`` aside and start anew.
+            Default: ``False``.
         fresh_episode: continue with a fresh episode, not the one that was running.
             Default: ``False``.
 
     Returns:
-        int: 0, 130 if it was interrupted with Ctrl-C, or 143 with SIGTERM.
+        int: 0, 130 after SIGINT (Ctrl-C), or 143 after SIGTERM.
 
     Raises:
         UserError: if the task cannot be used, the folder is in use, the run in it has
@@ -113,21 +105,14 @@ def train(
     device = find_device(config.device)
     path = config.run_path
     with ExitStack() as stack:
-        with mistakes():
-            env, eval_env = (
-                make_env(
-                    config.task,
-                    action_bounds=config.action_bounds,
-                    dynamics_noise=config.dynamics_noise,
-                    seed=seed,
-                )
-                for seed in (config.seed, None)
-            )
+        with user_errors():
+            env = build_env(config.to_dict(), seed=config.seed)
+            eval_env = build_env(config.to_dict())
             _check_logger(config.logger)
             stack.enter_context(lock_run(path))
             if fresh and holds_run(path):
                 print(f"The run before is now in {set_run_aside(path)}")
-            start = _start(config, resume)
+            start = _find_start(config, resume)
             if start.step >= config.warmup_steps + config.total_steps:
                 print(
                     f"The run in {path} is complete: {config.total_steps:,} training "
@@ -135,14 +120,23 @@ def train(
                 )
                 _print_folder(path, eval_env)
                 return 0
-            logger = _logger(config, start.step)
+            logger = _make_logger(config, start.step)
         return _train_in_folder(
             config, device, start, env, eval_env, logger, fresh_episode
         )
 
 
-def _start(config: TrainConfig, resume: Path | None) -> _Start:
-    """The newest usable checkpoint of the run to continue, if there is one."""
+@dataclass(frozen=True)
+class _Start:
+    """Where a run starts: at nothing, or at a checkpoint of a run folder."""
+
+    source: Path
+    checkpoint: Path | None = None
+    step: int = -1
+    wall_time: float = 0.0
+
+
+def _find_start(config: TrainConfig, resume: Path | None) -> _Start:
     path = config.run_path
     source, checkpoint = path, None
     if resume is not None:
@@ -150,9 +144,14 @@ def _start(config: TrainConfig, resume: Path | None) -> _Start:
         source = resume if resume != checkpoint else checkpoint.resolve().parents[1]
         if source.resolve() != path.resolve() and holds_run(path):
             raise FileExistsError(f"{path} already holds a run; choose another folder")
-    if not holds_run(source):
-        refuse_other_files(source)
-        return _Start()
+    if resume is None and not holds_run(path):
+        for name in ("checkpoints", "metrics.csv", "learning_curve.png"):
+            if (path / name).exists():
+                raise FileExistsError(
+                    f"{path} has a {name} but no config.json, so it is not a run that "
+                    "can be continued; choose another folder with --run-dir"
+                )
+        return _Start(path)
     differences = harmful_differences(read_record(source)["settings"], config)
     if differences:
         listed = "; ".join(
@@ -167,20 +166,16 @@ def _start(config: TrainConfig, resume: Path | None) -> _Start:
     if checkpoint is None:
         checkpoint = next(usable_checkpoints(directory), None)
     if checkpoint is None:
-        if directory.is_dir() and any(directory.glob("checkpoint-*")):
+        if any(directory.glob("checkpoint-*")):
             raise UserError(
                 f"all checkpoints in {directory} are damaged; --fresh starts anew"
             )
-        return _Start()
+        return _Start(source)
     metadata = checkpoint_metadata(checkpoint)
-    if metadata["settings"]["task"] != config.task:
-        raise UserError(
-            f"{checkpoint} is of the task {metadata['settings']['task']}, "
-            f"expected {config.task}"
-        )
-    return _Start(
-        source, checkpoint, metadata["collected_frames"], metadata["wall_time"]
-    )
+    if "collected_frames" not in metadata:
+        raise UserError(f"{checkpoint} holds networks only, to act with")
+    step, wall_time = metadata["collected_frames"], metadata["wall_time"]
+    return _Start(source, checkpoint, step, wall_time)
 
 
 def _train_in_folder(
@@ -192,10 +187,9 @@ def _train_in_folder(
     logger: Logger | None,
     fresh_episode: bool,
 ) -> int:
-    path = config.run_path
-    spaces = describe_spaces(env)
+    path, settings, spaces = config.run_path, config.to_dict(), describe_spaces(env)
     torch.manual_seed(config.seed)
-    loss = build_loss(config.to_dict(), spaces).to(device)
+    loss = build_loss(settings, spaces).to(device)
     print(f"Task    {config.task}: {config.warmup_steps:,} random environment steps,")
     print(f"        then {config.total_steps:,} training steps")
     print(f"Device  {device}, CPU threads: {torch.get_num_threads()}")
@@ -207,43 +201,25 @@ def _train_in_folder(
 
     def on_evaluation(result: Mapping[str, Any]) -> None:
         row = {name: result[name] for name in METRICS_FIELDS if name in result}
-        writer.write(
-            row | {"seed": config.seed, "task": config.task, "wall_time": wall_time()}
-        )
+        own = {"seed": config.seed, "task": config.task, "wall_time": wall_time()}
+        writer.write(row | own)
 
-    with mistakes():
+    def metadata() -> dict[str, Any]:
+        return {"settings": settings, "spaces": spaces, "wall_time": wall_time()}
+
+    arguments = config.arguments_of(make_trainer) | {"logger": logger}
+    with user_errors():
         trainer = make_trainer(
             env,
             loss,
-            total_steps=config.total_steps,
-            warmup_steps=config.warmup_steps,
-            batch_size=config.batch_size,
-            horizon=config.horizon,
-            capacity=config.replay_capacity,
-            lr=config.lr,
-            clip_norm=config.clip_norm,
-            tau=config.tau,
-            precision=config.precision,
-            compile=config.compile,
-            cudagraph=config.cudagraph,
+            **arguments,
             eval_env=eval_env,
-            eval_interval=config.eval_interval,
-            eval_episodes=config.eval_episodes,
             on_evaluation=on_evaluation,
-            logger=logger,
-            log_interval=config.log_interval,
             checkpoint_dir=path / "checkpoints",
-            checkpoint_interval=config.checkpoint_interval,
-            keep_checkpoints=config.keep_checkpoints,
-            checkpoint_metadata=lambda: {
-                "settings": config.to_dict(),
-                "spaces": spaces,
-                "wall_time": wall_time(),
-            },
+            checkpoint_metadata=metadata,
             progress_bar=True,
-            seed=config.seed,
         )
-        if start.checkpoint is None or start.source is None:
+        if start.checkpoint is None:
             create_run(config, device)
         else:
             collector = trainer.checkpoint.components["collector"]
@@ -254,78 +230,113 @@ def _train_in_folder(
                 shutil.copyfile(start.source / "metrics.csv", path / "metrics.csv")
             print(f"Continues from {start.checkpoint}, environment step {start.step:,}")
         writer = MetricsWriter(path / "metrics.csv", start.step)
-    interrupt = _Interrupt(trainer)
-    rows = writer.rows
-    with writer, interrupt:
-        _run_trainer(trainer, interrupt, path, rows)
-    _plot(path, rows)
-    if interrupt.signal is not None:
-        _print_interrupted(trainer, rows, path)
+    with writer, _stop_on_signal(trainer) as signals:
+        _run_trainer(trainer, signals, path, writer.rows)
+    _plot(path, writer.rows)
+    if signals:
+        _print_interrupted(trainer, path, writer.rows)
     else:
-        _print_scores(config, eval_env, rows)
+        _print_scores(config, eval_env, writer.rows)
     _print_folder(path, eval_env)
-    return 0 if interrupt.signal is None else 128 + interrupt.signal
+    return 128 + signals[0] if signals else 0
 
 
 def _run_trainer(
-    trainer: ALMTrainer, interrupt: _Interrupt, path: Path, rows: list[dict[str, Any]]
+    trainer: ALMTrainer, signals: list[int], path: Path, rows: Rows
 ) -> None:
-    """Train, and turn what ends a run into one line that says how to go on."""
+    """Trains; an error that ends the run becomes one line that says how to go on."""
     try:
         trainer.train()
     except NonFiniteError as error:
         _plot(path, rows)
         raise UserError(f"training diverged: {error} Run folder: {path}") from error
     except KeyboardInterrupt:
-        interrupt.signal = signal.SIGINT
+        signals[:] = [signal.SIGINT]
     except OSError as error:
         how = _how_to_continue(trainer, path)
         raise UserError(f"{error}. Once that is solved, {how}") from error
 
 
-def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
+@contextmanager
+def _stop_on_signal(trainer: ALMTrainer) -> Iterator[list[int]]:
+    """Lets SIGINT and SIGTERM stop a trainer after its current step, which it saves.
+
+    An exception inside a step would leave parameters half updated. A second signal
+    does not wait. Yields the list of the signals that came. Only the main thread can
+    handle signals; elsewhere nothing changes.
+    """
+    signals: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def request_stop(number: int, frame: FrameType | None) -> None:
+        signals[:] = [number]
+        trainer.request_stop(signal.Signals(number).name)
+        restore()
+        # The signal may have come in the middle of a print(), which cannot be nested.
+        os.write(
+            2,
+            b"\nStopping after this step or evaluation; Ctrl-C again stops at once.\n",
+        )
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, request_stop)
+    try:
+        yield signals
+    finally:
+        restore()
+
+
+def _plot(path: Path, rows: Rows) -> None:
     if rows:
-        with mistakes():
+        with user_errors():
             plot_runs([read_run(path)], path / "learning_curve.png")
 
 
-def _print_interrupted(
-    trainer: Trainer, rows: list[dict[str, Any]], path: Path
-) -> None:
+def _print_interrupted(trainer: ALMTrainer, path: Path, rows: Rows) -> None:
     newest = trainer.checkpoint_rotation.latest()
-    print("\nInterrupted.", end=" ")
-    if newest is None:
-        print("There is no checkpoint yet.")
-    else:
-        print(f"Saved in {newest}.")
+    saved = "There is no checkpoint yet." if newest is None else f"Saved in {newest}."
+    print(f"\nInterrupted. {saved}")
     if rows:
-        print(f"Last mean return {rows[-1]['mean_return']:.1f}, after", end=" ")
-        print(f"{rows[-1]['training_step']:,} training steps.")
+        print(
+            f"Last mean return {rows[-1]['mean_return']:.1f}, after "
+            f"{rows[-1]['training_step']:,} training steps."
+        )
     how = _how_to_continue(trainer, path)
     print(f"{how[0].upper()}{how[1:]}")
 
 
-def _print_scores(
-    config: TrainConfig, env: TransformedEnv, rows: list[dict[str, Any]]
-) -> None:
-    def score(policy: Policy) -> float:
-        scores = evaluate_policy(
+def _how_to_continue(trainer: ALMTrainer, path: Path) -> str:
+    if trainer.checkpoint_rotation.latest() is None:
+        return "start again with the same command"
+    return f"continue with: alm-torchrl train --resume {shlex.quote(str(path))}"
+
+
+def _print_scores(config: TrainConfig, env: TransformedEnv, rows: Rows) -> None:
+    scores = {}
+    for name, policy in (
+        ("random policy", random_policy(env)),
+        ("standing still", zero_policy(env)),
+    ):
+        found = evaluate_policy(
             env, policy, episodes=config.eval_episodes, seed=config.seed
         )
-        return scores["return"].mean().item()
-
+        scores[name] = found["return"].mean().item()
+    scores["untrained agent"] = rows[0]["mean_return"]
+    scores["trained agent"] = rows[-1]["mean_return"]
     print(f"\nMean return of {config.eval_episodes} episodes without action noise")
-    print(f"  random policy    {score(random_policy(env)):10.1f}")
-    print(f"  standing still   {score(zero_policy(env)):10.1f}")
-    print(f"  untrained agent  {rows[0]['mean_return']:10.1f}")
-    print(f"  trained agent    {rows[-1]['mean_return']:10.1f}")
+    for name, score in scores.items():
+        print(f"  {name:15}  {score:10.1f}")
 
 
 def _print_folder(path: Path, env: TransformedEnv) -> None:
     folder = shlex.quote(str(path))
-    print(f"\nEverything is in {path}:")
     names = (file.name for file in path.iterdir() if not file.name.startswith("."))
-    print("  " + ", ".join(sorted(names)))
+    print(f"\nEverything is in {path}:\n  {', '.join(sorted(names))}")
     print("\nWhat to run next")
     print(f"  alm-torchrl evaluate {folder}")
     print(f"  alm-torchrl plot {folder}")
@@ -333,50 +344,8 @@ def _print_folder(path: Path, env: TransformedEnv) -> None:
         print(f"  alm-torchrl render {folder}")
 
 
-def _how_to_continue(trainer: Trainer, path: Path) -> str:
-    if trainer.checkpoint_rotation.latest() is None:
-        return "start again with the same command"
-    return f"continue with: alm-torchrl train --resume {shlex.quote(str(path))}"
-
-
-class _Interrupt:
-    """Lets Ctrl-C and SIGTERM stop a trainer after its current step, which it saves.
-
-    Inside a step an exception would find parameters half updated. A second signal
-    does not wait.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.signal: int | None = None
-
-    def __enter__(self) -> None:
-        self._previous = [
-            signal.signal(number, self._request) for number in self.SIGNALS
-        ]
-
-    def __exit__(self, *error: object) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in zip(self.SIGNALS, self._previous, strict=True):
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self.trainer.request_stop(signal.Signals(number).name)
-        self._restore()
-        # print() cannot be used: the signal may have come in the middle of one.
-        os.write(
-            2,
-            b"\nStopping after this step or evaluation; Ctrl-C again stops at once.\n",
-        )
-
-
 def find_device(name: str) -> str:
-    """The device that ``--device`` means here.
+    """The device that ``--device`` stands for on this machine.
 
     Raises:
         UserError: if it is CUDA and there is none.
@@ -392,21 +361,20 @@ def find_device(name: str) -> str:
 
 
 def _check_logger(name: str) -> None:
-    """Import what a logger needs before anything is written."""
+    """Imports what a logger needs before anything is written."""
+    modules = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+    extra = "wandb" if name == "wandb" else "cli"
     try:
-        if name == "tensorboard":
-            importlib.import_module("torch.utils.tensorboard")
-        elif name == "wandb":
-            importlib.import_module("wandb")
+        if name in modules:
+            importlib.import_module(modules[name])
     except ImportError as error:
-        extra = "wandb" if name == "wandb" else "cli"
         raise ImportError(
             f"--logger {name} needs another package: pip install 'alm_torchrl[{extra}]'"
         ) from error
 
 
-def _logger(config: TrainConfig, step: int) -> Logger | None:
-    """The logger, told to forget what was logged after environment step ``step``."""
+def _make_logger(config: TrainConfig, step: int) -> Logger | None:
+    """The logger; what was logged after environment step ``step`` is hidden."""
     path = config.run_path
     if config.logger == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter

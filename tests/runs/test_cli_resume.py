@@ -176,7 +176,7 @@ def test_folders_that_cannot_be_continued(copy, six, tmp_path, capsys):
     assert "does not exist" in message
     (copy / "config.json").write_text("{")
     message = fails(capsys, "train", "--resume", copy)
-    assert "does not hold a run's settings" in message
+    assert "is not the config.json of a run" in message
     assert "choose one" in fails(capsys, "train", "--resume", six, "--fresh")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "metrics.csv").write_text("mine")

@@ -158,7 +158,7 @@ def test_bias_of_a_baseline(sac_run, env, tmp_path, capsys):
     assert "episodes, SAC" in text
     assert "Q(s, a)" in text
     assert "bound" not in text
-    pairs = bound_bias(env, loading.load_loss(sac_run, baselines=True), pairs=20)
+    pairs = bound_bias(env, loading.load_loss(sac_run), pairs=20)
     assert column(tmp_path / "bias.csv", "qvalue") == pairs["qvalue"].tolist()
     assert "bound" not in rows(tmp_path / "bias.csv")[0]
     table = rows(tmp_path / "bias_history.csv")

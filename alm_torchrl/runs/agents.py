@@ -1,0 +1,157 @@
+"""From the settings of a run to its environment and its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torchrl.envs import EnvBase, TransformedEnv
+
+from alm_torchrl.baselines.builders import make_redq_loss, make_sac_loss, make_td3_loss
+from alm_torchrl.baselines.losses import BaselineLoss
+from alm_torchrl.envs import make_env
+from alm_torchrl.functional import floored_log, shifted_log
+from alm_torchrl.networks import NoiseSchedule, make_decoder, make_identity_encoder
+from alm_torchrl.objectives import (
+    ALMLoss,
+    EntropyBonus,
+    Logarithms,
+    QValueObjective,
+    Reconstruction,
+    ValuePrediction,
+    make_alm_loss,
+)
+from alm_torchrl.objectives.variants import ModelTerm
+from alm_torchrl.runs.settings import TrainConfig
+
+__all__ = ["build_env", "build_loss", "describe_spaces"]
+
+_REWARD_TRANSFORMS = {"plain": floored_log, "shifted": shifted_log}
+
+
+def build_env(settings: Mapping[str, Any], **kwargs: Any) -> TransformedEnv:
+    """The environment of a run.
+
+    Args:
+        settings: fields of ``TrainConfig``.
+        **kwargs: further arguments of :func:`~alm_torchrl.make_env`, such as ``seed``.
+
+    Returns:
+        TransformedEnv: the environment.
+
+    Example:
+        >>> build_env({"task": "Pendulum-v1", "action_bounds": "rescale"}).batch_size
+        torch.Size([])
+    """
+    config = TrainConfig.from_dict(settings)
+    return make_env(
+        config.task,
+        action_bounds=config.action_bounds,
+        dynamics_noise=config.dynamics_noise,
+        **kwargs,
+    )
+
+
+def describe_spaces(env: EnvBase) -> dict[str, Any]:
+    """What networks need to know of an environment, as plain values.
+
+    Args:
+        env: with a flat ``"observation"`` and a bounded continuous action.
+
+    Returns:
+        dict: ``observation_dim``, and ``action_low`` and ``action_high`` as lists.
+
+    Example:
+        >>> from alm_torchrl import make_env
+        >>> describe_spaces(make_env("Pendulum-v1", action_bounds="rescale"))
+        {'observation_dim': 3, 'action_low': [-1.0], 'action_high': [1.0]}
+    """
+    space = env.action_spec_unbatched.space
+    return {
+        "observation_dim": env.observation_spec["observation"].shape[-1],
+        "action_low": space.low.tolist(),
+        "action_high": space.high.tolist(),
+    }
+
+
+def build_loss(
+    settings: Mapping[str, Any], spaces: Mapping[str, Any]
+) -> ALMLoss | BaselineLoss:
+    """The networks and losses of a run's agent.
+
+    Args:
+        settings: fields of ``TrainConfig``; those left out have their defaults.
+        spaces: see :func:`describe_spaces`.
+
+    Returns:
+        ALMLoss or BaselineLoss: freshly initialised.
+
+    Raises:
+        ValueError: if a setting is unknown or out of range.
+
+    Example:
+        >>> settings = {"agent": "sac", "hidden_dim": 8, "gamma": 0.9}
+        >>> spaces = {"observation_dim": 3, "action_low": [-1.0], "action_high": [1.0]}
+        >>> build_loss(settings, spaces).agent
+        'sac'
+    """
+    config = TrainConfig.from_dict(settings)
+    sizes = {
+        "observation_dim": spaces["observation_dim"],
+        "action_low": torch.tensor(spaces["action_low"]),
+        "action_high": torch.tensor(spaces["action_high"]),
+    }
+    schedule = NoiseSchedule(
+        config.noise_initial, config.noise_final, config.noise_steps
+    )
+    if config.agent == "alm":
+        return _build_alm(config, sizes, schedule)
+    sizes |= {"hidden_dim": config.hidden_dim, "gamma": config.gamma}
+    if config.agent == "sac":
+        return make_sac_loss(**sizes)
+    if config.agent == "redq":
+        return make_redq_loss(**sizes)
+    return make_td3_loss(**sizes, noise_clip=config.noise_clip, noise_schedule=schedule)
+
+
+def _build_alm(
+    config: TrainConfig, sizes: Mapping[str, Any], schedule: NoiseSchedule
+) -> ALMLoss:
+    observation_dim = sizes["observation_dim"]
+    latent_dim, terms = config.latent_dim, list[ModelTerm]()
+    parts: dict[str, Any] = {"value_coef": config.value_coef}
+    if config.entropy:
+        parts["entropy"] = EntropyBonus()
+    else:
+        parts["noise_schedule"] = schedule
+    if config.encoder == "identity":
+        latent_dim = observation_dim
+        parts["encoder"] = make_identity_encoder(observation_dim)
+    if config.model_objective == "likelihood":
+        width = {"latent_dim": latent_dim, "hidden_dim": config.hidden_dim}
+        terms.append(Reconstruction(make_decoder(observation_dim, **width)))
+        parts |= {"reward_coef": 0.0, "value_coef": 0.0}
+    if config.value_prediction != "none":
+        terms.append(ValuePrediction(config.value_prediction))
+    if config.log_reward in ("model", "bound"):
+        parts["logarithms"] = Logarithms(config.log_reward)
+    elif config.log_reward != "none":
+        parts["reward_transform"] = _REWARD_TRANSFORMS[config.log_reward]
+    if config.actor_objective == "qvalue":
+        parts["policy_objective"] = QValueObjective()
+    return make_alm_loss(
+        **sizes,
+        latent_dim=latent_dim,
+        hidden_dim=config.hidden_dim,
+        model_hidden_dim=config.model_hidden_dim,
+        linear_classifier=config.classifier == "linear",
+        gamma=config.gamma,
+        lmbda=config.lmbda,
+        classifier_coef=config.classifier_coef,
+        kl_coef=config.kl_coef,
+        noise_clip=config.noise_clip,
+        discount_model_loss=config.discount_model_loss,
+        model_terms=terms,
+        **parts,
+    )
