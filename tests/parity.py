@@ -1,19 +1,24 @@
 """Replays three whole updates recorded from the authors' code.
 
-    python tests/parity.py FILE.npz ...
+    python tests/parity.py [--action-bound 0.4] FILE.npz ...
 
 Losses, gradients and parameters come from ``ALMLoss`` and
 ``ALMOptimizationStepper``, intermediate values from the public methods that the
-losses call. Sizes, horizon and action bounds are read from the file. Prints the
-largest difference of each group of keys, in units of ``1 + max |recorded|`` of its
-tensor, and exits with status 1 where one exceeds 1e-5.
+losses call. Sizes and horizon are read from the file. Action bounds are guessed from
+the recorded actions that lie at them; ``--action-bound`` gives the bound of all
+actions of a file in which too few do. Prints the largest difference of each group of
+keys, in units of ``1 + max |recorded|`` of its tensor, and exits with status 1 where
+one exceeds 1e-5.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -40,9 +45,10 @@ GROUPS = {
 
 
 class Parity:
-    """One recording, replayed; also the trainer that the stepper talks to."""
+    """One recording, replayed."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, action_bound: float | None = None) -> None:
+        self.action_bound = action_bound
         with np.load(path) as file:
             self.data = {key: torch.as_tensor(file[key]) for key in file.files}
         self.updates = len({k.split("/")[0] for k in self.data if k[:6] == "update"})
@@ -52,10 +58,13 @@ class Parity:
         self.loss.deterministic_sampling_mode = ExplorationType.DETERMINISTIC
         self.stepper = ALMOptimizationStepper(self.loss)
         self._load("init")
+        for method in GROUPS:
+            compute = getattr(self.loss, method)
+            setattr(self.loss, method, partial(self._compute, method, compute))
 
     def _loss(self) -> ALMLoss:
         data = self.data
-        bound = self._action_bound()
+        bound = self._action_bounds()
         return make_alm_loss(
             observation_dim=data["update0/slice/observation"].shape[-1],
             action_low=-bound,
@@ -65,14 +74,16 @@ class Parity:
             model_hidden_dim=data["init/model/model.0.bias"].shape[0],
         )
 
-    def _action_bound(self) -> torch.Tensor:
-        # An action that hits its bound is recorded again and again, 1e-6 inside it.
+    def _action_bounds(self) -> torch.Tensor:
         recorded = [
             self.data[f"update{update}/imagined_action"].flatten(0, 1)
             for update in range(self.updates)
         ]
         actions = torch.cat(recorded).abs()
         largest = actions.max(0).values
+        if self.action_bound is not None:
+            return torch.full_like(largest, self.action_bound)
+        # An action at its bound is recorded 1e-6 inside it, and more than once.
         hit = (actions == largest).sum(0) > 1
         return torch.where(hit, (largest + 1e-6).round(decimals=5), 1.0)
 
@@ -139,12 +150,14 @@ class Parity:
             self.differences[group] = difference
         self.compared.add(key)
 
-    def compute_loss(self, batch: TensorDict, method: str) -> tuple:
-        """Called by the stepper: compares all that is known before its step."""
+    def _compute(
+        self, method: str, compute: Callable, batch: TensorDict, *args: object
+    ) -> tuple:
+        """Runs a loss, and compares all that is known before its step."""
         at = f"update{self.update}"
         for name, value in getattr(self, f"_{method}_values")(batch).items():
             self._compare(f"{at}/{name}", value)
-        value, metadata = getattr(self.loss, method)(batch)
+        value, metadata = compute(batch, *args)
         name, nets = GROUPS[method]
         if method == "reward_classifier_loss":
             self._compare(f"{at}/loss_reward", metadata["loss_reward"])
@@ -174,26 +187,28 @@ class Parity:
     ) -> dict[str, torch.Tensor]:
         transition = batch["transition"]
         action, chosen = transition["action"], transition["imagined"].unsqueeze(-1)
-        z = self.loss.encode(transition).mean
-        z_next = self.loss.encode(transition["next"]).mean
-        imagined = self.loss.step(z, action).mean
+        z = self.loss.latents.encode(transition).mean
+        z_next = self.loss.latents.encode(transition["next"]).mean
+        imagined = self.loss.latents.step(z, action).mean
         mixed = torch.where(chosen, imagined, z_next)
         return {
             "z": z,
             "z_next": z_next,
             "z_next_model": imagined,
-            "classifier_logits": self.loss.classify(z, action, mixed),
+            "classifier_logits": self.loss.latents.classify(z, action, mixed),
         }
 
     def _qvalue_loss_values(self, batch: TensorDict) -> dict[str, torch.Tensor]:
         transition = batch["transition"]
-        z = self.loss.encode(transition).mean
-        q1, q2 = self.loss.state_action_value(z, transition["action"]).split(1, -1)
+        z = self.loss.latents.encode(transition).mean
+        q1, q2 = self.loss.latents.state_action_value(z, transition["action"]).split(
+            1, -1
+        )
         target = self.loss.td_target(transition).unsqueeze(-1)
         return {"target_value": target, "q1": q1, "q2": q2}
 
     def _actor_loss_values(self, batch: TensorDict) -> dict[str, torch.Tensor]:
-        z = self.loss.encode(batch["transition"]).mean
+        z = self.loss.latents.encode(batch["transition"]).mean
         rollout = self.loss.imagine(z, batch["slice"].shape[1])
         q = f"update{self.update}/imagined_q"
         value = rollout["value"].T.unsqueeze(-1)
@@ -212,7 +227,7 @@ class Parity:
         for update in range(self.updates):
             self.update = update
             batch = self._batch(update)
-            metrics = self.stepper.step(self, batch)
+            metrics = self.stepper.step(None, batch)
             for method, (name, _) in GROUPS.items():
                 norm = metrics[f"grad_norm_{method.removesuffix('_loss')}"]
                 self._compare(f"update{self.update}/grad_norm_{name}", norm)
@@ -236,14 +251,17 @@ class Parity:
         }
 
 
-def main(paths: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Prints a table for each file; returns the exit status."""
-    if not paths:
-        print(__doc__)
-        return 2
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE.npz")
+    parser.add_argument("--action-bound", type=float, help="default: guessed")
+    options = parser.parse_args(arguments)
     failed = False
-    for path in paths:
-        parity = Parity(path)
+    for path in options.files:
+        parity = Parity(path, options.action_bound)
         differences = parity.run()
         print(f"{path}: {len(parity.compared)} tensors compared")
         width = max(map(len, differences))
