@@ -113,15 +113,16 @@ def train(seed: int) -> Iterator[tuple[int, ALMLoss, ReplayBuffer, dict[str, Ada
         if step > 0:
             loss.noise_schedule.step()
             batch = buffer.sample()
+            encoded = ()
             for term, optimizer in optimizers.items():
-                value, _ = getattr(loss, term)(batch)
+                value, _ = getattr(loss, term)(batch, *encoded)
                 optimizer.zero_grad()
                 value.backward()
                 for group in optimizer.param_groups:
                     clip_grad_norm_(group["params"], CLIP)
                 optimizer.step()
                 if term == "model_loss":
-                    batch = loss.encode_transitions(batch)
+                    encoded = (loss.encode_transitions(batch),)
             target_update.step()
         if step >= 0:
             yield step, loss, buffer, optimizers

@@ -35,6 +35,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from alm_torchrl import ALMLoss, functional
+from alm_torchrl.objectives import Encoding
 from alm_torchrl.testing import (
     Sizes,
     cases,
@@ -72,11 +73,14 @@ class CautiousTargets(ALMLoss):
         return torch.lerp(values.mean(-1), values.amin(-1), self.caution)
 
     @torch.no_grad()
-    def td_target(self, transitions: TensorDictBase) -> Tensor:
+    def td_target(
+        self, transitions: TensorDictBase, encoded: Encoding | None = None
+    ) -> Tensor:
         """`R + gamma (1 - terminated) blend(Q'(z', pi(z')))`."""
-        following = transitions["next"]
-        latent = self.sample(self.encode(following))
-        values = self.state_action_value(latent, self.act(latent), "target")
+        following, latents = transitions["next"], self.latents
+        dist = latents.encode(following) if encoded is None else encoded.next
+        latent = latents.sample(dist)
+        values = latents.state_action_value(latent, latents.act(latent), "target")
         reward = following["reward"].squeeze(-1)
         live = 1 - following["terminated"].squeeze(-1).to(reward.dtype)
         return functional.td_target(reward, self.gamma * live, self.blend(values))
@@ -215,9 +219,12 @@ class ForgetsTheEnd(CautiousTargets):
     """A value follows a termination."""
 
     @torch.no_grad()
-    def td_target(self, transitions: TensorDictBase) -> Tensor:  # noqa: D102
-        latent = self.sample(self.encode(transitions["next"]))
-        values = self.state_action_value(latent, self.act(latent), "target")
+    def td_target(  # noqa: D102
+        self, transitions: TensorDictBase, encoded: Encoding | None = None
+    ) -> Tensor:
+        latents = self.latents
+        latent = latents.sample(latents.encode(transitions["next"]))
+        values = latents.state_action_value(latent, latents.act(latent), "target")
         reward = transitions["next", "reward"].squeeze(-1)
         return functional.td_target(reward, self.gamma, self.blend(values))
 
@@ -225,7 +232,9 @@ class ForgetsTheEnd(CautiousTargets):
 class LosesNoGrad(CautiousTargets):
     """The gradient of the critics' loss passes through their target."""
 
-    def td_target(self, transitions: TensorDictBase) -> Tensor:  # noqa: D102
+    def td_target(  # noqa: D102
+        self, transitions: TensorDictBase, encoded: Encoding | None = None
+    ) -> Tensor:
         with torch.enable_grad():
             return CautiousTargets.td_target.__wrapped__(self, transitions)
 
@@ -233,9 +242,11 @@ class LosesNoGrad(CautiousTargets):
 class ClipsInPlace(CautiousTargets):
     """The rewards of the batch, and so of the replay, are other ones afterwards."""
 
-    def td_target(self, transitions: TensorDictBase) -> Tensor:  # noqa: D102
+    def td_target(  # noqa: D102
+        self, transitions: TensorDictBase, encoded: Encoding | None = None
+    ) -> Tensor:
         transitions["next", "reward"].clamp_(-0.1, 0.1)
-        return super().td_target(transitions)
+        return super().td_target(transitions, encoded)
 
 
 def complaint(

@@ -54,6 +54,7 @@ from alm_torchrl import (
     zero_policy,
 )
 from alm_torchrl.functional import bound_loc, bound_scale
+from alm_torchrl.objectives import EntropyBonus
 from alm_torchrl.runs.loading import ActingPolicy
 from alm_torchrl.testing import check_loss
 
@@ -231,9 +232,9 @@ assert ring(light.roll(1, -1)).allclose(ring(light).roll(1, -1), atol=1e-6)
 # ## Two parts more
 #
 # The actor of the paper has noise from a schedule. `make_stochastic_actor` makes one
-# that learns its own, which needs a reason to keep any: with `alpha_init`, the loss
-# rewards entropy, as SAC does, at a temperature that starts there and tunes itself. And
-# a classifier without hidden layers (Fig. 16 of the paper) costs less.
+# that learns its own, which needs a reason to keep any: with an `EntropyBonus`, the
+# loss rewards entropy, as SAC does, at a temperature that tunes itself. And a
+# classifier without hidden layers (Fig. 16 of the paper) costs less.
 #
 # The sizes of the parts have to fit each other: what was made for another latent is
 # refused, by name, as soon as it is run.
@@ -250,7 +251,7 @@ loss = make_alm_loss(
     hidden_dim=64,
     model_hidden_dim=64,
     gamma=0.8,
-    alpha_init=0.1,
+    entropy=EntropyBonus(alpha_init=0.1),
 )
 assert loss.noise_schedule is None
 

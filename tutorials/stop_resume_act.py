@@ -45,6 +45,7 @@ from alm_torchrl import (
 )
 from alm_torchrl.runs.film import film_policy
 from alm_torchrl.runs.loading import ActingPolicy, describe_spaces, find_checkpoint
+from alm_torchrl.runs.settings import preset_config
 
 torch.set_num_threads(1)
 SMOKE = os.environ.get("ALM_SMOKE") == "1"
@@ -60,7 +61,7 @@ FILM = 6 if SMOKE else 120
 # %% [markdown]
 # ## A run with checkpoints
 #
-# Whoever continues a run has to make its parts again: task, networks, settings. So let
+# To continue a run, its parts have to be made again: task, networks, settings. So let
 # one function make them all. A `checkpoint_dir` is what turns checkpoints on. They are
 # written every `checkpoint_interval` steps and at the end; here the end is enough.
 #
@@ -85,7 +86,8 @@ def make_loss() -> ALMLoss:
 def make_run(folder: Path, steps: int) -> ALMTrainer:
     """A Trainer at its start, which keeps its checkpoints in a folder."""
     env = make_env("Pendulum-v1", action_bounds="rescale")
-    metadata = {"settings": {**NETWORKS, **NOISE}, "spaces": describe_spaces(env)}
+    settings = preset_config("quick", **NETWORKS, **NOISE).to_dict()
+    metadata = {"settings": settings, "spaces": describe_spaces(env)}
     return make_trainer(
         env,
         make_loss(),
@@ -130,9 +132,8 @@ assert stopped.optimization_stepper.optimizer_step_count == SHORT // 2
 
 # %% [markdown]
 # A checkpoint is a folder of arrays and JSON; nothing in it is pickled. It holds all
-# that the next step depends on. `collector` is the simulator in mid-episode: for an
-# environment of your own, too, if its state is in plain attributes (the docstring of
-# `alm_torchrl.environment_state` has the rest).
+# that the next step depends on. `collector` is the running episode: its seed and the
+# actions since, from which loading replays it and compares every observation.
 
 # %%
 checkpoint = find_checkpoint(OUTPUT / "run", components=None)
@@ -142,7 +143,6 @@ assert {
     "loss_module",
     "replay_buffer",
     "rng",
-    "target_updater",
     "trainer_module.optimization_stepper",
     "trainer_state",
 } <= set(manifest["components"])
