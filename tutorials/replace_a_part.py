@@ -230,9 +230,9 @@ assert ring(light.roll(1, -1)).allclose(ring(light).roll(1, -1), atol=1e-6)
 # %% [markdown]
 # ## Two more parts
 #
-# The noise of the paper's actor follows a schedule. `make_stochastic_actor` makes an
-# actor that learns its noise. With an `EntropyBonus`, the loss rewards entropy as SAC
-# does, at a temperature that tunes itself; otherwise the noise would vanish. A
+# The actor of the paper has noise from a schedule. `make_stochastic_actor` makes one
+# that learns its own, which needs a reason to keep any: with an `EntropyBonus`, the
+# loss rewards entropy, as SAC does, at a temperature that tunes itself. And a
 # classifier without hidden layers (Fig. 16 of the paper) costs less.
 #
 # The sizes of the parts have to fit. A part that was made for another latent is refused

@@ -61,9 +61,9 @@ FILM = 6 if SMOKE else 120
 # %% [markdown]
 # ## A run with checkpoints
 #
-# To continue a run, its task, networks and settings must be made again. So let one
-# function make them all. A `checkpoint_dir` turns checkpoints on. They are written
-# every `checkpoint_interval` steps and at the end; here the end is enough.
+# To continue a run, its parts have to be made again: task, networks, settings. So let
+# one function make them all. A `checkpoint_dir` is what turns checkpoints on. They are
+# written every `checkpoint_interval` steps and at the end; here the end is enough.
 #
 # The metadata is for later. It describes the networks with the settings of the command
 # line.
