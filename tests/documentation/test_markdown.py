@@ -24,6 +24,11 @@ FILES = {
     for path in sorted((ROOT / folder).glob("*.md"))
 }
 GUIDES = ("README.md", "CONTRIBUTING.md")
+# A run of a second, where Python that is printed opens one.
+TINY = (
+    "--warmup-steps 9 --total-steps 2 --batch-size 4 --latent-dim 4 --hidden-dim 8 "
+    "--model-hidden-dim 8 --eval-episodes 1 --device cpu --threads 1"
+)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PYTEST = PROJECT["tool"]["pytest"]["ini_options"]
 
@@ -72,6 +77,9 @@ def cases(find, names=FILES):
 @pytest.mark.parametrize("code", cases(lambda text: blocks(text, "python")))
 def test_python_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for folder in re.findall(r'"(runs/[^"]+)"', code):
+        task = folder.removeprefix("runs/").partition("-alm-")[0]
+        assert cli.main(["train", task, "--run-dir", folder, *TINY.split()]) == 0
     space = {"__name__": "printed", "torch": torch, "Tensor": torch.Tensor}
     exec(compile(code, "printed", "exec"), space)
 
@@ -88,8 +96,10 @@ def parse(monkeypatch, capsys):
     def run(words):
         try:
             assert cli.main(words) == 0
-        except SystemExit:
-            pytest.fail(capsys.readouterr().err)
+        except SystemExit as end:
+            if end.code != 0:
+                pytest.fail(capsys.readouterr().err)
+            return None
         return called.pop()
 
     return run
