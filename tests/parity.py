@@ -1,16 +1,19 @@
 """Replays three whole updates recorded from the authors' code.
 
-    python tests/parity.py FILE.npz ...
+    python tests/parity.py [--action-bound 0.4] FILE.npz ...
 
 Losses, gradients and parameters come from ``ALMLoss`` and
 ``ALMOptimizationStepper``, intermediate values from the public methods that the
-losses call. Sizes, horizon and action bounds are read from the file. Prints the
-largest difference of each group of keys, in units of ``1 + max |recorded|`` of its
-tensor, and exits with status 1 where one exceeds 1e-5.
+losses call. Sizes and horizon are read from the file. Action bounds are guessed from
+the recorded actions that lie at them; ``--action-bound`` gives the bound of all
+actions of a file in which too few do. Prints the largest difference of each group of
+keys, in units of ``1 + max |recorded|`` of its tensor, and exits with status 1 where
+one exceeds 1e-5.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 from collections import defaultdict
@@ -44,7 +47,8 @@ GROUPS = {
 class Parity:
     """One recording, replayed."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, action_bound: float | None = None) -> None:
+        self.action_bound = action_bound
         with np.load(path) as file:
             self.data = {key: torch.as_tensor(file[key]) for key in file.files}
         self.updates = len({k.split("/")[0] for k in self.data if k[:6] == "update"})
@@ -60,7 +64,7 @@ class Parity:
 
     def _loss(self) -> ALMLoss:
         data = self.data
-        bound = self._action_bound()
+        bound = self._action_bounds()
         return make_alm_loss(
             observation_dim=data["update0/slice/observation"].shape[-1],
             action_low=-bound,
@@ -70,14 +74,16 @@ class Parity:
             model_hidden_dim=data["init/model/model.0.bias"].shape[0],
         )
 
-    def _action_bound(self) -> torch.Tensor:
-        # An action that hits its bound is recorded again and again, 1e-6 inside it.
+    def _action_bounds(self) -> torch.Tensor:
         recorded = [
             self.data[f"update{update}/imagined_action"].flatten(0, 1)
             for update in range(self.updates)
         ]
         actions = torch.cat(recorded).abs()
         largest = actions.max(0).values
+        if self.action_bound is not None:
+            return torch.full_like(largest, self.action_bound)
+        # An action at its bound is recorded 1e-6 inside it, and more than once.
         hit = (actions == largest).sum(0) > 1
         return torch.where(hit, (largest + 1e-6).round(decimals=5), 1.0)
 
@@ -245,14 +251,17 @@ class Parity:
         }
 
 
-def main(paths: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Prints a table for each file; returns the exit status."""
-    if not paths:
-        print(__doc__)
-        return 2
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE.npz")
+    parser.add_argument("--action-bound", type=float, help="default: guessed")
+    options = parser.parse_args(arguments)
     failed = False
-    for path in paths:
-        parity = Parity(path)
+    for path in options.files:
+        parity = Parity(path, options.action_bound)
         differences = parity.run()
         print(f"{path}: {len(parity.compared)} tensors compared")
         width = max(map(len, differences))

@@ -181,23 +181,29 @@ def test_another_shape_fails(tmp_path):
 
 
 class Recorder(parity.Parity):
-    """Takes what the library computes, with bounds of +-0.3, as the recording."""
-
-    def _action_bound(self):
-        return torch.full((2,), 0.3)
+    """Records what the library computes."""
 
     def _compare(self, key, value):
         self.data[key] = value.detach().clone()
 
 
-def test_another_size_is_replayed(tmp_path, capsys):
-    """Fewer updates, steps, rows and units, other bounds."""
+def record(path, action_bound):
+    """Replaces what a recording says by what the library computes."""
+    recorder = Recorder(path, action_bound)
+    recorder.run()
+    np.savez(path, **{key: value.numpy() for key, value in recorder.data.items()})
+    actions = [recorder.data[f"update{n}/imagined_action"] for n in (0, 1)]
+    return torch.stack(actions).abs()
+
+
+def smaller(tmp_path):
+    """A recording with fewer updates, rows and units, to be recorded again."""
     # Observation, latent and its multiples, hidden layers, batch.
     sizes = {5: 4, 6: 3, 12: 6, 8: 5, 14: 8, 32: 10, 48: 14, 16: 9, 3: 2}
 
     def edit(data):
         for key in list(data):
-            start = re.search("^init|^update[01]/(slice|transition|z$|imagined_q)", key)
+            start = re.search("^init|^update[01]/(slice|transition|z$|imagined_)", key)
             array = data.pop(key)
             if start is None:
                 continue
@@ -206,24 +212,33 @@ def test_another_size_is_replayed(tmp_path, capsys):
                 data[key] = np.arange(0, 8, 2)
         data["init/actor/mean.weight"] *= 30
 
-    source = HERE / "data" / "authors_k3.npz"
-    path = edited(tmp_path, edit, source)
-    recorder = Recorder(path)
-    recorder.run()
-    np.savez(path, **{key: value.numpy() for key, value in recorder.data.items()})
+    return edited(tmp_path, edit, HERE / "data" / "authors_k3.npz")
+
+
+def test_another_size_is_replayed(tmp_path):
+    path = smaller(tmp_path)
+    actions = record(path, 0.3)
+    assert actions.max().item() == pytest.approx(0.3 - 1e-6, abs=1e-7)
     assert parity.main([path]) == 0
-    assert f"{path}: " in capsys.readouterr().out
     replayed = parity.Parity(path)
     assert replayed.updates == 2
-    latent = replayed.data["update1/imagined_z"]
-    assert latent.shape == (3, 9, 3)
-    bound = replayed.data["update0/imagined_action"].abs().max()
-    assert bound.item() == pytest.approx(0.3 - 1e-6, abs=1e-7)
-    assert parity.main([edited(tmp_path, halve_actions, path)]) == 1
+    assert replayed.data["update1/imagined_z"].shape == (3, 9, 3)
+
+    def halve(data):
+        data["update0/imagined_action"] = data["update0/imagined_action"] / 2
+
+    assert parity.main([edited(tmp_path, halve, path)]) == 1
 
 
-def halve_actions(data):
-    data["update0/imagined_action"] = data["update0/imagined_action"] / 2
+def test_a_bound_that_one_action_reaches_can_be_given(tmp_path):
+    path = smaller(tmp_path)
+    first, second, *_ = record(path, 1.0).flatten().sort(descending=True).values
+    bound = round((first + second).item() / 2, 3)
+    assert second < bound < first
+    actions = record(path, bound)
+    assert int((actions > bound - 2e-6).sum()) == 1
+    assert parity.main([path]) == 1
+    assert parity.main(["--action-bound", str(bound), path]) == 0
 
 
 def test_one_bad_file_of_two_fails(tmp_path, capsys):
@@ -261,5 +276,6 @@ def test_script(tmp_path):
 
 
 def test_no_file_is_an_error(capsys):
-    assert parity.main([]) == 2
-    assert "python tests/parity.py FILE.npz" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        parity.main([])
+    assert "FILE.npz" in capsys.readouterr().err

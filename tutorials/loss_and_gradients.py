@@ -1,20 +1,20 @@
-"""The loss: each term, who learns from it, and what each coefficient does.
+"""The loss: each term, which parts it trains, and what each coefficient does.
 
 **What you will learn**
 
-- to compute each of the five terms by hand, in a few lines each;
-- which parameters a term trains, and which it only sends its gradient through;
-- that one optimizer on the sum sees the gradients of five on the parts;
-- what happens to encoder and model without the KL, or without reward and value;
-- what `classifier_coef`, `lmbda`, `gamma` and `noise_clip` weigh.
+- to compute each of the five terms by hand, in a few lines;
+- which parameters a term trains, and which its gradient only passes through;
+- that one optimizer on the sum sees the same gradients as five on the parts;
+- what happens to encoder and model without the KL, and without reward and value;
+- what `classifier_coef`, `lmbda`, `gamma` and `noise_clip` do.
 
-You need `parts.py`, or an idea of the six parts, and PyTorch's autograd. Equations are
-those of Ghugare et al., "Simplifying Model-based RL" (ICLR 2023,
+You need to know the six parts (`parts.py`) and PyTorch's autograd. Equations are those
+of Ghugare et al., "Simplifying Model-based RL" (ICLR 2023,
 https://arxiv.org/abs/2209.08466).
 
 Run it as `python tutorials/loss_and_gradients.py`: under a minute on one processor
 core. The three figures go to `runs/tutorial-loss`, or to the folder in `ALM_OUTPUT`.
-`ALM_SMOKE=1` makes everything small, to see that it runs. Before: `parts.py`. Next:
+`ALM_SMOKE=1` makes everything small for a quick check. Before: `parts.py`. Next:
 `trainer.py`.
 """
 
@@ -58,8 +58,8 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 # %% [markdown]
 # ## A loss and a batch
 #
-# `make_alm_loss` builds the six parts for an environment, and the loss over them. The
-# batch comes from random steps of the pendulum.
+# `make_alm_loss` builds the six parts for an environment, and their loss. The batch
+# comes from random steps of the pendulum.
 
 # %%
 env = make_env("Pendulum-v1", action_bounds="rescale", seed=0)
@@ -72,10 +72,10 @@ SIZE = {"latent_dim": 8, "hidden_dim": 64, "model_hidden_dim": 64, "gamma": 0.95
 
 
 def make_loss(**coefficients: float) -> ALMLoss:
-    """A small loss; the same parameters for all coefficients."""
+    """A small loss, with the same parameters for all coefficients."""
     torch.manual_seed(0)
     loss = make_alm_loss(env, **SIZE, **coefficients)
-    # Moves the targets. TorchRL warns where a loss has none.
+    # Moves the targets. TorchRL warns about a loss without one.
     SoftUpdate(loss, tau=0.05)
     return loss
 
@@ -85,8 +85,8 @@ loss = make_loss()
 # %% [markdown]
 # ## Each term by hand
 #
-# The terms sample latents and actions. For a comparison we let the loss take each
-# distribution's mean in place of a sample:
+# The terms sample latents and actions. To compare numbers, let the loss take each
+# distribution's mean instead of a sample:
 
 
 # %%
@@ -131,7 +131,7 @@ with means_for_samples(loss):
 
 # %% [markdown]
 # **Reward** (Eq. 11): a squared error. **Critics** (Eq. 10): a squared TD error, with
-# the smaller of the two target critics, and no value after a termination.
+# the minimum of the two target critics, and no value after a termination.
 
 # %%
 action, recorded = transitions["action"], transitions["next", "reward"][:, 0]
@@ -150,8 +150,8 @@ with means_for_samples(loss):
     assert_close(loss.qvalue_loss(batch)[0].detach(), error.square().mean().detach())
 
 # %% [markdown]
-# **Classifier** (Eq. 9): cross entropy. Half of the rows, drawn at random, show it an
-# imagined next latent, and half an encoded one. To know which, we choose them.
+# **Classifier** (Eq. 9): cross entropy. A random half of the rows has an imagined next
+# latent, the others an encoded one. To know which, we choose them here.
 
 # %%
 chosen = torch.arange(64) < 32
@@ -165,9 +165,9 @@ with means_for_samples(loss):
 
 # %% [markdown]
 # **Actor** (Eq. 8, A.3): minus the return of an imagined rollout. Each step earns the
-# predicted reward and `classifier_coef` times the classifier's log ratio: imagination
-# where the model can be told from the encoder is worth less. The returns of all lengths
-# are averaged with weights of `lmbda`.
+# predicted reward plus `classifier_coef` times the classifier's log ratio, which is low
+# where the classifier can tell the model from the encoder. `lmbda` weights the returns
+# of all lengths.
 
 # %%
 with means_for_samples(loss):
@@ -191,10 +191,10 @@ with means_for_samples(loss):
     assert_close(loss.actor_loss(batch)[0].detach(), by_hand.detach())
 
 # %% [markdown]
-# ## Who learns from which term
+# ## Which parts a term trains
 #
-# Ask autograd for the gradient of each term with respect to all parameters. A part
-# without an entry does not depend on the term at all.
+# Ask autograd for the gradient of each term with respect to all parameters. A term does
+# not depend on the parts without an entry.
 
 # %%
 PARTS = ("encoder", "model", "reward", "classifier", "qvalue", "actor")
@@ -247,8 +247,8 @@ axes.set_title("Norm of the gradient of each term, before any training")
 figure.savefig(OUTPUT / "routes.png", dpi=150)
 
 # %% [markdown]
-# Only one block in each column: no parameter has two masters. So it does not matter
-# whether each term has an optimizer of its own, as in the paper, or one has the sum:
+# Each column has one entry: each parameter learns from one term. So one optimizer on
+# the sum sees the same gradients as an optimizer for each term, as in the paper:
 
 # %%
 alone = [gradient(losses[term]) for term in TERMS]
@@ -258,17 +258,17 @@ for several, one in zip(zip(*alone, strict=True), together, strict=True):
     assert_close(one, single)
 
 # %% [markdown]
-# The routes are no matter of which parts a term runs. The actor's term runs model,
-# reward model, classifier and critics, with frozen parameters: its gradient goes
-# through them to the action, and nothing stays on the way. And only the encoder's own
-# term shapes the latents; reward model and critics take them as they come.
+# A term may run parts that it does not train. The actor's term runs model, reward
+# model, classifier and critics with frozen parameters: its gradient passes through them
+# to the action. And only the encoder's own term shapes the latents; reward model and
+# critics do not.
 #
 # ## What the coefficients of encoder and model do
 #
 # `kl_coef`, `reward_coef` and `value_coef` weigh what the encoder and the model learn
-# from. We train the whole agent on the random steps, with four settings, and look at
-# the model's rollouts: how far it is from the encoder, what reward it promises, and
-# whether the classifier can tell its latents from encoded ones.
+# from. Train the whole agent on the random steps with four settings, and look at the
+# model's rollouts: how far it is from the encoder, what reward it predicts, and whether
+# the classifier can tell its latents from encoded ones.
 
 # %%
 SETTINGS: dict[str, dict[str, float]] = {
@@ -280,7 +280,7 @@ SETTINGS: dict[str, dict[str, float]] = {
 
 
 def train(coefficients: dict[str, float]) -> dict[str, Tensor]:
-    """KL per step, promised reward and classifier's accuracy in each update."""
+    """KL per step, predicted reward and the classifier's accuracy in each update."""
     loss = make_loss(**coefficients)
     stepper = ALMOptimizationStepper(loss, lr=2e-3, tau=0.05)
     rows = []
@@ -310,7 +310,7 @@ for axes, name in zip(
     panels,
     (
         "KL of model and encoder, nats per step",
-        "promised reward per step",
+        "predicted reward per step",
         "accuracy of the classifier",
     ),
     strict=True,
@@ -326,12 +326,12 @@ figure.legend(handles, labels, ncols=5, loc="outside upper center", fontsize="sm
 figure.savefig(OUTPUT / "coefficients.png", dpi=150)
 
 # %% [markdown]
-# Without the KL the latents go where reward model and critics promise most, and lose
-# touch with what happens: the pendulum never pays more than zero, and for a while this
-# model promises more. The classifier sees through it at once. With a tenth of the
-# weight it takes longer to come down to earth. Without reward and value the model is as
-# true here as with them. They make a difference where not all of an observation
-# matters.
+# Without the KL, encoder and model move the latents to where reward model and critics
+# predict most, whatever really happens: the pendulum never pays more than zero, and for
+# a while this model predicts more. The classifier notices at once. With a tenth of the
+# KL's weight the model takes longer to become accurate. Without reward and value it is
+# as accurate here as with them; they matter where parts of the observation are
+# irrelevant.
 
 # %%
 assert bool((paid <= 0).all())
@@ -354,8 +354,8 @@ if not SMOKE:
 # %% [markdown]
 # ## What the coefficients of the actor do
 #
-# `classifier_coef`, the paper's c, is the price of telling imagination apart. The
-# reward of an imagined step is linear in it:
+# `classifier_coef`, the paper's c, weighs the log ratio. The return of imagined steps
+# is linear in it:
 
 
 # %%
@@ -378,10 +378,9 @@ assert_close(
 loss.classifier_coef = 0.1
 
 # %% [markdown]
-# `gamma` discounts, and `lmbda` says how much to trust imagination further out. At 0
-# the return is one imagined step and the critics' value of where it leads; at 1 it is
-# all K steps, and the critics are asked at the end only. The weights are the
-# derivatives of the return:
+# `gamma` discounts, and `lmbda` says how much to trust longer imagination. At 0 the
+# return is one imagined step and the critics' value after it; at 1 it is all K steps
+# and the value at their end. The weights are the derivatives of the return:
 
 
 # %%
@@ -415,7 +414,7 @@ figure.savefig(OUTPUT / "weights.png", dpi=150)
 
 # %% [markdown]
 # `noise_clip` bounds the action noise inside the losses, as in TD3, so that critics and
-# actor judge actions near the mean. Acting in the environment it is not clipped:
+# actor score actions near the mean. The noise in the environment is not clipped:
 
 # %%
 with torch.no_grad():
@@ -429,7 +428,7 @@ assert (outside.amax(0) - outside.amin(0)).max() > 0.6
 # %% [markdown]
 # ## A coefficient of zero removes its term
 #
-# And what it costs: no classifier is kept, no KL computed.
+# It also removes its cost: no classifier is kept, and no KL is computed.
 
 # %%
 bare = make_loss(classifier_coef=0.0, kl_coef=0.0)
@@ -440,9 +439,9 @@ assert {"loss_classifier", "kl"} <= set(losses.keys())
 # %% [markdown]
 # ## Conclusion
 #
-# Five terms, each a few lines, each with its own parameters. The KL ties imagination to
-# what is seen, and the rest of the objective is safe because of it. The classifier's
-# ratio tells the actor where the tie is loose.
+# There are five terms of a few lines, each with its own parameters. The KL keeps
+# imagined latents close to encoded ones, which the rest of the objective needs. The
+# classifier's log ratio tells the actor where they are not close.
 #
 # | argument | default | weighs |
 # |---|---|---|

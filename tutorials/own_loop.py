@@ -1,19 +1,19 @@
-"""A loop of your own: ALMLoss without a Trainer, and the same agent in the end.
+"""A loop of your own: ALMLoss without a Trainer, and the same agent as a result.
 
 **What you will learn**
 
 - to train with the loss and plain PyTorch optimizers, in about sixty lines;
-- the order in which an update has to do things;
-- that `make_trainer` does nothing else: both agree in every bit;
-- what the Trainer does besides, which a loop of your own may need.
+- the order of the steps of an update;
+- that `make_trainer` does the same: both agree in every bit;
+- what else the Trainer does that your own loop may need.
 
-You need `parts.py` and the idea of the terms (`loss_and_gradients.py`). The settings
-are those of `trainer.py`, which says why.
+You need to know the parts (`parts.py`) and the terms of the loss
+(`loss_and_gradients.py`). The settings are those of `trainer.py`, which explains them.
 
 Run it as `python tutorials/own_loop.py`: under a minute on one processor core. The
 figure goes to `runs/tutorial-own-loop`, or to the folder in `ALM_OUTPUT`. `ALM_SMOKE=1`
-makes everything small, to see that it runs; nothing is learned then. Before:
-`trainer.py`. Next: `replace_a_part.py`.
+makes everything small for a quick check; nothing is learned then. Before: `trainer.py`.
+Next: `replace_a_part.py`.
 """
 
 # %%
@@ -58,8 +58,8 @@ LR, TAU, CLIP = 3e-3, 0.05, 100.0
 # %% [markdown]
 # ## The loop
 #
-# It is written as a generator: it stops after each training step and shows what it has,
-# so that whoever runs it may evaluate, draw, save or leave.
+# The loop is a generator: it yields after each training step, so that the caller can
+# evaluate, draw, save or stop.
 
 
 # %%
@@ -79,7 +79,7 @@ def make_agent(seed: int) -> tuple[EnvBase, ALMLoss]:
 
 
 def train(seed: int) -> Iterator[tuple[int, ALMLoss, ReplayBuffer, dict[str, Adam]]]:
-    """Trains an agent, and shows it before the first and after each training step."""
+    """Trains an agent; yields it before the first and after each training step."""
     env, loss = make_agent(seed)
     policy = loss.acting_policy()
     target_update = SoftUpdate(loss, tau=TAU)
@@ -132,35 +132,36 @@ source = inspect.getsource(make_agent) + inspect.getsource(train)
 assert len(source.splitlines()) <= 65
 
 # %% [markdown]
-# What matters in it:
+# What matters here:
 #
-# - Random steps first, without updates. Then each step of the environment is followed
-#   by one update, whose noise is that of the next action.
-# - The order of the terms: each starts from what those before it have learned. The
-#   classifier sees the model's newest imagination, and the policy, last, everybody's.
+# - Random steps come first, without updates. Then one update follows each environment
+#   step, with the noise of the next action.
+# - The order of the terms: each uses what those before it have learned. The classifier
+#   sees the newest model, and the policy, updated last, the newest version of all
+#   parts.
 # - Each term has its own optimizer and its own clip of the gradient norm. `zero_grad`
-#   and `backward` for one never touch another's parameters, as
+#   and `backward` of one never touch the parameters of another, as
 #   `loss_and_gradients.py` shows.
-# - The targets move once per update, after all of it. Until then the target encoder
-#   says the same of the same transitions: `encode_transitions` runs it once for the
-#   three terms that follow. Left out, each runs it itself.
-# - Nothing asks how an episode ended: replay looks at `done` to keep slices within
-#   episodes, and the critics' loss at `terminated`.
+# - The targets move once, at the end of an update. Until then the target encoder gives
+#   the same distributions for the same transitions: `encode_transitions` runs it once
+#   for the three following terms. Without it, each term runs the encoder itself.
+# - The loop ignores how an episode ended: replay reads `done` to keep slices within
+#   episodes, and the critics' loss reads `terminated`.
 #
-# `ALMOptimizationStepper(loss).step(None, batch)` is all that happens to a batch here,
-# in one line, with a check for numbers that are not finite.
+# `ALMOptimizationStepper(loss).step(None, batch)` does all that happens to a batch here
+# in one line, and checks that all numbers are finite.
 #
 # ## It learns
 #
-# An evaluation has random numbers of its own and puts the others back, so that it may
-# stand anywhere in the loop.
+# An evaluation has random numbers of its own and restores the others, so it can stand
+# anywhere in the loop.
 
 
 # %%
 def snapshot(
     loss: ALMLoss, buffer: ReplayBuffer, optimizers: dict[str, Adam]
 ) -> dict[str, Tensor]:
-    """Copies of all that decides how the training goes on."""
+    """Copies of everything that decides how training continues."""
     state = {key: value.clone() for key, value in loss.state_dict().items()}
     for term, optimizer in optimizers.items():
         for number, moments in enumerate(optimizer.state.values()):
@@ -188,7 +189,7 @@ for step, loss, buffer, optimizers in train(SEED):
         curve[step] = mean_return(loss)
 
 # %% [markdown]
-# As in `trainer.py`: it scores below -800 before the training, and above -400 after it.
+# As in `trainer.py`, it scores below -800 before training and above -400 after it.
 
 # %%
 assert len(buffer) == WARMUP + TOTAL
@@ -199,8 +200,8 @@ if not SMOKE:
 # %% [markdown]
 # ## The Trainer does the same
 #
-# `make_trainer`, with the same settings and seeds. To be made it draws random numbers:
-# it lets the policy act once, to see that all fits. So we seed again before it trains.
+# Now use `make_trainer` with the same settings and seeds. Building it draws random
+# numbers, because the policy acts once as a check. So seed again before training.
 
 # %%
 env, loss = make_agent(SEED)
@@ -222,9 +223,9 @@ theirs = snapshot(loss, trainer.replay_buffer, trainer.optimization_stepper.opti
 
 # %% [markdown]
 # After 1000 random and 50 training steps the two agree in every bit: parameters,
-# targets, the optimizers' moments, everything stored, and the random numbers to come.
-# What is the same in all this goes on in the same way, up to the last return. (To see
-# it do so, set `COMPARED = TOTAL`.)
+# targets, the optimizers' moments, all stored steps, and the state of the random
+# generator. So both continue in the same way. (Set `COMPARED = TOTAL` to compare them
+# at the end.)
 
 # %%
 assert theirs.keys() == mine.keys()
@@ -254,10 +255,10 @@ axes.legend(loc="upper left")
 figure.savefig(OUTPUT / "own_loop.png", dpi=150)
 
 # %% [markdown]
-# ## What the Trainer does besides
+# ## What else the Trainer does
 #
 # - It stops at the first loss, gradient, observation or reward that is not finite, and
-#   names it. Here, a NaN would spread.
+#   names it. In the loop above, a NaN would spread.
 # - It saves checkpoints from which a run continues exactly (`stop_resume_act.py`), and
 #   keeps the best policy.
 # - It logs, evaluates and shows progress.
@@ -265,14 +266,13 @@ figure.savefig(OUTPUT / "own_loop.png", dpi=150)
 #
 # ## Conclusion
 #
-# The loss asks for nothing but batches. Sixty lines of PyTorch are a complete agent,
-# and the Trainer is these sixty lines with conveniences. Use it where they help, and
-# the loop where you need the control.
+# The loss needs only batches. Sixty lines of PyTorch make a complete agent, and the
+# Trainer adds conveniences to these lines. Use your own loop where you need control.
 #
 # **Next steps**
 #
-# - Take other seeds, and draw their curves together.
-# - Replace the four optimizers by one on the sum of `loss(batch)`: the same gradients,
-#   but each term then sees the others as they were before the update.
+# - Run other seeds, and draw their curves together.
+# - Replace the four optimizers by one on the sum of `loss(batch)`: each term then sees
+#   the other parts as they were before the update.
 # - Step several environments, or several updates per step.
 # - `replace_a_part.py`: other networks in the same loss.

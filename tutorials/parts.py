@@ -3,9 +3,9 @@
 **What you will learn**
 
 - which six networks make an agent, what each of them reads and what it writes;
-- that each is an ordinary TensorDictModule, to be called, replaced or used elsewhere;
+- that each is an ordinary TensorDictModule that you can call, replace or use elsewhere;
 - how an action is chosen, in training and in an evaluation;
-- what replay gives for one update, and which windows it never gives;
+- what the replay buffer returns for one update, and which windows it never returns;
 - which entries of a batch each term of the loss reads.
 
 You need PyTorch, and the idea of a TensorDict: a dictionary of tensors that share their
@@ -13,7 +13,7 @@ first dimensions, the batch size. Nothing is trained here.
 
 Run it as `python tutorials/parts.py`: seconds. The three figures go to
 `runs/tutorial-parts`, or to the folder in `ALM_OUTPUT`. `ALM_SMOKE=1` makes everything
-small, to see that it runs. Next: `loss_and_gradients.py`.
+small for a quick check. Next: `loss_and_gradients.py`.
 """
 
 # %%
@@ -51,9 +51,9 @@ DRAWS = 20 if SMOKE else 400
 # %% [markdown]
 # ## An environment
 #
-# `make_env` turns a Gymnasium task into a TorchRL environment. Its steps are
-# TensorDicts: what was seen and done, and under "next" what followed. The pendulum's
-# observation has three numbers, its action one, which `rescale` shows as -1 to 1.
+# `make_env` turns a Gymnasium task into a TorchRL environment. Each step is a
+# TensorDict: observation and action, and under "next" what followed. The pendulum's
+# observation has three numbers and its action one, which `rescale` maps to -1 to 1.
 # Without a policy, `rollout` acts at random:
 
 # %%
@@ -68,10 +68,10 @@ assert bool((steps["next", "observation"][:-1] == steps["observation"][1:]).all(
 # %% [markdown]
 # ## Six parts
 #
-# The encoder turns the observation into a latent. All others live on latents: the
-# latent model says where an action leads, the actor chooses actions, the reward model
-# and the critics score them, and the classifier tells next latents that were encoded
-# from those that were imagined. The defaults are the paper's sizes. Here all is small.
+# The encoder turns the observation into a latent. All other parts read latents: the
+# latent model predicts the next latent, the actor chooses actions, the reward model and
+# the critics score them, and the classifier tells encoded next latents from imagined
+# ones. The default sizes are the paper's. Here everything is small.
 
 # %%
 size = {"latent_dim": 8, "hidden_dim": 64}
@@ -86,8 +86,8 @@ parts = {
 }
 
 # %% [markdown]
-# One TensorDict can go through all of them. Each finds what it reads, and leaves what
-# it writes beside it:
+# One TensorDict can pass through all of them. Each part reads its inputs there and adds
+# its outputs:
 
 # %%
 td = steps[:5].select("observation")
@@ -101,8 +101,8 @@ assert td["state_action_value"].shape == (5, 2)  # twin critics
 assert td["logits"].shape == (5, 2)  # imagined, encoded
 
 # %% [markdown]
-# The keys are the whole contract between the parts. A module of yours with the same
-# keys can take the place of any of them; `replace_a_part.py` does so.
+# The parts depend on each other through keys only. Your own module with the same keys
+# can replace any of them; `replace_a_part.py` does so.
 
 # %%
 columns: list[str | tuple[str, ...]] = ["observation"]
@@ -146,9 +146,9 @@ figure.savefig(OUTPUT / "keys.png", dpi=150)
 # %% [markdown]
 # ## Latents are random
 #
-# Encoder and model are Gaussians, one mean and one standard deviation for each
-# dimension. A call draws a sample; `get_dist` gives the distribution; the exploration
-# type asks for the mean instead.
+# Encoder and model are Gaussians with a mean and a standard deviation for each
+# dimension. A call draws a sample, and `get_dist` returns the distribution. With the
+# exploration type `DETERMINISTIC`, a call returns the mean.
 
 # %%
 encoder, actor = parts["encoder"], parts["actor"]
@@ -163,8 +163,8 @@ assert encoder.get_dist(steps[:5]).mean.equal(mean["latent"])
 # %% [markdown]
 # ## An action
 #
-# The actor's mean is a tanh, its noise follows a schedule in training steps, and a
-# clamp keeps the sum within the bounds, however much noise there is:
+# The actor's mean is a tanh. Its noise follows a schedule in training steps, and a
+# clamp keeps the sum within the bounds:
 
 # %%
 latents = {"latent": torch.randn(1000, 8)}
@@ -178,9 +178,9 @@ assert acted["action_scale"].allclose(torch.tensor(0.55))  # half way to 0.1
 # %% [markdown]
 # ## The loss holds the parts
 #
-# `ALMLoss` takes the six parts. It shares their parameters, so what you call is what is
-# trained. Besides, it keeps slow copies, the targets, of encoder and critics. They are
-# buffers, which no optimizer sees; an updater moves them.
+# `ALMLoss` takes the six parts. It shares their parameters: the modules you call are
+# the ones that are trained. It also keeps slow copies of encoder and critics, the
+# targets. They are buffers, which no optimizer sees; an updater moves them.
 
 # %%
 loss = ALMLoss(**parts)
@@ -192,8 +192,8 @@ assert trained.isdisjoint(id(target) for target in loss.buffers())
 assert loss.noise_schedule is schedule
 
 # %% [markdown]
-# The policy that acts is encoder and actor, in one module. Its latent is a sample even
-# in an evaluation, as in the paper; only the action is then without noise.
+# The acting policy is encoder and actor in one module. In an evaluation its action is
+# without noise, but its latent is still a sample, as in the paper.
 
 # %%
 policy = loss.acting_policy()
@@ -208,9 +208,8 @@ assert env.rollout(3, policy)["action"].shape == (3, 1)
 # %% [markdown]
 # ## Replay
 #
-# An update reads two things: slices of K consecutive steps, for encoder and model, and
-# single transitions, for all other terms. One `sample()` gives both, drawn
-# independently.
+# An update reads slices of K consecutive steps, for encoder and model, and single
+# transitions, for all other terms. One `sample()` draws both independently.
 
 # %%
 buffer = make_replay_buffer(capacity=1000, batch_size=64, horizon=3)
@@ -220,10 +219,10 @@ assert batch["slice"].batch_size == (64, 3)
 assert batch["transition"].batch_size == (64,)
 
 # %% [markdown]
-# Every slice that lies within one episode is equally likely, whatever the episode's
-# length, and none crosses an end. Take episodes of 20, 2 and 15 steps. The first has 18
-# windows of three steps, the second none, the third 13. Its two steps are still drawn
-# as transitions, like all others:
+# All slices within an episode are equally likely, whatever the episode's length, and no
+# slice crosses an episode's end. Take episodes of 20, 2 and 15 steps. The first has 18
+# windows of three steps, the second none, the third 13. The two steps of the second
+# episode are still drawn as transitions:
 
 # %%
 lengths = torch.tensor([20, 2, 15])
@@ -269,8 +268,8 @@ figure.savefig(OUTPUT / "windows.png", dpi=150)
 # %% [markdown]
 # ## What each term reads
 #
-# The loss turns the batch into five terms, each the matter of one part or two, and
-# some metrics:
+# The loss computes five terms from the batch, each of which trains one or two parts,
+# and some metrics:
 
 # %%
 losses = loss(batch)
@@ -285,8 +284,8 @@ assert terms == [
 assert all(losses[term].requires_grad for term in terms)
 
 # %% [markdown]
-# Instead of reading the code, ask it: change one entry of the batch, leave the random
-# numbers as they were, and see which terms have another value.
+# To see what each term reads, change one entry of the batch, keep the random numbers,
+# and compare the terms:
 
 # %%
 entries = [
@@ -334,10 +333,10 @@ axes.axvline(4.5, color="black", linewidth=1)
 figure.savefig(OUTPUT / "reads.png", dpi=150)
 
 # %% [markdown]
-# The objective of encoder and model reads the slices, and of them neither reward nor
-# termination: it asks the reward model and the critics. The actor needs no more than
-# observations to start from, and imagines the rest. A termination matters to the
-# critics alone, and a time limit, `truncated`, to no term at all.
+# The objective of encoder and model reads the slices, but neither their rewards nor
+# their terminations: it uses the reward model and the critics instead. The actor starts
+# from observations and imagines the rest. Only the critics read terminations, and no
+# term reads time limits (`truncated`).
 
 # %%
 of_slices = [entry for entry in entries if reads[entry] == {"loss_model"}]
@@ -360,11 +359,11 @@ assert evaluate(unread) == evaluate(batch)
 # ## Conclusion
 #
 # An observation is encoded, the actor acts on the latent, the steps are stored, and an
-# update draws slices and transitions of them. Parts and loss meet in keys only, and
-# each term reads no more than it needs.
+# update draws slices and transitions from them. Parts and loss share keys only, and
+# each term reads only what it needs.
 #
 # **Next steps**
 #
-# - `loss_and_gradients.py`: what each term computes, and who learns from it.
+# - `loss_and_gradients.py`: what each term computes, and which parts it trains.
 # - `replace_a_part.py`: a part of your own.
 # - `loss.set_keys(reward="my_reward")`: batches with other names.

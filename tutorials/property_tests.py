@@ -2,13 +2,12 @@
 
 **What you will learn**
 
-- to write a variant of `ALMLoss` that changes one formula and nothing else;
-- to let `alm_torchrl.testing` check that the variant keeps the contract of the loss:
-  keys, gradients, reductions, an untouched batch;
-- to state properties of your own formula, and have Hypothesis look for problems of
-  any size where they fail;
-- to find out whether your tests are worth anything: break the variant on purpose, and
-  see who notices.
+- to write a variant of `ALMLoss` that changes one formula only;
+- to check with `alm_torchrl.testing` that the variant keeps the contract of the loss:
+  keys, gradients, reductions, an unchanged batch;
+- to state properties of your own formula, and let Hypothesis search for problems of any
+  size where they fail;
+- to check your tests: break the variant on purpose, and see which test notices.
 
 It assumes that you know the terms of the loss (`loss_and_gradients.py`). The tutorial
 before it, `replace_a_part.py`, changes networks; this one changes the mathematics.
@@ -16,7 +15,7 @@ before it, `replace_a_part.py`, changes networks; this one changes the mathemati
 Run it as `python tutorials/property_tests.py`: under a minute on one processor core. It
 needs the test extra (`pip install 'alm_torchrl[cli,test]'`). The figure goes to
 `runs/tutorial-property-tests`, or to the folder in `ALM_OUTPUT`. `ALM_SMOKE=1` tries a
-few problems only, to see that it runs.
+few problems only, for a quick check.
 """
 
 # %%
@@ -54,10 +53,10 @@ EXAMPLES = 1 if SMOKE else 12
 # %% [markdown]
 # ## A variant
 #
-# The critics of ALM learn from a target that takes the smaller of two values (Eq. 10),
-# which errs on the low side. Let us make the caution a number: 1 is the minimum of the
-# critics, 0 their mean, and in between lies in between. One method has to change. It is
-# written in the verbs of the loss: `encode`, `sample`, `act`, `state_action_value`.
+# The critics of ALM learn from a target that takes the minimum of two values (Eq. 10),
+# which is cautious. Make the caution a number: 1 is the minimum of the critics, 0 their
+# mean, and other numbers interpolate. Only one method changes. It uses the verbs of the
+# loss: `encode`, `sample`, `act`, `state_action_value`.
 
 
 # %%
@@ -89,20 +88,20 @@ class CautiousTargets(ALMLoss):
 # %% [markdown]
 # ## The contract
 #
-# A loss promises more than a number. Each term trains its own part and no other, no
-# gradient passes through a target network, `forward` returns the keys that it
-# announces, the batch comes back as it was, the reductions agree with each other, and
-# the order of the rows does not matter. `check_loss` asks for all of it, on a small
-# problem that `make_loss` and `make_two_draw_batch` make up:
+# A loss promises more than a number. Each term trains its own part only, no gradient
+# passes through a target network, `forward` returns the keys in `out_keys`, the batch
+# stays unchanged, the reductions agree, and the order of the rows does not matter.
+# `check_loss` checks all of this, here on a small problem from `make_loss` and
+# `make_two_draw_batch`:
 
 # %%
 check_loss(make_loss(Sizes(), CautiousTargets), make_two_draw_batch(Sizes()))
 
 # %% [markdown]
-# One problem is an anecdote. A *property* is a statement about all of them, and
-# Hypothesis draws the problems: `cases` gives batches of one row, latents of one
-# dimension, horizons of one step, and what else is seldom thought of. Arguments that
-# are not given in `@given`, here the class, are left to the caller.
+# One problem proves little. A *property* is a statement about all problems, and
+# Hypothesis draws them: `cases` gives batches of one row, latents of one dimension,
+# horizons of one step and other rare cases. Arguments that are not in `@given`, here
+# the class, are left to the caller.
 
 # %%
 SETTINGS = settings(
@@ -127,16 +126,15 @@ keeps_the_contract(CautiousTargets)
 # %% [markdown]
 # ## Properties of the formula
 #
-# The contract says nothing about what a target should be. That is yours to say. Three
+# The contract says nothing about the right value of a target. You say that, and three
 # kinds of statement nearly always exist:
 #
-# - a **limit**: at one end of the new argument the old loss must come back, in all of
-#   its terms;
+# - a **limit**: at one end of the new argument, all terms are those of the old loss;
 # - an **order**: more caution never gives a higher target;
-# - a **special case** whose answer is known: after a termination nothing follows, so
-#   the target is the reward, whatever the critics say.
+# - a **special case** with a known answer: after a termination nothing follows, so the
+#   target is the reward, whatever the critics' values.
 #
-# The same seed before both calls makes them draw the same noise.
+# With the same seed before both calls, they draw the same noise.
 
 # %%
 SEEDS = st.integers(0, 2**31)
@@ -155,7 +153,7 @@ def contains_the_original(
     torch.manual_seed(seed)
     found = make_loss(sizes, loss_class, seed=seed, caution=1.0)(batch)
     for term, value in expected.items():
-        assert found[term].allclose(value, atol=1e-5), f"{term} is another"
+        assert found[term].allclose(value, atol=1e-5), f"{term} differs"
 
 
 @SETTINGS
@@ -174,7 +172,7 @@ def caution_lowers_the_target(
         loss.caution = caution
         torch.manual_seed(seed)
         targets.append(loss.td_target(batch.clone()))
-    assert bool((targets[1] <= targets[0] + 1e-5).all()), "the target has grown"
+    assert bool((targets[1] <= targets[0] + 1e-5).all()), "the target grew"
 
 
 @SETTINGS
@@ -200,11 +198,11 @@ for check in PROPERTIES.values():
     check(CautiousTargets)
 
 # %% [markdown]
-# ## Is anybody watching?
+# ## Would the tests notice?
 #
-# Tests that pass may be blind. So break the variant, in ways that happen: the branches
-# of the blend swapped, the termination forgotten, `no_grad` lost, rewards clipped in
-# place. None of them raises an error, and each would train.
+# Tests that pass may notice nothing. So break the variant with common mistakes: swapped
+# branches of the blend, a forgotten termination, a lost `no_grad`, rewards clipped in
+# place. None of them raises an error, and all would train.
 
 
 # %%
@@ -240,7 +238,7 @@ class LosesNoGrad(CautiousTargets):
 
 
 class ClipsInPlace(CautiousTargets):
-    """The rewards of the batch, and so of the replay, are other ones afterwards."""
+    """The call changes the rewards of the batch, and so of the replay."""
 
     def td_target(  # noqa: D102
         self, transitions: TensorDictBase, encoded: Encoding | None = None
@@ -252,7 +250,7 @@ class ClipsInPlace(CautiousTargets):
 def complaint(
     check: Callable[[type[CautiousTargets]], None], loss_class: type[CautiousTargets]
 ) -> str:
-    """What a property says against a class; empty where it holds."""
+    """The message of a property that fails for a class; empty if it holds."""
     try:
         check(loss_class)
     except AssertionError as error:
@@ -261,7 +259,7 @@ def complaint(
 
 
 # %% [markdown]
-# A complaint names the term and the parameter or entry at fault:
+# The message names the term and the parameter or entry at fault:
 
 # %%
 told = complaint(keeps_the_contract, LosesNoGrad)
@@ -272,9 +270,9 @@ if not SMOKE:
     assert "'next', 'reward'" in told
 
 # %% [markdown]
-# All properties against all variants. A wrong sign is invisible to the contract, which
-# knows the form of a loss only, and a lost `no_grad` to the properties of the formula,
-# which look at values only. Both kinds are needed.
+# Now test all variants with all properties. The contract knows only the form of a loss
+# and misses swapped branches; the properties of the formula look only at values and
+# miss a lost `no_grad`. Both kinds are needed.
 
 # %%
 VARIANTS = (CautiousTargets, SwapsTheEnds, ForgetsTheEnd, LosesNoGrad, ClipsInPlace)
@@ -320,18 +318,18 @@ figure.savefig(OUTPUT / "caught.png", dpi=150)
 # %% [markdown]
 # ## The smallest batch that fails
 #
-# What fails on a large problem is tedious to read. Hypothesis makes it smaller as long
-# as it still fails, if it is let (above, `phases` forbids it to save time; leave that
-# line out in tests of your own). `find` does so for any predicate. Which ends of which
-# rows make the broken variant differ from the sound one? One row that ends is enough,
-# and without an end they never differ:
+# A failure on a large problem is tedious to read. Hypothesis shrinks it as long as it
+# still fails (above, `phases` turns this off to save time; leave that line out in your
+# own tests). `find` does the same for any predicate. Which terminations make the broken
+# variant differ from the correct one? One terminated row is enough, and without one
+# they never differ:
 
 # %%
 GOOD, BAD = make_loss(Sizes(), CautiousTargets), make_loss(Sizes(), ForgetsTheEnd)
 
 
 def differ(ends: list[bool]) -> bool:
-    """Whether the two targets differ on a batch with given terminations."""
+    """Whether the two targets differ on a batch with these terminations."""
     batch = make_two_draw_batch(Sizes(batch=len(ends)))["transition"]
     batch["next", "terminated"] = torch.tensor(ends).unsqueeze(-1)
     targets = []
@@ -349,12 +347,12 @@ assert not differ([False] * 32)
 # %% [markdown]
 # ## Conclusion
 #
-# A variant of one formula took twelve lines. The contract came with the library, three
-# properties said what the formula means, and breaking it on purpose showed that none of
-# the four can be left out.
+# A variant of one formula takes a few lines. The library checks the contract, three
+# properties state what the formula means, and the broken variants show that all four
+# tests are needed.
 #
-# **In a test suite of your own**, the same functions are tests of pytest. Give the
-# class by its name in place of the argument:
+# **In your own test suite**, the same functions are pytest tests. Name the class
+# directly instead of passing it:
 #
 #     @given(cases(CautiousTargets))
 #     def test_contract(case):
@@ -362,8 +360,8 @@ assert not differ([False] * 32)
 #
 # **Next steps**
 #
-# - A variant with one term more says which parts it trains: give `check_loss` the
-#   argument `routes={**ROUTES, "loss_mine": ("encoder",)}`.
+# - For a variant with an additional term, tell `check_loss` which parts it trains:
+#   `routes={**ROUTES, "loss_mine": ("encoder",)}`.
 # - Compare your formula with a slow loop in float64 (`loss.double()`), row by row.
-# - `CONTRIBUTING.md`, "Add a variant of the loss", lists what else a variant needs.
-# - What a variant does to an agent: `look_inside.py` opens a trained one.
+# - `CONTRIBUTING.md` lists what else a variant in the library needs.
+# - See what a variant does to an agent: `look_inside.py` examines a trained one.

@@ -1,22 +1,22 @@
-"""Replace a part: an encoder of your own, for an environment of your own.
+"""Replace a part: your own encoder for your own environment.
 
 **What you will learn**
 
-- to write an environment for Gymnasium, check it and register it, so that every part of
-  this library takes it;
-- what each part of the agent must read and write, and how to put a network of your own
-  in the place of the encoder;
-- to take an actor that learns its noise, and a classifier without hidden layers;
-- to see from one batch, before any training, that the parts fit and that each loss
-  trains the networks that it should;
-- to train the whole, and to judge the result against answers that are known.
+- to write, check and register a Gymnasium environment, so that every part of this
+  library accepts it;
+- what each part of the agent must read and write, and how to replace the encoder by
+  your own network;
+- to use an actor that learns its noise, and a classifier without hidden layers;
+- to check on one batch, before training, that the parts fit and that each loss trains
+  the right networks;
+- to train the agent, and to compare it with policies whose scores are known.
 
-It assumes that you know the parts (`parts.py`) and the Trainer (`trainer.py`). The
-tutorial after it, `property_tests.py`, changes the mathematics of the loss.
+You need to know the parts (`parts.py`) and the Trainer (`trainer.py`). The next
+tutorial, `property_tests.py`, changes the mathematics of the loss.
 
 Run it as `python tutorials/replace_a_part.py`: under a minute on one processor core.
 The figure goes to `runs/tutorial-replace-a-part`, or to the folder in `ALM_OUTPUT`.
-`ALM_SMOKE=1` makes everything small, to see that it runs.
+`ALM_SMOKE=1` makes everything small for a quick check.
 """
 
 # %%
@@ -70,10 +70,10 @@ SEED = 0
 # %% [markdown]
 # ## An environment
 #
-# A round robot moves over a dark floor of two metres by two. Somewhere there is a lamp.
-# Twelve sensors sit on the rim of the robot, like the hours of a clock, and each reads
-# how bright the light is where it sits. The robot knows neither its own place nor that
-# of the lamp. Each step costs its distance to the lamp, in metres.
+# A round robot moves on a dark floor of two metres by two with a lamp somewhere. Twelve
+# sensors on the rim of the robot, like the hours of a clock, read the brightness. The
+# robot knows neither its own position nor that of the lamp. Each step costs its
+# distance to the lamp, in metres.
 
 # %%
 SENSORS, RADIUS = 12, 0.3
@@ -91,14 +91,14 @@ class Lamp(gymnasium.Env[np.ndarray, np.ndarray]):
         self.directions = np.stack([np.cos(angles), np.sin(angles)], -1)
 
     def observe(self) -> np.ndarray:
-        """What the sensors on the rim read: the logarithm of the brightness."""
+        """The readings of the sensors: the logarithm of the brightness."""
         gaps = self.lamp - self.position - RADIUS * self.directions
         return -np.log(0.1 + np.square(gaps).sum(-1)).astype(np.float32)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Robot and lamp at places drawn at random."""
+        """Puts robot and lamp at random positions."""
         super().reset(seed=seed)
         self.position, self.lamp = self.np_random.uniform(-1, 1, (2, 2))
         return self.observe(), {}
@@ -106,7 +106,7 @@ class Lamp(gymnasium.Env[np.ndarray, np.ndarray]):
     def step(
         self, action: np.ndarray
     ) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """A move of up to 0.2 m in both directions, and a stop at the walls."""
+        """Moves by up to 0.2 m in both directions; the walls stop the robot."""
         move = 0.2 * np.clip(action, -1, 1)
         self.position = np.clip(self.position + move, -1, 1)
         distance = float(np.linalg.norm(self.lamp - self.position))
@@ -114,10 +114,10 @@ class Lamp(gymnasium.Env[np.ndarray, np.ndarray]):
 
 
 # %% [markdown]
-# `check_env` is Gymnasium's own inspection. Registered under a name, the task is one
-# like any other: `make_env`, `alm-torchrl train` and all the rest take it by its name.
-# The time limit belongs to the registration. It truncates an episode, which is not the
-# same as terminating it: the lamp would still be there.
+# `check_env` is Gymnasium's own check. Once registered, the task is like any other:
+# `make_env`, `alm-torchrl train` and the rest accept its name. The time limit belongs
+# to the registration. It truncates an episode and does not terminate it: the lamp would
+# still be there.
 
 # %%
 check_env(Lamp(), skip_render_check=True)
@@ -127,16 +127,16 @@ test_env = make_env("Lamp-v0")
 assert env.rollout(100)["next", "truncated"].sum() == 1
 
 # %% [markdown]
-# Three policies are known. One moves at random, one stands still, and one triangulates:
-# the brightness of a sensor tells its distance from the lamp. An agent that has learned
-# the task comes close to the last.
+# Three policies give known scores. One moves at random, one stands still, and one
+# triangulates: the brightness at a sensor tells its distance from the lamp. A trained
+# agent should come close to the last.
 
 # %%
 directions = torch.as_tensor(Lamp().directions, dtype=torch.float32)
 
 
 def triangulate(tensordict: TensorDict) -> TensorDict:
-    """The way to the lamp, by triangulation, as far as one step goes."""
+    """Moves towards the lamp, found by triangulation."""
     squared_distance = (-tensordict["observation"]).exp()
     gap = -squared_distance @ directions / (RADIUS * SENSORS)
     return tensordict.set("action", (gap / 0.2).clamp(-1, 1))
@@ -159,22 +159,21 @@ if not SMOKE:
 # %% [markdown]
 # ## An encoder of your own
 #
-# The encoder of the paper reads the observation as a plain vector: to it, the sensors
-# could be in any order. But they form a ring, and what a sensor sees means the same
-# wherever on the ring it is. A circular convolution knows that. It is an ordinary
-# `nn.Module`. Three things make it an encoder:
+# The paper's encoder reads the observation as a plain vector, in which the order of the
+# sensors has no meaning. But they form a ring, and all sensors work alike. A circular
+# convolution uses this. It is an ordinary `nn.Module`. Three things make it an encoder:
 #
-# - it returns mean and standard deviation of a diagonal Gaussian, since the KL of Eq. 7
-#   is computed in closed form;
-# - both are bounded (`bound_loc` and `bound_scale` are the paper's bounds), or the KL
-#   could be made small by making everything large;
-# - it takes any leading dimensions. The robot acts on `[14]`, the one-step losses read
-#   `[B, 14]` and the model's loss `[B, K, 14]`.
+# - it returns the mean and standard deviation of a diagonal Gaussian, since the KL of
+#   Eq. 7 is computed in closed form;
+# - both are bounded (`bound_loc` and `bound_scale` are the paper's bounds); otherwise
+#   large standard deviations would make the KL small;
+# - it accepts any leading dimensions. The robot acts on `[12]`, the one-step losses
+#   read `[B, 12]` and the model's loss `[B, K, 12]`.
 
 
 # %%
 class RingEncoder(nn.Module):
-    """Mean and standard deviation of the latent, from sensors in a ring."""
+    """Mean and standard deviation of the latent from a ring of sensors."""
 
     def __init__(self, latent_dim: int, channels: int = 8) -> None:
         super().__init__()
@@ -193,16 +192,16 @@ class RingEncoder(nn.Module):
 
 # %% [markdown]
 # A TensorDict module around it says which entries it reads and writes. The encoder's
-# keys are `observation` and `latent`; the names between them are free. (`loss.set_keys`
-# tells the loss of other names: of rewards and flags at will, of latents and actions as
-# the networks around them read and write these.)
+# keys are `observation` and `latent`; the keys in between are free. (`loss.set_keys`
+# tells the loss about other names; those of latents and actions must be the networks'
+# own.)
 
 # %%
 LATENT = 4
 
 
 def make_ring_encoder() -> ProbabilisticTensorDictSequential:
-    """The network with its keys, and the distribution that its outputs describe."""
+    """The network with its keys, and the distribution of its outputs."""
     parameters = ["latent_loc", "latent_scale"]
     return ProbabilisticTensorDictSequential(
         TensorDictModule(
@@ -218,8 +217,8 @@ def make_ring_encoder() -> ProbabilisticTensorDictSequential:
 
 
 # %% [markdown]
-# The network sees the ring as a ring: turn the robot by one sensor, and its features
-# turn with it. No vector of twelve unrelated numbers would do that.
+# The network treats the ring as a ring: turn the robot by one sensor, and the features
+# turn with it.
 
 # %%
 torch.manual_seed(SEED)
@@ -229,15 +228,15 @@ light = torch.randn(1, 1, SENSORS)
 assert ring(light.roll(1, -1)).allclose(ring(light).roll(1, -1), atol=1e-6)
 
 # %% [markdown]
-# ## Two parts more
+# ## Two more parts
 #
 # The actor of the paper has noise from a schedule. `make_stochastic_actor` makes one
 # that learns its own, which needs a reason to keep any: with an `EntropyBonus`, the
 # loss rewards entropy, as SAC does, at a temperature that tunes itself. And a
 # classifier without hidden layers (Fig. 16 of the paper) costs less.
 #
-# The sizes of the parts have to fit each other: what was made for another latent is
-# refused, by name, as soon as it is run.
+# The sizes of the parts have to fit. A part that was made for another latent is refused
+# by name as soon as it runs.
 
 # %%
 actor = make_stochastic_actor([-1, -1], [1, 1], latent_dim=LATENT, hidden_dim=64)
@@ -258,9 +257,9 @@ assert loss.noise_schedule is None
 # %% [markdown]
 # ## Before training
 #
-# The Trainer lets the networks act once when it is made. A part that does not fit is
-# named there, and not after the warm-up: this actor was made for a latent of another
-# size.
+# The Trainer lets the networks act once when it is built. So a part that does not fit
+# is named at once, and not after the warm-up. This actor was made for a latent of
+# another size:
 
 # %%
 misfit = make_alm_loss(
@@ -274,9 +273,9 @@ except ValueError as error:
 assert refusal.startswith(f"actor: expected a network for 'latent' [{LATENT}]")
 
 # %% [markdown]
-# The parts that fit can still be wired wrongly. `check_loss` asks of a batch whether
-# each term trains its own part, no other, and every part of it (there is more to it:
-# see `property_tests.py`). An episode of 18 steps makes six slices of three.
+# Parts that fit can still be connected wrongly. `check_loss` checks on a batch that
+# each term trains all of its own part and nothing else (`property_tests.py` shows what
+# else it checks). An episode of 18 steps makes six slices of three.
 
 # %%
 returns: list[tuple[int, float]] = []
@@ -302,7 +301,7 @@ check_loss(loss, test_env.rollout(18).reshape(6, 3))
 # %% [markdown]
 # ## Training
 #
-# The networks are small and the task is short, so the learning rate and the pace of the
+# The networks are small and the task is short, so the learning rate and the rate of the
 # targets are far above the paper's.
 
 # %%
@@ -314,13 +313,13 @@ if not SMOKE:
     assert trained > still + 0.75 * (best - still)
 
 # %% [markdown]
-# The policy is a module of TensorDicts like any other, so it acts in a plain Gymnasium
-# loop, too. A path shows more than a score:
+# The policy is an ordinary TensorDict module, so it also acts in a plain Gymnasium
+# loop. A path shows more than a score:
 
 
 # %%
 def path_of(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the robot went in one episode `[T + 1, 2]`, and where the lamp was."""
+    """The robot's path in one episode, `[T + 1, 2]`, and the position of the lamp."""
     policy = ActingPolicy(loss.acting_policy(), deterministic=True)
     task = gymnasium.make("Lamp-v0")
     observation, _ = task.reset(seed=seed)
@@ -353,22 +352,22 @@ right.set(xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), aspect="equal")
 right.set_xlabel("metres")
 right.set_ylabel("metres")
 right.legend(fontsize="small", loc="upper right")
-figure.suptitle("An encoder of one's own for an environment of one's own")
+figure.suptitle("Your own encoder for your own environment")
 figure.savefig(OUTPUT / "lamp.png", dpi=150)
 
 # %% [markdown]
 # ## Conclusion
 #
-# A part of the agent is a module with keys. The encoder was replaced by thirty lines
-# that know what the observation is; actor and classifier by other ones of the library;
-# and nothing else had to change, neither the loss nor the Trainer.
+# A part of the agent is a module with keys. Thirty lines that know the structure of the
+# observation replaced the encoder, and other networks of the library replaced actor and
+# classifier. Loss and Trainer did not change.
 #
 # **Next steps**
 #
-# - Use another distribution for the actor, such as `torchrl.modules.TanhNormal`: any
-#   with reparameterised samples and a density will do.
+# - Use another distribution for the actor, such as `torchrl.modules.TanhNormal`. It
+#   needs reparameterised samples and a density.
 # - Give `make_alm_loss` your own `model`, `qvalue` or `reward`. The table at the top of
 #   `alm_torchrl.networks.builders` lists what each reads and writes.
 # - Shuffle the sensors (`np.random.default_rng(0).permutation(SENSORS)`), and compare
-#   the convolution with the encoder of the paper, over several seeds.
+#   the convolution with the paper's encoder over several seeds.
 # - Change the mathematics instead of the networks: `property_tests.py`.

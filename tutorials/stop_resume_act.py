@@ -2,21 +2,21 @@
 
 **What you will learn**
 
-- to have a Trainer write checkpoints, to stop it at any step, and to continue it as if
-  it had never stopped, bit for bit;
-- what such a checkpoint holds, and what happens when one is damaged;
-- to make a run longer than it was meant to be;
-- to load the networks alone, with and without the code that made them;
-- to act with them, in a TorchRL environment and in a plain Gymnasium loop, and to film
-  it.
+- to write checkpoints with a Trainer, to stop it at any step, and to continue it bit by
+  bit as if it had never stopped;
+- what a checkpoint holds, and what happens if it is damaged;
+- to make a run longer than planned;
+- to load only the networks, with and without the code that made them;
+- to act with them in a TorchRL environment and in a plain Gymnasium loop, and to make a
+  film.
 
-It assumes that you know the Trainer (`trainer.py`). Before: `look_inside.py`.
+You need to know the Trainer (`trainer.py`). Before: `look_inside.py`.
 
 Run it as `python tutorials/stop_resume_act.py`: about a minute on one processor core.
 It needs pygame, which comes with the cli extra. The checkpoints and the film go to
 `runs/tutorial-stop-resume-act`, or to the folder in `ALM_OUTPUT`; runs that an earlier
-start of this script left there are removed. `ALM_SMOKE=1` makes everything small, to
-see that it works.
+start of this script left there are removed. `ALM_SMOKE=1` makes everything small for a
+quick check.
 """
 
 # %%
@@ -66,8 +66,8 @@ FILM = 6 if SMOKE else 120
 # one function make them all. A `checkpoint_dir` is what turns checkpoints on. They are
 # written every `checkpoint_interval` steps and at the end; here the end is enough.
 #
-# The metadata is for later. It says how the networks are made, by the names that the
-# command line has for it.
+# The metadata is for later. It describes the networks with the settings of the command
+# line.
 
 # %%
 NETWORKS = {"latent_dim": 16, "hidden_dim": 64, "model_hidden_dim": 64, "gamma": 0.95}
@@ -75,7 +75,7 @@ NOISE = {"noise_initial": 1.0, "noise_final": 0.1, "noise_steps": LONG}
 
 
 def make_loss() -> ALMLoss:
-    """The networks, small ones, and the loss over them."""
+    """Small networks and their loss."""
     torch.manual_seed(0)
     return make_alm_loss(
         make_env("Pendulum-v1", action_bounds="rescale"),
@@ -85,7 +85,7 @@ def make_loss() -> ALMLoss:
 
 
 def make_run(folder: Path, steps: int) -> ALMTrainer:
-    """A Trainer at its start, which keeps its checkpoints in a folder."""
+    """A new Trainer that keeps its checkpoints in a folder."""
     env = make_env("Pendulum-v1", action_bounds="rescale")
     settings = preset_config("quick", **NETWORKS, **NOISE).to_dict()
     metadata = {"settings": settings, "spaces": describe_spaces(env)}
@@ -104,7 +104,7 @@ def make_run(folder: Path, steps: int) -> ALMTrainer:
 
 
 # %% [markdown]
-# First the run to compare with, which nothing stops:
+# First the run to compare with, without a stop:
 
 # %%
 straight = make_run(OUTPUT / "straight", SHORT)
@@ -113,9 +113,9 @@ straight.train()
 # %% [markdown]
 # ## Stop
 #
-# `request_stop` ends a run after the step that it is in, and saves it. The command line
-# calls it at Ctrl-C; a hook may call it for reasons of its own. Here it is half of the
-# steps, in the middle of an episode.
+# `request_stop` ends a run after the current step, and saves it. The command line calls
+# it at Ctrl-C; your own hook can call it too. Here a hook stops the run halfway, in the
+# middle of an episode.
 
 # %%
 stopped = make_run(OUTPUT / "run", SHORT)
@@ -151,8 +151,8 @@ assert {
 # %% [markdown]
 # ## Continue
 #
-# All parts are made anew, as another process would, and the random generators are
-# somewhere else. `load_from_file` puts everything where it was.
+# Make all parts anew, as another process would, with other random numbers.
+# `load_from_file` restores everything.
 
 # %%
 torch.manual_seed(12345)
@@ -162,9 +162,9 @@ assert resumed.collected_frames == WARMUP + SHORT // 2
 resumed.train()
 
 # %% [markdown]
-# Equal means equal here, not close: each parameter, each target, each transition in the
-# replay. (It is promised for the same versions and number of threads on the same kind
-# of CPU. A GPU adds numbers up in another order.)
+# Each parameter, target and transition is equal, not only close. (This holds for the
+# same versions and number of threads on the same kind of CPU. A GPU sums in another
+# order.)
 
 # %%
 parameters = straight.loss_module.state_dict()
@@ -176,7 +176,7 @@ assert bool((resumed.replay_buffer[:] == straight.replay_buffer[:]).all())
 # %% [markdown]
 # ## Damage
 #
-# The manifest has the SHA-256 of each file. One flipped bit, and nothing is loaded:
+# The manifest has the SHA-256 of each file. With one flipped bit, nothing is loaded:
 
 # %%
 shutil.copytree(checkpoint, OUTPUT / "damaged")
@@ -198,9 +198,9 @@ for name, value in make_loss().state_dict().items():
 # %% [markdown]
 # ## Go on for longer
 #
-# `total_steps` is no part of the state, so a run that is complete can be made longer.
-# (Other settings are not compared here. `alm-torchrl train --resume` does, and refuses
-# what would make it another run.)
+# `total_steps` is not part of the state, so a complete run can be made longer. (Nothing
+# compares the other settings here. `alm-torchrl train --resume` does, and refuses those
+# that would make it another run.)
 
 # %%
 longer = make_run(OUTPUT / "run", LONG)
@@ -211,9 +211,9 @@ assert longer.optimization_stepper.optimizer_step_count == LONG
 # %% [markdown]
 # ## Act
 #
-# To act, the networks are enough: no replay, no optimizers, no Trainer. If you have the
+# Acting needs only the networks: no replay, no optimizers, no Trainer. If you have the
 # code that makes them, load the checkpoint's `loss_module` into them. `ActingPolicy`
-# says once and for all whether there is noise on the actions.
+# fixes whether the actions have noise.
 
 # %%
 loss = make_loss()
@@ -224,14 +224,14 @@ test_env = make_env("Pendulum-v1", action_bounds="rescale")
 random = evaluate_policy(test_env, random_policy(test_env), episodes=EPISODES)
 trained = evaluate_policy(test_env, policy, episodes=EPISODES)
 if not SMOKE:
-    # Random actions cost about 1200. To hang costs 1000, to swing up at once 150.
+    # Random actions cost about 1200, hanging 1000, swinging up at once 150.
     assert random["return"].mean() < -800
     assert trained["return"].mean() > -600
 
 # %% [markdown]
-# If you do not, `load_policy` makes them from the metadata. It is what serves the runs
-# of `alm-torchrl train`, which write it, too. The latent is a sample in both, so the
-# actions are the same for the same random numbers:
+# If you do not, `load_policy` makes them from the metadata. It also loads the runs of
+# `alm-torchrl train`, which write the same metadata. Both policies sample the latent,
+# so with the same random numbers their actions are the same:
 
 # %%
 loaded = load_policy(OUTPUT / "run")
@@ -243,9 +243,9 @@ for acting in (policy, loaded):
 assert torch.equal(*actions)
 
 # %% [markdown]
-# Without TorchRL, in the loop of Gymnasium's own documentation. The agent was trained
-# with `rescale`, so its actions in [-1, 1] have to be mapped to those of the task,
-# torques from -2 to 2:
+# Now act without TorchRL, in Gymnasium's own loop. The agent was trained with
+# `rescale`, so its actions in [-1, 1] must be mapped to the torques of the task, from
+# -2 to 2:
 
 # %%
 task = gymnasium.make("Pendulum-v1")
@@ -263,7 +263,7 @@ if not SMOKE:
 # %% [markdown]
 # ## Film
 #
-# Any environment that can draw will do. `.mp4` works as well as `.gif`.
+# Any environment that can render works. `.mp4` works as well as `.gif`.
 
 # %%
 stage = make_env("Pendulum-v1", action_bounds="rescale", render_mode="rgb_array")
@@ -273,8 +273,8 @@ assert (film.steps, film.frames) == (FILM, FILM + 1)
 # %% [markdown]
 # ## Conclusion
 #
-# A stopped run is not a lost run. What another process needs is the function that makes
-# the parts, and the folder; what an acting agent needs is the folder.
+# A stopped run is not lost. To continue it, another process needs the function that
+# makes the parts, and the folder. To act, it needs only the folder.
 #
 # **Next steps**
 #
@@ -282,6 +282,6 @@ assert (film.steps, film.frames) == (FILM, FILM + 1)
 #   again, `alm-torchrl evaluate RUN` and `alm-torchrl render RUN --output film.gif`.
 # - Give `make_trainer` an `eval_env`: `checkpoints/best` then keeps the networks that
 #   scored best, for `load_policy(RUN / "checkpoints" / "best")`.
-# - Write an environment with state that is not plain, such as a socket, and give it
+# - Write an environment with state that outlives its resets, and give it
 #   `checkpoint_state()` and `load_checkpoint_state(state)`.
-# - Look into what you have trained: `alm-torchrl diagnose RUN`.
+# - Look into the trained agent: `alm-torchrl diagnose RUN`.

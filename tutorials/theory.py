@@ -2,12 +2,12 @@
 
 **What you will learn**
 
-- to state a finite problem with a finite latent space, and to compute its return, its
+- to define a finite problem with a finite latent space, and to compute its return, its
   values and the bound of Theorem 3.1 without sampling;
-- that the bound holds, what it needs to hold, and that one of its weights can be
-  lowered for a tighter bound at no cost;
+- that the bound holds, what it needs, and that a lower weight of the KL gives a tighter
+  bound at no cost;
 - which steps of the appendix do not hold as printed;
-- what becomes of encoder, model and policy when they climb the bound together;
+- what encoder, model and policy become when they climb the bound together;
 - how far each approximation of the practical algorithm is from the truth.
 
 Equations, lemmas and appendices are those of Ghugare et al., "Simplifying Model-based
@@ -16,7 +16,7 @@ docstring of `alm_torchrl.bounds`.
 
 Run it as `python tutorials/theory.py`: under a minute on one processor core. The two
 figures go to `runs/tutorial-theory`, or to the folder in `ALM_OUTPUT`. `ALM_SMOKE=1`
-makes everything small, to see that it runs.
+makes everything small for a quick check.
 """
 
 # %%
@@ -62,10 +62,10 @@ GENERATOR = torch.Generator().manual_seed(0)
 # %% [markdown]
 # ## A problem and an agent
 #
-# A problem is four tables: where it starts, where an action leads, what it pays, and
-# the discount. An agent is three: the encoder e(z|s), the latent model m(z'|z, a) and
-# the policy pi(a|z). Both come in batches. Here are 1000 problems at once, each with an
-# agent that knows nothing yet.
+# A problem has four tables: the initial states, the transitions, the rewards and the
+# discount. An agent has three: the encoder e(z|s), the latent model m(z'|z, a) and the
+# policy pi(a|z). Both come in batches. Here are 1000 problems at once, each with a
+# random agent.
 
 # %%
 mdp = random_mdp(PROBLEMS, 4, 2, generator=GENERATOR, gamma=0.9)
@@ -75,8 +75,8 @@ log_return = expected_return(mdp, agent.state_policy).log()
 # %% [markdown]
 # ## Theorem 3.1
 #
-# The bound L^K imagines K steps with the latent model. It counts the logarithm of each
-# reward, of the value at the end, and pays for each step by the divergence of the
+# The bound L^K imagines K steps with the latent model. It adds up the logarithms of the
+# rewards and of the value at the end, and subtracts for each step the divergence of the
 # model's next latent from the encoder's. It never exceeds the logarithm of the return:
 
 # %%
@@ -84,8 +84,8 @@ for horizon in (1, 3, 10):
     assert bool((lower_bound(mdp, agent, horizon) <= log_return).all())
 
 # %% [markdown]
-# The divergence is what makes it a bound. The very same sum without it is above the
-# return for problems whose model is more hopeful than the world:
+# The divergence makes it a bound. Without it, the same sum exceeds the return in
+# problems whose model is too optimistic:
 
 # %%
 hopeful = random_mdp(
@@ -101,10 +101,9 @@ assert bool((parts.bounds()[:, -1] <= truth).all())
 # ## A tighter bound at no cost
 #
 # The proof draws a horizon H and compares trajectories of H steps. Such a trajectory
-# has H imagined latents, z_1 to z_H. The printed sum has one more. Term t is then
-# needed when H >= t + 1, which happens with probability gamma^(t+1), not gamma^t. With
-# that weight the bound holds still, is never lower, and is higher by (1 - gamma) of the
-# printed divergence:
+# has H imagined latents, z_1 to z_H. The printed sum has one more. Term t is needed
+# only if H >= t + 1, which has probability gamma^(t+1), not gamma^t. With that weight
+# the bound still holds, and it is higher by (1 - gamma) of the printed divergence:
 
 # %%
 printed = lower_bound(mdp, agent, 3)
@@ -114,9 +113,9 @@ assert bool((tight <= log_return).all())
 assert (tight - printed).allclose(-0.1 * parts.intrinsic().sum(-1))
 
 # %% [markdown]
-# For agents that know nothing the divergence is nearly all that separates the bound
-# from the return, so that the better weight closes about 1 - gamma of the gap: a third
-# at gamma = 0.5, a tenth at 0.9, and a hundredth at 0.99.
+# For random agents, the divergence is nearly the whole gap between bound and return, so
+# the better weight closes about 1 - gamma of the gap: a third at gamma = 0.5, a tenth
+# at 0.9, and a hundredth at 0.99.
 
 
 # %%
@@ -137,10 +136,10 @@ assert 0.009 < share_closed(0.99) < 0.011
 # %% [markdown]
 # ## When the bound is tight
 #
-# Appendix A.5 makes it tight with an optimal discount and optimal dynamics. That is so,
-# if the dynamics are optimal for H = 0 as well, which the text leaves out. Section 3.3
-# speaks of a learnable discount only. It helps, and is not enough: no latent model of
-# the form of Eq. 4 foresees the state that an episode starts in.
+# Appendix A.5 makes it tight with an optimal discount and optimal dynamics. This is
+# true if the dynamics are optimal for H = 0 as well, which the text leaves out. Section
+# 3.3 speaks of a learnable discount only, which helps but is not enough: no latent
+# model of the form of Eq. 4 foresees the first state of an episode.
 
 # %%
 few = random_mdp(20, 4, 2, generator=GENERATOR, gamma=0.9)
@@ -152,11 +151,11 @@ assert bool((best_discount >= lower_bound(few, actors, 5, kl_weight="tight")).al
 assert bool((best_discount < truth - 0.01).all())
 
 # %% [markdown]
-# ## One bound that is none
+# ## A formula that is no bound
 #
-# Appendix A.7 bounds the return of the policy that collected the data, and adds a term
-# for each action that the agent would choose differently. The first action has no term.
-# Let agent and data differ at the start only, and let the first reward count most:
+# Appendix A.7 bounds the return of the policy that collected the data, with a term for
+# each action that the agent would choose differently. The first action has no term. So
+# let agent and data differ at the start only, and let the first reward count most:
 
 # %%
 first_state = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64).repeat(PROBLEMS, 1)
@@ -174,9 +173,9 @@ assert bool((amended <= truth).all())
 # %% [markdown]
 # ## Climbing the bound
 #
-# Encoder, model and policy are one objective's to improve: gradient ascent on L^K over
-# all three tables at once, on problems whose actions mostly do what they should. The
-# bound stays below the return, and both rise.
+# Encoder, model and policy improve one objective: gradient ascent on L^K over all three
+# tables at once, on problems whose actions are mostly reliable. The bound stays below
+# the return, and both rise.
 
 # %%
 mdp = random_mdp(CLIMBERS, 4, 2, generator=GENERATOR, sharpness=3.0, gamma=0.9)
@@ -189,14 +188,14 @@ for result in ascents.values():
 
 # %% [markdown]
 # A longer horizon makes a looser bound (A.6), and here its maximum is a worse policy.
-# The model must predict the next latent without seeing the next state, at each imagined
-# step, and the cheapest way to be predictable is to say little: with K, less of the
-# state is left in the latent.
+# At each imagined step the model must predict the next latent without the next state,
+# and latents with little information are the easiest to predict: as K grows, the latent
+# keeps less of the state.
 
 
 # %%
 def information(agent: LatentAgent) -> float:
-    """Nats about a uniformly drawn state in its latent, mean over problems."""
+    """Nats that a latent holds about a uniformly drawn state, mean over problems."""
     mean = agent.encoder.mean(-2, keepdim=True)
     return (agent.encoder * (agent.encoder / mean).log()).sum(-1).mean().item()
 
@@ -230,11 +229,11 @@ if not SMOKE:
 # ## What practice changes
 #
 # The algorithm leaves out the logarithms, weighs the divergence by c = 0.1, measures it
-# to a target encoder or asks a classifier for it, and learns rewards and values as
-# functions of latents. Each is exactly known here. We replace one at a time, in a bound
-# of K = 3, and compare the estimate of the return with the return. The bound is never
-# above it; nothing says so of the others. (The random agent is its own target; after
-# the ascent, the target is a tenth of the way back.)
+# against a target encoder or with a classifier, and learns rewards and values as
+# functions of latents. Here all of these are known exactly. Replace one at a time in a
+# bound of K = 3, and compare the estimated return with the return. The bound never
+# exceeds it; the others may. (The random agent is its own target; after the ascent, the
+# target is a tenth of the way back.)
 
 # %%
 trained = ascents[3].agent
@@ -293,8 +292,8 @@ figure.savefig(OUTPUT / "gaps.png", dpi=150)
 # ## The estimator, for a check of your own
 #
 # `practical_estimate` is the exact value of what the algorithm estimates by sampling:
-# no logarithms, the coefficient c, any tables of rewards, values and log ratios. An
-# implementation that is fed the same tables must agree with it within its sampling
+# without logarithms, with the coefficient c and any tables of rewards, values and log
+# ratios. An implementation with the same tables must agree with it within its sampling
 # error. A simulation of three steps does:
 
 # %%
@@ -335,16 +334,15 @@ assert abs(samples.mean() - exact[0, 1, 0]) < 5 * error + 1e-12
 # ## Conclusion
 #
 # The theorem holds, and a better weight of the divergence is free. The offline bound
-# needs its first action, and a tight bound more than a discount. Climbing the bound
-# improves the policy, the less the longer the horizon, and ends below the optimum. What
-# the algorithm computes in practice is an estimate, no bound: in these problems it is
-# closer to the return than the bound, and on either side of it.
+# needs a term for the first action, and a tight bound needs more than a discount.
+# Climbing the bound improves the policy, less so for a longer horizon, and ends below
+# the optimum. In practice the algorithm computes an estimate, not a bound: in these
+# problems it is closer to the return than the bound, on either side of it.
 #
 # **Next steps**
 #
-# - Read the table in the docstring of `alm_torchrl.bounds`: each claim, with its
-#   verdict.
-# - Raise `sharpness` to infinity: in problems without chance the divergence can vanish.
+# - Read the table of claims and verdicts in the docstring of `alm_torchrl.bounds`.
+# - Raise `sharpness` to infinity: in deterministic problems the divergence can vanish.
 # - Give `ascend` the weight `kl_weight="tight"`, or an agent with fewer latents than
 #   states.
 # - Feed `practical_estimate` the tables of an estimator of your own.

@@ -1,20 +1,19 @@
-"""The Trainer: a pendulum is swung up, with the learning curve and TensorBoard.
+"""The Trainer: swing up a pendulum, with its learning curve and TensorBoard.
 
 **What you will learn**
 
-- to train an agent with `make_trainer`, which wires a standard TorchRL `Trainer`;
-- what one step of training does, and what an evaluation does not do;
-- to hook something of your own into the Trainer;
+- to train an agent with `make_trainer`, which builds a standard TorchRL `Trainer`;
+- what one training step does, and that an evaluation does not change training;
+- to add a hook of your own to the Trainer;
 - to read what was logged, in TensorBoard or in Python;
 - which settings of the paper a small and short run changes, and why.
 
-You need the idea of the parts and of the loss (`parts.py`, `loss_and_gradients.py`), or
-the wish to see it learn first.
+It helps to know the parts and the loss (`parts.py`, `loss_and_gradients.py`).
 
 Run it as `python tutorials/trainer.py`: under a minute on one processor core. Three
 figures and the TensorBoard log go to `runs/tutorial-trainer`, or to the folder in
-`ALM_OUTPUT`. `ALM_SMOKE=1` makes everything small, to see that it runs; nothing is
-learned then. Before: `loss_and_gradients.py`. Next: `own_loop.py`.
+`ALM_OUTPUT`. `ALM_SMOKE=1` makes everything small for a quick check; nothing is learned
+then. Before: `loss_and_gradients.py`. Next: `own_loop.py`.
 """
 
 # %%
@@ -51,10 +50,10 @@ EPISODE = 20 if SMOKE else 200
 # %% [markdown]
 # ## The task
 #
-# A pendulum hangs from a hinge whose motor is too weak to lift it at once. It pays
-# minus the squared angle from upright, and a little for speed and torque: about -1200
-# in the 200 steps of an episode if one acts at random, -150 if it is swung up and held.
-# Data and evaluations have an environment each, so that an evaluation disturbs nothing.
+# A pendulum hangs from a hinge whose motor is too weak to lift it directly. The reward
+# is minus the squared angle from upright, minus a little for speed and torque: an
+# episode of 200 steps returns about -1200 with random actions, and -150 if the pendulum
+# is swung up and held. Training and evaluation have an environment each.
 
 # %%
 env, eval_env = (
@@ -65,11 +64,10 @@ env, eval_env = (
 # %% [markdown]
 # ## The agent
 #
-# The paper's networks have 512 and 1024 units, and 300,000 steps to learn from. Here
-# are 500, so that everything is smaller, faster and nearer: narrow networks, a learning
-# rate of 0.003 instead of 0.0001, targets that move by a twentieth, noise that falls
-# within the run, and a discount that looks some ten steps ahead. What is left of the
-# defaults is the algorithm.
+# The paper's networks have 512 and 1024 units and learn from 300,000 steps. This run
+# has 500 steps, so it uses narrow networks, a learning rate of 0.003 instead of 0.0001,
+# targets that move by 5 %, noise that falls within the run, and a discount that looks
+# about ten steps ahead. The algorithm is unchanged.
 
 # %%
 torch.manual_seed(SEED)
@@ -85,11 +83,11 @@ loss = make_alm_loss(
 # %% [markdown]
 # ## The Trainer
 #
-# First come `warmup_steps` random steps. Then, for each step of the environment: act
-# with noise, store what happened, draw a batch of slices and transitions, and make one
-# update: encoder and model, reward and classifier, critics, actor, targets. Every
-# `eval_interval` steps the policy acts without noise for whole episodes; the evaluation
-# seeds its own random numbers, so that training is bit by bit the same without it.
+# First come `warmup_steps` random steps. Then each environment step acts with noise,
+# stores the transition, draws a batch of slices and transitions, and makes one update:
+# encoder and model, reward and classifier, critics, actor, targets. Every
+# `eval_interval` steps the policy acts without noise for whole episodes. The evaluation
+# has random numbers of its own, so training is bit by bit the same without it.
 
 # %%
 shutil.rmtree(OUTPUT / "tensorboard", ignore_errors=True)
@@ -113,8 +111,8 @@ trainer = make_trainer(
 assert isinstance(trainer, Trainer)
 
 # %% [markdown]
-# It is an ordinary Trainer, and takes hooks of your own. This one is called after each
-# step of the environment, and notes how much noise the actor has:
+# It is an ordinary Trainer and takes your own hooks. This one runs after each
+# environment step and records the actor's noise:
 
 # %%
 noise = []
@@ -133,7 +131,7 @@ assert abs(noise[-1] - 0.1) < 1e-6
 # ## What was logged
 #
 # `tensorboard --logdir runs/tutorial-trainer` shows it in a browser. In Python, every
-# value comes with its environment step, warm-up included:
+# value has its environment step, warm-up included:
 
 # %%
 events = EventAccumulator(str(OUTPUT / "tensorboard"))
@@ -157,8 +155,8 @@ assert len(logged("train/return")[0]) == (WARMUP + TOTAL) // EPISODE
 # %% [markdown]
 # ## The learning curve
 #
-# Each grey dot is an episode of the training itself, at its end and with its noise; the
-# warm-up's five are random. Blue are the evaluations.
+# Each grey dot is the end of a training episode, with noise; the five of the warm-up
+# are random. The evaluations are blue.
 
 # %%
 figure = Figure(figsize=(7.0, 3.8), layout="constrained")
@@ -183,11 +181,11 @@ axes.legend(loc="upper left", fontsize="small")
 figure.savefig(OUTPUT / "curve.png", dpi=150)
 
 # %% [markdown]
-# The same quantities that `loss_and_gradients.py` looked at, now in an agent that
-# learns. The KL grows while the latents begin to say something, and then the model
-# keeps up. The error of the reward falls at once. Values and imagined returns start at
-# zero and fall to what the replayed steps are worth, most of which were random ones: an
-# agent that gets better need not think better of its past.
+# These are the quantities of `loss_and_gradients.py`, now in an agent that learns. The
+# KL grows while the latents become informative; then the model catches up. The error of
+# the reward falls at once. Values and imagined returns start at zero and fall to the
+# value of the replayed steps, most of which were random: a better agent does not raise
+# the value of its past steps.
 
 # %%
 PANELS = {
@@ -243,9 +241,9 @@ lower.set_xlabel("step of the episode")
 figure.savefig(OUTPUT / "episode.png", dpi=150)
 
 # %% [markdown]
-# What we claim: the last evaluation is above -400, while the random episodes of the
-# warm-up stay below -800 on average, as does the first evaluation; and the pendulum is
-# within 30 degrees of upright for most of the second half of the episode.
+# The checks: the last evaluation is above -400; the random episodes of the warm-up are
+# below -800 on average, and so is the first evaluation; and the pendulum is within 30
+# degrees of upright for most of the second half of the episode.
 
 # %%
 random = logged("train/return")[1][: WARMUP // EPISODE]
@@ -261,15 +259,15 @@ if not SMOKE:
 # ## Conclusion
 #
 # A loss, an environment and one call make a Trainer, which evaluates and logs while it
-# learns, and a few hundred updates swing a pendulum up. One seed of a small task shows
-# that it works, and no more: to compare settings, take several seeds and report all.
+# learns. A few hundred updates swing a pendulum up. One seed of a small task shows only
+# that it works: to compare settings, run several seeds and report all.
 #
 # **Next steps**
 #
-# - The same from the command line, with checkpoints, and a run folder that continues:
-#   `alm-torchrl train Pendulum-v1 --action-bounds rescale --warmup-steps 1000
-#   --total-steps 500 --latent-dim 16 --hidden-dim 64 --model-hidden-dim 64
-#   --batch-size 256 --gamma 0.9 --lr 0.003 --tau 0.05 --noise-steps 400`
+# - The same from the command line, with checkpoints and a run folder: `alm-torchrl
+#   train Pendulum-v1 --action-bounds rescale --warmup-steps 1000 --total-steps 500
+#   --latent-dim 16 --hidden-dim 64 --model-hidden-dim 64 --batch-size 256 --gamma 0.9
+#   --lr 0.003 --tau 0.05 --noise-steps 400`
 # - `own_loop.py`: what the Trainer does, in a loop of your own.
 # - `stop_resume_act.py`: checkpoints, and policies that act.
 # - `alm-torchrl train` without arguments: HalfCheetah in a few minutes.
