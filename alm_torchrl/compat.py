@@ -1,4 +1,4 @@
-"""The private names of TorchRL that checkpoints, episodes and the trainer need.
+"""The private names of TorchRL and TensorDict that this library needs.
 
 ``tests/test_compat.py`` says which feature breaks when one of them goes.
 """
@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictParams
 from torch import Tensor
 from torchrl.checkpoint._checkpoint import (
     _decode_state_dict_value,
@@ -18,19 +19,27 @@ from torchrl.checkpoint._checkpoint import (
 )
 from torchrl.collectors import Collector
 from torchrl.data import ReplayBuffer
+from torchrl.data.replay_buffers.storages import Storage
 from torchrl.envs import EnvBase, GymWrapper, SerialEnv
+from torchrl.objectives import LossModule
 from torchrl.trainers import Trainer
 
 __all__ = [
     "decode_state",
     "encode_state",
+    "erase_cache",
     "generator_of",
     "get_carrier",
     "gymnasium_env",
     "keep_last_logs",
+    "last_written",
+    "mask_keys",
     "serial_workers",
     "set_carrier",
     "set_trajectories",
+    "storage_revision",
+    "stored_rows",
+    "tensors_of",
     "uncount_update",
 ]
 
@@ -80,6 +89,39 @@ def generator_of(buffer: ReplayBuffer) -> torch.Generator | None:
     """The generator that a replay buffer draws with, if it has one of its own."""
     generator: torch.Generator | None = buffer._rng
     return generator
+
+
+def stored_rows(storage: Storage) -> Any:  # noqa: ANN401
+    """The rows of a tensor storage, its whole capacity; ``None`` before the first."""
+    return storage._storage
+
+
+def storage_revision(storage: Storage) -> int:
+    """A number that changes with every write to a storage."""
+    revision: int = storage._mutation_revision
+    return revision
+
+
+def last_written(storage: Storage) -> int | None:
+    """Where the last row was written to a storage, if that is known."""
+    index: int | None = storage._last_cursor_index
+    return index
+
+
+def tensors_of(params: TensorDictParams) -> TensorDictBase:
+    """The TensorDict in parameters, which a cast or a functional call replaces."""
+    return params._param_td
+
+
+def erase_cache(loss: LossModule) -> None:
+    """Forgets what a loss derived from its parameters."""
+    loss._erase_cache()
+
+
+def mask_keys(loss: LossModule) -> Sequence[NestedKey]:
+    """The entries of a batch in which a loss looks for masks."""
+    keys: Sequence[NestedKey] = loss._loss_mask_keys()
+    return keys
 
 
 def keep_last_logs(trainer: Trainer) -> None:

@@ -25,6 +25,7 @@ from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.storages import Storage
 
 from alm_torchrl.checks import check_device, check_integer, check_type
+from alm_torchrl.compat import last_written, storage_revision, stored_rows
 
 __all__ = ["UniformWindowSampler", "make_replay_buffer"]
 
@@ -171,7 +172,7 @@ class UniformWindowSampler(Sampler):
     def _settle(self, storage: Storage) -> None:
         """Brings the queue of starts up to date with the storage."""
         # Whether only the pending rows have changed since the last draw.
-        is_known = self._revision == storage._mutation_revision
+        is_known = self._revision == storage_revision(storage)
         if is_known and self._pending == 0:
             return
         stored, capacity = len(storage), storage.max_size
@@ -197,13 +198,13 @@ class UniformWindowSampler(Sampler):
         self._count += len(starts)
         self._written = written
         self._pending = 0
-        self._revision = storage._mutation_revision
+        self._revision = storage_revision(storage)
 
     def _cursor(self, storage: Storage) -> int:
         """Position of a full storage's oldest row, which is overwritten next."""
         last = self._last_row
         if last is None:  # written by another buffer, or full from the start
-            last = storage._last_cursor_index
+            last = last_written(storage)
         return 0 if last is None else (last + 1) % storage.max_size
 
     def _slots(self, offset: int, length: int) -> np.ndarray:
@@ -218,9 +219,9 @@ class UniformWindowSampler(Sampler):
         if self.horizon == 1:
             return np.arange(stop - first)
         rows = np.arange(first, stop) % storage.max_size
-        done = _read(storage._storage.get(DONE_KEY), rows[:-1])
+        done = _read(stored_rows(storage).get(DONE_KEY), rows[:-1])
         cut: np.ndarray = np.logical_or.reduce(done, axis=1)
-        trajectory = storage._storage.get(TRAJECTORY_KEY, None)
+        trajectory = stored_rows(storage).get(TRAJECTORY_KEY, None)
         if trajectory is not None:
             ids = _read(trajectory, rows)
             cut |= (ids[:-1] != ids[1:]).any(axis=1)
@@ -237,7 +238,7 @@ class UniformWindowSampler(Sampler):
                 "storage: expected a TensorStorage with ndim=1, got "
                 f"{type(storage).__name__} with ndim={storage.ndim}."
             )
-        data = storage._storage
+        data = stored_rows(storage)
         if data is not None and data.get(DONE_KEY, None) is None:
             raise KeyError(
                 f"replay: expected rows with the key {DONE_KEY}, got "

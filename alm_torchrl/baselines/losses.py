@@ -13,6 +13,7 @@ from torchrl.objectives import LossModule, REDQLoss, SACLoss, TD3Loss
 from torchrl.objectives.utils import distance_loss
 
 from alm_torchrl.checks import check_integer
+from alm_torchrl.compat import erase_cache
 from alm_torchrl.distributions import ClampedNormal
 from alm_torchrl.networks.layers import NoiseSchedule
 from alm_torchrl.objectives.batch import explain_mismatch
@@ -134,7 +135,7 @@ class BaselineLoss(LossModule):
         # Copying and unpickling separate the actor and TorchRL's cache of detached
         # parameters from the parameters.
         super().__setstate__(state)
-        self._erase_cache()
+        erase_cache(self)
         self.actor_network_params.to_module(self.actor_network)
 
 

@@ -12,6 +12,8 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
+from alm_torchrl.compat import mask_keys
+
 if TYPE_CHECKING:
     from alm_torchrl.objectives.alm import ALMLoss
 
@@ -141,7 +143,7 @@ def _read_rows(
     action holds no floats, another entry has another batch size, a mask is not
     boolean, or there are no rows.
     """
-    action_key, mask_keys = loss.tensor_keys.action, loss._loss_mask_keys()
+    action_key = loss.tensor_keys.action
     rows = read_part(tensordict, key, action_key)
     action = read_entry(rows, action_key)
     if not action.is_floating_point():
@@ -165,7 +167,7 @@ def _read_rows(
             f"{list(shape)}."
         )
     mask = None
-    for name in mask_keys:
+    for name in mask_keys(loss):
         entry = rows.get(name, default=None)
         if entry is not None:
             if entry.dtype != torch.bool or entry.numel() != shape.numel():

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torchrl.objectives import LossModule
 
+from alm_torchrl.compat import erase_cache, tensors_of
+
 PROBABILISTIC = ("encoder", "model")
 
 
@@ -61,7 +63,7 @@ def tie_networks(loss: LossModule, names: tuple[str, ...]) -> None:
 
     Casting a loss replaces its buffers; copying and unpickling separate the two.
     """
-    loss._erase_cache()
+    erase_cache(loss)
     for name in names:
         network = loss.__dict__.get(name)
         if network is not None:
@@ -97,7 +99,7 @@ class swapped_params:
     def __init__(
         self, module: nn.Module, params: TensorDictParams, *, detach: bool = False
     ) -> None:
-        self._source = params._param_td
+        self._source = tensors_of(params)
         self._swapped = [
             (slots, name, tensor.detach() if detach else tensor)
             for slots, name, tensor in _places(module, params)
@@ -106,7 +108,7 @@ class swapped_params:
 
     def is_of(self, params: TensorDictParams) -> bool:
         """Whether these are the parameters; casts and functional calls replace them."""
-        return self._source is params._param_td
+        return self._source is tensors_of(params)
 
     def __enter__(self) -> None:
         self._kept.append([slots[name] for slots, name, _ in self._swapped])

@@ -19,6 +19,7 @@ from torchrl.envs import TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from alm_torchrl.checks import check_integer
+from alm_torchrl.compat import gymnasium_env
 
 __all__ = [
     "Film",
@@ -64,7 +65,7 @@ def render_headless() -> None:
 
 def draws_pictures(env: TransformedEnv) -> bool:
     """Whether the environment's task says that it can be filmed."""
-    return "rgb_array" in env.base_env._env.metadata.get("render_modes", ())
+    return "rgb_array" in gymnasium_env(env.base_env).metadata.get("render_modes", ())
 
 
 def check_film_name(output: Path) -> None:
@@ -95,7 +96,7 @@ def film_policy(
     if max_steps is not None:
         check_integer("max_steps", max_steps)
     writer = _write_gif if output.suffix.lower() == ".gif" else _write_mp4
-    gym_env = env.base_env._env
+    gym_env = gymnasium_env(env.base_env)
     if gym_env.render_mode != "rgb_array":
         raise ValueError(
             "env: expected an environment made with render_mode='rgb_array', "
