@@ -35,6 +35,7 @@ from torchrl.objectives import SoftUpdate
 
 from alm_torchrl import (
     ALMLoss,
+    EpisodeEnv,
     NoiseSchedule,
     evaluate_policy,
     make_alm_loss,
@@ -103,6 +104,7 @@ def train(seed: int) -> Iterator[tuple[int, ALMLoss, ReplayBuffer, dict[str, Ada
         )
     }
     torch.manual_seed(seed)
+    env = EpisodeEnv(env)  # Each episode has a seed of its own, as in the Trainer.
     env.set_seed(seed)
     now = env.reset()
     for step in range(1 - WARMUP, TOTAL + 1):
