@@ -24,6 +24,7 @@ from tests.helpers import (
     make_batch,
     make_loss,
     make_rows,
+    network,
     part_of,
     targets,
     variant,
@@ -129,6 +130,19 @@ class TestTerms:
         assert seen == [horizon] * 4
         loss.actor_loss(batch, horizon=horizon + 1)
         assert seen[-1] == horizon + 1
+
+
+def test_lower_bound_acts_with_the_mean_not_clamped():
+    loss = make_loss(deterministic=True, bound=0.01, gamma=0.8, classifier_coef=0.5)
+    rows, latents = make_rows(B), loss.latents
+    z, a = latents.encode(rows).mean, rows["action"]
+    after = latents.step(z, a).mean
+    mean = network(loss, "actor")(after)[0]
+    assert mean.abs().max() > 0.02
+    logits = latents.classify(z, a, after)
+    reward = latents.predict_reward(z, a) + 0.5 * (logits[:, 1] - logits[:, 0])
+    value = latents.state_action_value(after, mean).amin(-1)
+    assert_close(loss.lower_bound(rows, 1), (reward + 0.8 * value).detach())
 
 
 class TestClassifier:
