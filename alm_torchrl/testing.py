@@ -1,7 +1,7 @@
-"""Problems, Hypothesis strategies and checks for losses of one's own.
+"""Small problems, Hypothesis strategies and checks for variants of ALMLoss.
 
-A variant of :class:`~alm_torchrl.ALMLoss` keeps its contract if :func:`check_loss`
-passes, on one problem or, as a test for pytest, on many:
+A variant keeps the contract of :class:`~alm_torchrl.ALMLoss` if :func:`check_loss`
+passes, on one problem or, with pytest and Hypothesis, on many:
 
 >>> class BoundedTargets(ALMLoss):
 ...     def td_target(self, transitions, encoded=None):
@@ -14,10 +14,10 @@ passes, on one problem or, as a test for pytest, on many:
 ...     check_loss(*case)
 >>> test_bounded_targets()
 
-Every check takes the loss and a batch, two-draw ``[B]`` or slices ``[B, K]``, without
-masks, leaves both and the global random state as they were, and raises AssertionError
-naming the term and the parameter or entry at fault. Where a variant has other terms or
-parts, ``routes`` says which parts each term trains. Default: :data:`ROUTES`.
+A check takes a loss and a batch without masks, two-draw ``[B]`` or slices ``[B, K]``.
+It changes neither of them, nor the global random state. It raises an AssertionError
+that names the term and the parameter or entry. ``routes`` says which parts each term
+trains. Default: :data:`ROUTES`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 from torchrl.envs.utils import ExplorationType
 from torchrl.objectives import SoftUpdate
 
-from alm_torchrl.networks import builders as modules
+from alm_torchrl.networks import builders
 from alm_torchrl.objectives import ALMLoss
 
 try:
@@ -55,13 +55,10 @@ __all__ = [
     "check_reductions",
     "check_sum_of_parts",
     "check_targets_get_no_gradient",
-    "losses",
     "make_loss",
     "make_slices",
     "make_two_draw_batch",
     "problem_sizes",
-    "slices",
-    "two_draw_batches",
 ]
 
 Reduction = Literal["mean", "sum", "none"]
@@ -82,17 +79,8 @@ ROUTES: Routes = {
 class Sizes:
     """Sizes of a small problem.
 
-    Attributes:
-        batch: rows B of a batch. Default: ``4``.
-        horizon: steps K of a slice. Default: ``3``.
-        latent_dim: size of the latent. Default: ``3``.
-        observation_dim: size of the observation. Default: ``4``.
-        action_dim: size of the action. Default: ``2``.
-        hidden_dim: width of all hidden layers. Default: ``8``.
-
-    Examples:
-        >>> Sizes(batch=2).horizon
-        3
+    >>> Sizes(batch=2).horizon
+    3
     """
 
     batch: int = 4
@@ -113,7 +101,7 @@ def make_loss(
 ) -> ALMLoss:
     """Builds a loss with the networks of the paper, for actions in [-1, 1].
 
-    The actor learns its noise where there is an entropy bonus (``entropy``).
+    With ``entropy``, the actor learns its noise. The loss has a target updater.
 
     Args:
         sizes (Sizes): sizes of the networks.
@@ -123,10 +111,10 @@ def make_loss(
         seed (int): seed of the parameters. Default: ``0``.
         linear_classifier (bool): a classifier without hidden layers.
             Default: ``False``.
-        **kwargs: further arguments of the class; a network replaces the built one.
+        **kwargs: arguments of the class; a network replaces the built one.
 
     Returns:
-        ALMLoss: an instance of ``loss_class``, associated with a target updater.
+        ALMLoss: an instance of ``loss_class``.
 
     Examples:
         >>> make_loss(Sizes(), gamma=0.5).gamma
@@ -135,40 +123,29 @@ def make_loss(
     actions, bound = sizes.action_dim, torch.ones(sizes.action_dim)
     width: Any = {"latent_dim": sizes.latent_dim, "hidden_dim": sizes.hidden_dim}
     stochastic = kwargs.get("entropy") is not None
-    make_actor = modules.make_stochastic_actor if stochastic else modules.make_actor
+    make_actor = builders.make_stochastic_actor if stochastic else builders.make_actor
     with _seeded(seed):
         parts: dict[str, Any] = {
-            "encoder": modules.make_encoder(sizes.observation_dim, **width),
-            "model": modules.make_model(actions, **width),
+            "encoder": builders.make_encoder(sizes.observation_dim, **width),
+            "model": builders.make_model(actions, **width),
             "actor": make_actor(-bound, bound, **width),
-            "qvalue": modules.make_qvalue(actions, **width),
-            "reward": modules.make_reward(actions, **width),
-            "classifier": modules.make_classifier(
+            "qvalue": builders.make_qvalue(actions, **width),
+            "reward": builders.make_reward(actions, **width),
+            "classifier": builders.make_classifier(
                 actions, linear=linear_classifier, **width
             ),
         }
         loss = loss_class(**{**parts, **kwargs})
-    # A loss warns at each call until an updater is associated with it.
+    # A loss without an updater warns at each call.
     SoftUpdate(loss, tau=0.005)
     return loss
 
 
 def make_slices(sizes: Sizes, *, seed: int = 0) -> TensorDict:
-    """Draws random slices; some end in a termination, some in a time limit.
+    """Draws random slices ``[B, K]``; some terminate, some reach a time limit.
 
-    Args:
-        sizes (Sizes): batch size, horizon and sizes of the entries.
-
-    Keyword Args:
-        seed (int): seed of the numbers. Default: ``0``.
-
-    Returns:
-        TensorDict: observations and rewards from N(0, 1), actions from [-1, 1],
-        batch size ``[B, K]``.
-
-    Examples:
-        >>> make_slices(Sizes(batch=2, horizon=1))["action"].shape
-        torch.Size([2, 1, 2])
+    >>> make_slices(Sizes(batch=2, horizon=1))["action"].shape
+    torch.Size([2, 1, 2])
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (sizes.batch, sizes.horizon)
@@ -196,22 +173,16 @@ def make_slices(sizes: Sizes, *, seed: int = 0) -> TensorDict:
 def make_two_draw_batch(sizes: Sizes, *, seed: int = 0) -> TensorDict:
     """Draws ``"slice"`` ``[B, K]`` and other ``"transition"`` ``[B]``, like the replay.
 
-    Its arguments are those of :func:`make_slices`, its batch size is ``[B]``.
-
-    Examples:
-        >>> sorted(make_two_draw_batch(Sizes()).keys())
-        ['slice', 'transition']
+    >>> sorted(make_two_draw_batch(Sizes()).keys())
+    ['slice', 'transition']
     """
     single = make_slices(replace(sizes, horizon=1), seed=seed + 1)
     draws = {"slice": make_slices(sizes, seed=seed), "transition": single[:, 0]}
     return TensorDict(draws, batch_size=[sizes.batch])
 
 
-_SEEDS = st.integers(0, 2**31)
-
-
 def problem_sizes() -> st.SearchStrategy[Sizes]:
-    """Strategy of sizes from 1 to 5; hidden layers are 4 to 12 wide.
+    """Strategy of sizes from 1 to 5, with hidden layers 4 to 12 wide.
 
     >>> from hypothesis import find
     >>> find(problem_sizes(), lambda sizes: sizes.horizon > 2).horizon
@@ -222,45 +193,10 @@ def problem_sizes() -> st.SearchStrategy[Sizes]:
     return st.builds(Sizes, few, few, few, few, few, wide)
 
 
-def slices(sizes: Sizes) -> st.SearchStrategy[TensorDict]:
-    """Strategy of :func:`make_slices`.
-
-    >>> from hypothesis import find
-    >>> find(slices(Sizes(batch=2)), lambda drawn: True).shape
-    torch.Size([2, 3])
-    """
-    return _SEEDS.map(lambda seed: make_slices(sizes, seed=seed))
-
-
-def two_draw_batches(sizes: Sizes) -> st.SearchStrategy[TensorDict]:
-    """Strategy of :func:`make_two_draw_batch`.
-
-    >>> from hypothesis import find
-    >>> find(two_draw_batches(Sizes(batch=2)), lambda drawn: True).shape
-    torch.Size([2])
-    """
-    return _SEEDS.map(lambda seed: make_two_draw_batch(sizes, seed=seed))
-
-
-def losses(
-    sizes: Sizes, loss_class: type[ALMLoss] = ALMLoss, **kwargs: Any
-) -> st.SearchStrategy[ALMLoss]:
-    """Strategy of :func:`make_loss`.
-
-    >>> from hypothesis import given, settings
-    >>> @settings(max_examples=1, deadline=None)
-    ... @given(losses(Sizes(), gamma=0.5))
-    ... def test_gamma(loss):
-    ...     assert loss.gamma == 0.5
-    >>> test_gamma()
-    """
-    return _SEEDS.map(lambda seed: make_loss(sizes, loss_class, seed=seed, **kwargs))
-
-
 def cases(
     loss_class: type[ALMLoss] = ALMLoss, **kwargs: Any
 ) -> st.SearchStrategy[tuple[ALMLoss, TensorDict]]:
-    """Strategy of pairs: a loss as of :func:`make_loss`, and a batch that fits it.
+    """Strategy of pairs: a loss, with the arguments of the class, and a batch for it.
 
     >>> from hypothesis import given, settings
     >>> @settings(max_examples=1, deadline=None)
@@ -269,12 +205,16 @@ def cases(
     ...     check_keys(*case)
     >>> test_case()
     """
-    return problem_sizes().flatmap(
-        lambda sizes: st.tuples(
-            losses(sizes, loss_class, **kwargs),
-            st.one_of(two_draw_batches(sizes), slices(sizes)),
+    seeds = st.integers(0, 2**31)
+
+    def pairs(sizes: Sizes) -> st.SearchStrategy[tuple[ALMLoss, TensorDict]]:
+        return st.tuples(
+            seeds.map(lambda seed: make_loss(sizes, loss_class, seed=seed, **kwargs)),
+            seeds.map(lambda seed: make_two_draw_batch(sizes, seed=seed))
+            | seeds.map(lambda seed: make_slices(sizes, seed=seed)),
         )
-    )
+
+    return problem_sizes().flatmap(pairs)
 
 
 @contextmanager
@@ -297,7 +237,7 @@ def _without_noise(loss: ALMLoss, reduction: Reduction) -> Iterator[None]:
 
 
 def _with_halves(loss: ALMLoss, batch: TensorDictBase) -> TensorDictBase:
-    """A copy in which every other row is an imagined one for the classifier."""
+    """A copy in which the classifier takes every other row for an imagined one."""
     keys, batch = loss.tensor_keys, batch.clone()
     transitions = batch.get(keys.transition, default=batch)
     rows = torch.arange(transitions.numel(), device=transitions.device) % 2 == 0
@@ -325,7 +265,7 @@ def _method(loss: ALMLoss, term: str) -> Callable[..., tuple[Tensor, dict]]:
 
 
 def _gradients(value: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gradient by name, zero where there is none."""
+    """Gradient by name, zero where the value does not depend on the tensor."""
     leaves = list(tensors.values())
     grads = torch.autograd.grad(value.sum(), leaves, None, True, materialize_grads=True)
     return dict(zip(tensors, grads, strict=True))
@@ -346,7 +286,7 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
 
 
 def check_keys(loss: ALMLoss, batch: TensorDictBase) -> None:
-    """``forward`` returns ``out_keys``, each term has a method, metrics no gradient.
+    """``forward`` returns ``out_keys``; terms have methods, metrics no gradient.
 
     >>> check_keys(make_loss(Sizes()), make_slices(Sizes()))
     """
@@ -431,7 +371,7 @@ def check_input_unmodified(loss: ALMLoss, batch: TensorDictBase) -> None:
 def check_sum_of_parts(
     loss: ALMLoss, batch: TensorDictBase, routes: Routes = ROUTES
 ) -> None:
-    """One optimizer on the sum of ``forward`` sees what one for each method sees.
+    """One optimizer on the sum sees the same gradients as one for each method.
 
     >>> check_sum_of_parts(make_loss(Sizes()), make_slices(Sizes()))
     """

@@ -1,7 +1,7 @@
 """What section 3.3 and appendix A state, as inequalities over random problems.
 
 A statement maps a problem to its slack, one number or more for each MDP of the batch,
-not negative where the statement holds. Arguments break it; see `bounds_claims`.
+not negative where the statement holds. Arguments break it; see `test_claims`.
 """
 
 from __future__ import annotations
@@ -94,23 +94,23 @@ def lemma_a3(problem, entropy=1.0):
 # -- Theorem 3.1 ---------------------------------------------------------------------
 
 
-def rebuilt_bound(problem, *, kl=None, kl_power=0, rate=True, log_value=0.0):
+def theorem(
+    problem, *, kl_sign=1, kl_power=0, swap_kl=False, rate=True, normalised=True
+):
     """``L^K`` with a part of it exchanged."""
     parts = bound_parts(problem.mdp, problem.agent, problem.horizon)
-    discounts = parts.discounts
-    share = (1 - parts.gamma)[:, None] if rate else 1.0
-    weight = discounts[:, :-1] * parts.gamma[:, None] ** kl_power
-    cost = weighted(weight, parts.kl if kl is None else kl(problem, parts))
+    discounts, gamma = parts.discounts, parts.gamma[:, None]
+    kl = swapped_kl(problem) if swap_kl else kl_sign * parts.kl
+    cost = weighted(discounts[:, :-1] * gamma**kl_power, kl)
+    share = 1 - gamma if rate else 1.0
+    value = parts.log_value[:, -1]
+    if not normalised:
+        value = value - (1 - parts.gamma).log()
     total = (discounts[:, :-1] * share * parts.log_reward - cost).sum(-1)
-    return total + discounts[:, -1] * (parts.log_value[:, -1] + log_value)
+    return at_most(total + discounts[:, -1] * value, log_return(problem))
 
 
-def theorem(problem, **exchanged):
-    bound = rebuilt_bound(problem, **exchanged)
-    return at_most(bound, log_return(problem))
-
-
-def swapped_kl(problem, parts):
+def swapped_kl(problem):
     """``KL(e(.|s_{t+1}) || m(.|z_t, a_t))`` in place of the other direction."""
     mdp, agent = problem.mdp, problem.agent
     joint = model_rollout(mdp, agent, problem.horizon)[:, :-1]
@@ -118,18 +118,6 @@ def swapped_kl(problem, parts):
     rows = kl_table(agent.encoder, agent.model.flatten(1, 2)).mT
     table = rows.unflatten(1, agent.model.shape[1:3])
     return expectation("btzap,bzap->bt", ahead, table)
-
-
-def unnormalised(problem):
-    return theorem(problem, log_value=-(1 - problem.mdp.gamma).log())
-
-
-def no_kl(problem, parts):
-    return torch.zeros_like(parts.kl)
-
-
-def negative_kl(problem, parts):
-    return -parts.kl
 
 
 def printed(problem):
@@ -169,19 +157,14 @@ def lambda_average(problem, weight="printed", cut=False):
     return at_most(bound, log_return(problem))
 
 
-def lambda_weights_that_sum_to_more(problem):
-    mdp, agent, lmbda = problem.mdp, problem.agent, problem.lmbda
-    bounds = bound_parts(mdp, agent, problem.horizon).bounds()[:, 1:]
-    weight = lmbda ** torch.arange(problem.horizon).double()
-    return at_most(weighted(weight, bounds).sum(-1), log_return(problem))
-
-
-def lambda_average_without_kl(problem):
+def lambda_average_by_hand(problem, kl=True, share=True):
     parts = bound_parts(problem.mdp, problem.agent, problem.horizon)
-    bounds = replace(parts, kl=torch.zeros_like(parts.kl)).bounds()[:, 1:]
+    parts = parts if kl else replace(parts, kl=torch.zeros_like(parts.kl))
     weight = problem.lmbda ** torch.arange(problem.horizon).double()
-    weight[:-1] *= 1 - problem.lmbda
-    return at_most((weight * bounds).sum(-1), log_return(problem))
+    if share:
+        weight[:-1] *= 1 - problem.lmbda
+    bound = weighted(weight, parts.bounds()[:, 1:]).sum(-1)
+    return at_most(bound, log_return(problem))
 
 
 # -- A.4, A.5 ------------------------------------------------------------------------
@@ -220,24 +203,16 @@ def tight_at_the_optimum(problem):
     return equal(bound, log_return(problem))
 
 
-def tight_with_the_geometric_discount(problem):
-    mdp, horizon = problem.mdp, problem.horizon
-    terms = payoffs(mdp, problem.agent, horizon).log()
-    discount = truncated_geometric(mdp.gamma, horizon)
+def tightness(problem, geometric=False, dynamics="optimal"):
+    """With less than A.5 asks for."""
+    mdp, agent, horizon = problem.mdp, problem.agent, problem.horizon
+    terms = payoffs(mdp, agent, horizon).log()
+    if dynamics == "Eq. 4":
+        terms = horizon_terms(mdp, agent, horizon)
+    elif dynamics == "H >= 1":
+        terms[:, 0] = horizon_terms(mdp, agent, horizon)[:, 0]
+    discount = truncated_geometric(mdp.gamma, horizon) if geometric else None
     return equal(discount_bound(terms, mdp.gamma, discount), log_return(problem))
-
-
-def tight_without_horizon_zero(problem):
-    """As printed: optimal dynamics for ``H >= 1`` only."""
-    terms = payoffs(problem.mdp, problem.agent, problem.horizon).log()
-    terms[:, 0] = horizon_terms(problem.mdp, problem.agent, problem.horizon)[:, 0]
-    return equal(discount_bound(terms, problem.mdp.gamma), log_return(problem))
-
-
-def tight_with_the_discount_alone(problem):
-    """The sentence of section 3.3: a learnable discount, and Eq. 4's dynamics."""
-    terms = horizon_terms(problem.mdp, problem.agent, problem.horizon)
-    return equal(discount_bound(terms, problem.mdp.gamma), log_return(problem))
 
 
 def best_dynamics(problem, swap=False):
@@ -297,21 +272,16 @@ def one_step_inequality(problem, kl_power=1, value_power=1):
 # -- A.7 -----------------------------------------------------------------------------
 
 
-def offline(problem, form="amended", cloning=True):
+def offline(problem, form="amended", cloning=True, first_action=False):
     mdp, behaviour, horizon = problem.mdp, problem.behaviour, problem.horizon
     bound = offline_bound(mdp, problem.agent, behaviour, horizon, form=form)
+    terms = cloning_terms(mdp, problem.agent, behaviour, horizon)
     if not cloning:
-        terms = cloning_terms(mdp, problem.agent, behaviour, horizon)
         powers = mdp.gamma[:, None].pow(torch.arange(horizon + 1))
         bound = bound + (powers * terms).sum(-1)
+    if first_action:
+        bound = bound - terms[:, 0]
     return at_most(bound, expected_return(mdp, behaviour).log())
-
-
-def offline_printed_with_the_first_action(problem):
-    mdp, agent, behaviour = problem.mdp, problem.agent, problem.behaviour
-    bound = offline_bound(mdp, agent, behaviour, problem.horizon, form="printed")
-    first = cloning_terms(mdp, agent, behaviour, problem.horizon)[:, 0]
-    return at_most(bound - first, expected_return(mdp, behaviour).log())
 
 
 # -- A.8 and what goes beyond the paper ----------------------------------------------

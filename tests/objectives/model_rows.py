@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from alm_torchrl import ALMLoss
-from tests.helpers import network, targets
+from tests.helpers import gradients, network, targets
 from tests.objectives.reference import elu_net, gaussian_net, value_net
 
 
@@ -73,6 +74,18 @@ def slice_terms(loss: ALMLoss, row) -> dict[str, list[Tensor]]:
 def mean_over_slices(loss: ALMLoss, slices, objective) -> Tensor:
     """Mean of ``objective(terms)`` over slices ``[B, K]``."""
     return sum(objective(slice_terms(loss, row)) for row in slices) / len(slices)
+
+
+def assert_same_model_loss(loss: ALMLoss, slices, objective) -> None:
+    """Value and gradients of ``model_loss`` are those of the formula."""
+    expected = mean_over_slices(loss, slices, objective)
+    value, _ = loss.model_loss(slices)
+    assert_close(value, expected)
+    ours, theirs = gradients(value, loss), gradients(expected, loss)
+    assert set(ours) >= set(theirs)
+    assert all(not grad.any() for name, grad in ours.items() if name not in theirs)
+    same = {name: ours[name] for name in theirs}
+    assert_close(same, theirs, rtol=1e-5, atol=1e-5)
 
 
 def discounted(values: list[Tensor], gamma: float) -> Tensor:

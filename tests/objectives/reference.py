@@ -37,6 +37,7 @@ class Settings:
     classifier_coef: float = 0.1
     kl_coef: float = 1.0
     value_coef: float = 1.0
+    reward_coef: float = 1.0
     noise_clip: float | None = 0.3
     discount_model_loss: bool = False
     lr: float = 1e-4
@@ -182,7 +183,7 @@ class Reference:
                     kl = kl + ratio.log() + squares / (2 * next_std[i] ** 2) - 0.5
                 reward = value_net(x, frozen(net["reward"]))[0]
                 weight = s.gamma**t if s.discount_model_loss else 1.0
-                loss = loss + weight * (s.kl_coef * kl - reward)
+                loss = loss + weight * (s.kl_coef * kl - s.reward_coef * reward)
                 kls.append(kl.detach())
                 rewards.append(reward.detach())
                 z = self.sample((mean, std), noise["slice_step"][t, b])

@@ -9,9 +9,8 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
-from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from alm_torchrl import ALMLoss, AlwaysSample, NoiseSchedule, make_alm_loss
+from alm_torchrl import ALMLoss, make_alm_loss
 from tests.helpers import PARTS, targets
 
 SIZES = {
@@ -80,16 +79,18 @@ def check_sizes(loss):
     torch.testing.assert_close(dist.high, torch.tensor([[0.4, 1.0]]))
 
 
-def test_loss_from_sizes():
-    check_sizes(make_alm_loss(**SIZES))
+NETWORK_SIZES = {
+    key: SIZES[key] for key in ("latent_dim", "hidden_dim", "model_hidden_dim")
+}
 
 
-@pytest.mark.parametrize("batch", [(), (3,)])
-def test_loss_from_an_environment(batch):
+@pytest.mark.parametrize("batch", [None, (), (3,)])
+def test_sizes_come_from_arguments_or_an_environment(batch):
+    if batch is None:
+        check_sizes(make_alm_loss(**SIZES))
+        return
     env = SpecEnv(observations(*batch, 5), bounded_action(*batch), batch)
-    sizes = {k: v for k, v in SIZES.items() if "dim" in k and k != "observation_dim"}
-    check_sizes(make_alm_loss(env, **sizes))
-    check_sizes(make_alm_loss(env=env, **sizes))
+    check_sizes(make_alm_loss(env, **NETWORK_SIZES))
 
 
 @pytest.mark.parametrize(
@@ -107,24 +108,13 @@ def test_environments_that_do_not_fit(observation, action, match):
         make_alm_loss(SpecEnv(observation, action))
 
 
-@pytest.mark.parametrize("missing", ["observation_dim", "action_low", "action_high"])
-def test_missing_sizes(missing):
-    sizes = {key: value for key, value in SIZES.items() if key != missing}
-    with pytest.raises(ValueError, match=rf"needs either env or all .* {missing}=None"):
-        make_alm_loss(**sizes)
-
-
-def test_sizes_given_twice():
+@pytest.mark.parametrize("name", ["observation_dim", "action_low", "action_high"])
+def test_sizes_are_given_once(name):
+    without = {key: value for key, value in SIZES.items() if key != name}
     env = SpecEnv(observations(5), bounded_action())
-    with pytest.raises(ValueError, match="needs either env or all of observation_dim"):
-        make_alm_loss(env, **SIZES)
-
-
-@pytest.mark.parametrize("given", ["observation_dim", "action_low", "action_high"])
-def test_some_sizes_besides_an_environment(given):
-    env = SpecEnv(observations(5), bounded_action())
-    with pytest.raises(ValueError, match="needs either env or all of observation_dim"):
-        make_alm_loss(env, **{given: SIZES[given]})
+    for given in (without, {"env": env, name: SIZES[name]}):
+        with pytest.raises(ValueError, match="needs either env or all of observation"):
+            make_alm_loss(**given)
 
 
 def test_a_part_of_ones_own():
@@ -145,15 +135,6 @@ def test_a_part_of_ones_own():
     assert built.gamma == 0.5
 
 
-def test_the_schedule_is_shared():
-    schedule = NoiseSchedule(0.5, 0.1, steps=4)
-    loss = make_alm_loss(**SIZES, noise_schedule=schedule)
-    assert loss.noise_schedule is schedule
-    schedule.step(4)
-    td = TensorDict(latent=torch.zeros(1, 4), batch_size=[1])
-    torch.testing.assert_close(loss.actor.get_dist(td).scale, torch.full((1, 2), 0.1))
-
-
 def test_targets_start_as_copies():
     loss = make_alm_loss(**SIZES)
     online = dict(loss.named_parameters())
@@ -167,20 +148,3 @@ def test_targets_start_as_copies():
         assert target.data_ptr() != online[name].data_ptr()
         assert not target.requires_grad
     assert type(loss) is ALMLoss
-
-
-def test_acting_samples_the_latent_and_then_the_mean():
-    loss = make_alm_loss(**SIZES)
-    policy = loss.acting_policy()
-    td = TensorDict(observation=torch.zeros(400, 5), batch_size=[400])
-    with set_exploration_type(ExplorationType.DETERMINISTIC):
-        full = AlwaysSample(loss.encoder)(td.copy())
-        assert (full["latent"] != full["latent_loc"]).all()
-        actions = policy(td.copy())["action"]
-        torch.manual_seed(5)
-        latent = AlwaysSample(loss.encoder)(td.copy())
-        expected = loss.actor(latent)["action_loc"]
-        torch.manual_seed(5)
-        assert torch.equal(policy(td.copy())["action"], expected)
-    assert actions.std(0).min() > 1e-3
-    assert set(policy(td.copy()).keys()) == {"observation", "action"}

@@ -15,7 +15,6 @@ from torchrl.objectives.value.functional import td_lambda_return_estimate
 
 from alm_torchrl import ClampedNormal, NoiseSchedule, functional
 from alm_torchrl.testing import (
-    cases,
     make_loss,
     make_two_draw_batch,
     problem_sizes,
@@ -106,6 +105,7 @@ def lambda_return_loop(reward, value, gamma, lmbda):
 def test_lambda_return_is_the_average_of_all_horizons(
     seed, rows, horizon, gamma, lmbda
 ):
+    """And what TorchRL computes."""
     reward, value = normal(seed, 2, rows, horizon)
     expected = [
         lambda_return_loop(*pair, gamma, lmbda)
@@ -113,17 +113,11 @@ def test_lambda_return_is_the_average_of_all_horizons(
     ]
     actual = functional.lambda_return(reward, value, gamma, lmbda)
     same(actual, torch.tensor(expected, dtype=torch.float64))
-
-
-@given(SEEDS, FEW, FEW, UNIT, UNIT)
-def test_lambda_return_equals_torchrl(seed, rows, horizon, gamma, lmbda):
-    reward, value = normal(seed, 2, rows, horizon)
     done = torch.zeros(rows, horizon, 1, dtype=torch.bool)
-    expected = td_lambda_return_estimate(
+    library = td_lambda_return_estimate(
         gamma, lmbda, value.unsqueeze(-1), reward.unsqueeze(-1), done, done
     )
-    actual = functional.lambda_return(reward, value, gamma, lmbda)
-    same(actual, expected.squeeze(-1))
+    same(actual, library.squeeze(-1))
 
 
 @given(SEEDS, FEW, FEW, UNIT)
@@ -139,36 +133,27 @@ def test_lambda_zero_is_one_step_and_lambda_one_the_whole_horizon(
         same(whole[:, t], bound)
 
 
-@given(SEEDS, FEW, UNIT, UNIT)
-def test_with_one_step_all_horizons_are_one(seed, rows, gamma, lmbda):
-    reward, value = normal(seed, 2, rows, 1)
-    expected = reward + gamma * value
-    returns = functional.lambda_return(reward, value, gamma, lmbda)
-    same(returns, expected)
-    bound = functional.k_step_bound(reward, value.squeeze(-1), gamma)
-    same(bound, expected.squeeze(-1))
-    same(functional.discounted_mean(returns, gamma), expected.squeeze(-1))
+@given(SEEDS, FEW, FEW, UNIT)
+def test_sums_over_the_horizon_equal_a_loop(seed, rows, horizon, gamma):
+    reward, terminal = normal(seed, rows, horizon), normal(seed + 1, rows)
+    sums = [sum(gamma**t * r for t, r in enumerate(row)) for row in reward.tolist()]
+    sums = torch.tensor(sums, dtype=torch.float64)
+    bound = functional.k_step_bound(reward, terminal, gamma)
+    same(bound, sums + gamma**horizon * terminal)
+    same(functional.discounted_mean(reward, gamma), sums / horizon)
 
 
 @given(SEEDS, FEW, FEW, UNIT, UNIT, MODEST)
 def test_a_constant_on_all_rewards_shifts_the_returns(
     seed, rows, horizon, gamma, lmbda, shift
 ):
-    """By shift * sum_{i<K-t} (gamma lmbda)^i, with lmbda=1 for the bound."""
+    """By shift * sum_{i<K-t} (gamma lmbda)^i."""
     reward, value = normal(seed, 2, rows, horizon)
     before = functional.lambda_return(reward, value, gamma, lmbda)
     after = functional.lambda_return(reward + shift, value, gamma, lmbda)
-    expected = [
-        shift * sum((gamma * lmbda) ** i for i in range(horizon - t))
-        for t in range(horizon)
-    ]
-    rows_of = torch.tensor(expected, dtype=torch.float64).expand(rows, horizon)
-    same(after - before, rows_of)
-    last = value[:, -1]
-    moved = functional.k_step_bound(reward + shift, last, gamma)
-    moved = moved - functional.k_step_bound(reward, last, gamma)
-    total = shift * sum(gamma**i for i in range(horizon))
-    same(moved, torch.full((rows,), total, dtype=torch.float64))
+    for t in range(horizon):
+        moved = shift * sum((gamma * lmbda) ** i for i in range(horizon - t))
+        same(after[:, t], before[:, t] + moved)
 
 
 @given(SEEDS, FEW, UNIT, UNIT, MODEST)
@@ -179,28 +164,6 @@ def test_a_constant_value_and_fitting_rewards_are_a_fixed_point(
     reward = (1 - gamma) * value
     same(functional.lambda_return(reward, value, gamma, lmbda), value)
     same(functional.k_step_bound(reward, value[:, 0], gamma), value[:, 0])
-
-
-@given(SEEDS, FEW, FEW, UNIT)
-def test_k_step_bound_equals_a_loop(seed, rows, horizon, gamma):
-    reward, terminal = normal(seed, rows, horizon), normal(seed + 1, rows)
-    expected = [
-        sum(gamma**t * r for t, r in enumerate(row)) + gamma**horizon * last
-        for row, last in zip(reward.tolist(), terminal.tolist(), strict=True)
-    ]
-    actual = functional.k_step_bound(reward, terminal, gamma)
-    same(actual, torch.tensor(expected, dtype=torch.float64))
-
-
-@given(SEEDS, FEW, FEW, UNIT)
-def test_discounted_mean_equals_a_loop(seed, rows, horizon, gamma):
-    returns = normal(seed, rows, horizon)
-    expected = [
-        sum(gamma**t * g for t, g in enumerate(row)) / horizon
-        for row in returns.tolist()
-    ]
-    actual = functional.discounted_mean(returns, gamma)
-    same(actual, torch.tensor(expected, dtype=torch.float64))
 
 
 @given(SEEDS, FEW, FEW, UNIT)
@@ -331,37 +294,19 @@ def test_far_from_the_bounds_it_is_a_normal(seed, loc, scale):
 # -- the noise schedule --------------------------------------------------------------
 
 
-@given(st.floats(0, 2), st.floats(0, 2), st.integers(1, 1000), st.integers(0, 2000))
+@given(st.floats(0, 2), st.floats(0, 2), st.integers(1, 50), st.integers(0, 60))
 def test_the_schedule_is_linear_and_then_constant(initial, final, steps, n):
-    schedule = NoiseSchedule(initial, final, steps)
-    schedule.step(n)
-    expected = final + (1 - min(n / steps, 1)) * (initial - final)
-    assert schedule.std.item() == pytest.approx(expected, abs=1e-6)
-
-
-@given(st.integers(1, 50), st.integers(0, 60))
-def test_n_steps_at_once_are_n_steps(steps, n):
-    at_once, one_by_one = NoiseSchedule(1.0, 0.1, steps), NoiseSchedule(1.0, 0.1, steps)
+    at_once, one_by_one = (NoiseSchedule(initial, final, steps) for _ in range(2))
     at_once.step(n)
     for _ in range(n):
         one_by_one.step()
     assert torch.equal(at_once.std, one_by_one.std)
     assert torch.equal(at_once.count, one_by_one.count)
+    expected = final + (1 - min(n / steps, 1)) * (initial - final)
+    assert at_once.std.item() == pytest.approx(expected, abs=1e-6)
 
 
 # -- the loss ------------------------------------------------------------------------
-
-ONE_STEP = ("loss_reward", "loss_classifier", "loss_qvalue", "loss_actor")
-
-
-@settings(max_examples=25)
-@given(cases(reduction="none"))
-def test_any_sizes_give_a_loss_for_each_row(case):
-    loss, batch = case
-    output = loss(batch)
-    for term in ("loss_model", *ONE_STEP):
-        assert output[term].shape == batch.batch_size[:1], term
-        assert output[term].isfinite().all(), term
 
 
 @settings(max_examples=25)
@@ -405,15 +350,3 @@ def test_the_td_target_equals_a_loop(sizes, seed):
         live = 0.0 if row < 2 else 1.0
         expected.append(batch["next", "reward"][row].item() + gamma * live * value)
     same(loss.td_target(batch), torch.tensor(expected, dtype=torch.float64))
-
-
-@settings(max_examples=10)
-@given(problem_sizes(), SEEDS, MODEST)
-def test_a_constant_on_the_rewards_shifts_the_td_target(sizes, seed, shift):
-    loss, batch = make_loss(sizes).double(), make_two_draw_batch(sizes, seed=seed)
-    batch = double(batch["transition"])
-    torch.manual_seed(seed)
-    before = loss.td_target(batch)
-    batch["next", "reward"] += shift
-    torch.manual_seed(seed)
-    same(loss.td_target(batch), before + shift)

@@ -16,8 +16,7 @@ from torchrl.objectives import SoftUpdate
 from alm_torchrl import ALMLoss
 from alm_torchrl.objectives import Logarithms
 from tests.helpers import B, K, make_loss, make_rows, network, probabilistic
-from tests.objectives.model_rows import discounted, live
-from tests.objectives.test_model_parts import assert_same_model_loss
+from tests.objectives.model_rows import assert_same_model_loss, discounted, live
 
 THEORY = {
     "logarithms": Logarithms("bound"),

@@ -138,19 +138,6 @@ def test_endless_lambda_average_is_the_limit(lmbda, weight):
 
 
 @few
-def test_latents_are_drawn_without_looking_at_the_next_state(seed, sizes, kind):
-    mdp, agent, _ = problem(seed, sizes, kind)
-    oracle = Enumeration(mdp, agent, 1)
-    chance = dict.fromkeys(product(*map(range, (*sizes, sizes[0], sizes[1]))), 0.0)
-    for path in oracle.paths(1):
-        (s, z, a), (s2, z2, _) = path
-        chance[s, z, a, s2, z2] += oracle.imagined(path)
-    for (s, z, a, s2, z2), value in chance.items():
-        total = sum(chance[s, z, a, s2, y] for y in range(sizes[1]))
-        assert value == pytest.approx(total * oracle.model[z][a][z2], abs=1e-12)
-
-
-@few
 def test_evidence_bound_of_whole_returns(seed, sizes, kind):
     """Eq. 3 for K-step trajectories, whose return ends in the value."""
     mdp, agent, _ = problem(seed, sizes, kind)

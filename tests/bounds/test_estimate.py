@@ -35,13 +35,12 @@ class Table(nn.Module):
         super().__init__()
         self.table = nn.Parameter(table.clone())
 
-    def forward(self, *one_hots):
-        result = self.table
-        row = one_hots[0] @ result.flatten(1)
-        if len(one_hots) == 1:
-            return row
-        row = row.reshape(*row.shape[:-1], *self.table.shape[1:])
-        return torch.einsum("...a,...ax->...x", one_hots[1], row)
+    def forward(self, first, *others):
+        row = torch.tensordot(first, self.table, 1)
+        for other in others:
+            ones = [1] * (row.ndim - other.ndim)
+            row = (other.reshape(*other.shape, *ones) * row).sum(other.ndim - 1)
+        return row
 
 
 def drawn(table, in_keys, out_key):
@@ -54,17 +53,6 @@ def drawn(table, in_keys, out_key):
             distribution_class=OneHotCategoricalStraightThrough,
         ),
     )
-
-
-class Actor(nn.Module):
-    """A deterministic policy: the one-hot action of each latent."""
-
-    def __init__(self, policy):
-        super().__init__()
-        self.table = nn.Parameter(policy.clone())
-
-    def forward(self, latent):
-        return latent @ self.table
 
 
 @pytest.mark.parametrize("shared_latent", [True, False])
@@ -90,35 +78,18 @@ def test_the_estimate_agrees_with_its_exact_mean(horizon, coef, shared_latent):
         classifier_coef=coef,
     )
 
-    # The ratio depends on (z, a, z'); the classifier reads all three.
-    class Classifier(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.ratio = nn.Parameter(ratio[0].clone())
-
-        def forward(self, latent, action, next_latent):
-            value = torch.einsum(
-                "...z,...a,...w,zaw->...", latent, action, next_latent, self.ratio
-            )
-            return torch.stack([torch.zeros_like(value), value], -1)
-
+    logits = torch.stack([torch.zeros_like(ratio[0]), ratio[0]], -1)
     z_a = ["latent", "action"]
     loss = ALMLoss(
         encoder=drawn(agent.encoder[0], ["observation"], "latent"),
         model=drawn(agent.model[0], z_a, ("next", "latent")),
-        actor=TensorDictModule(
-            Actor(policy[0]), in_keys=["latent"], out_keys=["action"]
-        ),
+        actor=TensorDictModule(Table(policy[0]), ["latent"], ["action"]),
         qvalue=TensorDictModule(
-            Table(qvalue[0].unsqueeze(-1).expand(-1, -1, 2)),
-            in_keys=z_a,
-            out_keys=["state_action_value"],
+            Table(qvalue[0, :, :, None].expand(-1, -1, 2)), z_a, ["state_action_value"]
         ),
-        reward=TensorDictModule(
-            Table(reward[0].unsqueeze(-1)), in_keys=z_a, out_keys=["predicted_reward"]
-        ),
+        reward=TensorDictModule(Table(reward[0, ..., None]), z_a, ["predicted_reward"]),
         classifier=TensorDictModule(
-            Classifier(), in_keys=[*z_a, ("next", "latent")], out_keys=["logits"]
+            Table(logits), [*z_a, ("next", "latent")], ["logits"]
         ),
         gamma=GAMMA,
         classifier_coef=coef,

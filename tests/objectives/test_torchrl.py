@@ -26,14 +26,11 @@ from tensordict.nn import (
     ProbabilisticTensorDictSequential,
     TensorDictModule,
 )
-from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import HardUpdate, SoftUpdate, ValueEstimators
 
 from alm_torchrl import ALMLoss, ClampedNormal
 from tests.helpers import (
-    ACTION,
-    LATENT,
     METHODS,
     PARTS,
     TARGETS,
@@ -50,7 +47,6 @@ from tests.helpers import (
     probabilistic,
     seeded,
     targets,
-    total,
 )
 
 KEYS = {
@@ -189,10 +185,8 @@ class TestForward:
         else:
             with pytest.raises(NotImplementedError, match="value_type"):
                 loss.make_value_estimator(estimator)
-
-    def test_value_estimator_rejects_other_hyperparameters(self):
         with pytest.raises(TypeError, match="average_gae"):
-            make_loss().make_value_estimator(average_gae=True)
+            loss.make_value_estimator(average_gae=True)
 
     @pytest.mark.parametrize("kind", ["two_draw", "slices", "undeclared"])
     def test_input_is_left_alone(self, kind):
@@ -231,17 +225,6 @@ class TestForward:
         for name, param in own.items():
             assert param.grad.norm() > 0, name
 
-    @two_kinds
-    def test_the_sum_reaches_all_but_the_targets(self, kind):
-        loss = make_loss()
-        total(loss(make_input(kind))).backward()
-        for name, param in loss.named_parameters():
-            assert param.grad is not None, name
-            assert param.grad.norm() > 0, name
-        for name, buffer in loss.named_buffers():
-            assert buffer.grad is None, name
-            assert not buffer.requires_grad, name
-
     @pytest.mark.parametrize("reduction", [None, "mean", "sum", "none"])
     @two_kinds
     def test_reduction(self, kind, reduction):
@@ -265,29 +248,21 @@ class TestForward:
             assert losses[key].shape == ()
 
 
-class TestSampling:
-    @pytest.mark.parametrize("name", ["forward", *METHODS.values()])
-    @pytest.mark.parametrize("surrounding", [None, *ExplorationType])
-    def test_samples_whatever_surrounds(self, name, surrounding):
-        loss, batch = make_loss(), make_batch()
-        with set_exploration_type(surrounding):
-            first, second = (self.value(loss, name, batch, seed) for seed in (1, 2))
-        assert all(not torch.equal(first[key], second[key]) for key in first)
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", ["forward", *METHODS.values()])
+def test_sampling_is_the_mode_of_the_loss_whatever_surrounds_it(name, deterministic):
+    loss, batch = make_loss(deterministic=deterministic), make_batch()
 
-    @pytest.mark.parametrize("name", ["forward", *METHODS.values()])
-    @pytest.mark.parametrize("surrounding", [None, *ExplorationType])
-    def test_deterministic_mode(self, name, surrounding):
-        loss, batch = make_loss(deterministic=True), make_batch()
-        with set_exploration_type(surrounding):
-            first, second = (self.value(loss, name, batch, seed) for seed in (1, 2))
-        assert_equal(first, second)
-
-    @staticmethod
-    def value(loss, name, batch, seed):
+    def values(seed):
+        output = seeded(getattr(loss, name), batch, seed=seed)
         if name == "forward":
-            losses = seeded(loss, batch, seed=seed)
-            return {term: losses[term].detach() for term in TRAINS}
-        return {name: seeded(getattr(loss, name), batch, seed=seed)[0].detach()}
+            return torch.stack([output[term] for term in TRAINS])
+        return output[0].reshape(1)
+
+    for surrounding in (None, *ExplorationType):
+        with set_exploration_type(surrounding):
+            same = values(1) == values(2)
+        assert same.all() if deterministic else not same.any()
 
 
 def with_keys(loss, keys):
@@ -334,17 +309,13 @@ def move(rows, keys):
 
 
 class TestKeys:
-    def test_defaults(self):
-        loss = make_loss()
-        assert {name: getattr(loss.tensor_keys, name) for name in KEYS} == KEYS
-        assert vars(loss.tensor_keys) == KEYS
-
     def test_unknown_key(self):
         with pytest.raises(ValueError, match="unknown"):
             make_loss().set_keys(unknown="entry")
 
     def test_each_key_alone_then_all(self):
         loss = make_loss()
+        assert vars(loss.tensor_keys) == KEYS
         for name in KEYS:
             other = copy.deepcopy(loss)
             other.set_keys(**{name: ("nested", "entry")})
@@ -386,43 +357,6 @@ class TestKeys:
         actor, model = seeded(loss, **kwargs)
         assert actor == expected["loss_actor"]
         assert model == expected["loss_model"]
-
-    def test_order_of_out_keys(self):
-        assert make_loss().out_keys[: len(TRAINS)] == list(TRAINS)
-
-
-class TestConstructor:
-    @pytest.mark.parametrize(
-        ("name", "value"),
-        [
-            ("gamma", -0.1),
-            ("gamma", 1.1),
-            ("gamma", float("nan")),
-            ("lmbda", -0.1),
-            ("lmbda", 1.1),
-            ("classifier_coef", -1.0),
-            ("kl_coef", -1.0),
-            ("value_coef", float("nan")),
-            ("noise_clip", -0.3),
-            ("reduction", "average"),
-            ("classifier", None),
-        ],
-    )
-    def test_values(self, name, value):
-        with pytest.raises(ValueError, match=name) as error:
-            make_loss(**{name: value})
-        assert str(value) in str(error.value) or value is None
-
-    @pytest.mark.parametrize("part", PARTS)
-    def test_parts_must_be_tensordict_modules(self, part):
-        with pytest.raises(TypeError, match=f"{part} must .* got Linear"):
-            make_loss(**{part: nn.Linear(2, 2)})
-
-    @pytest.mark.parametrize("part", ["encoder", "model"])
-    def test_gaussian_parts_must_be_probabilistic(self, part):
-        net = TensorDictModule(nn.Linear(LATENT, ACTION), ["latent"], ["latent"])
-        with pytest.raises(TypeError, match=f"{part} must be probabilistic"):
-            make_loss(**{part: net})
 
 
 class TestSchedulableBuffers:

@@ -1,0 +1,423 @@
+"""Batches: a masked row leaves no trace; bad batches and arguments are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torch.distributions import Categorical
+
+from alm_torchrl import ALMLoss, make_actor, make_encoder
+from alm_torchrl.objectives import (
+    EntropyBonus,
+    Logarithms,
+    Reconstruction,
+    ValuePrediction,
+)
+from tests.helpers import (
+    ACTION,
+    LATENT,
+    OBSERVATION,
+    PARTS,
+    TRAINS,
+    B,
+    Concatenated,
+    Gaussian,
+    K,
+    alternate,
+    assert_equal,
+    gradients,
+    make_batch,
+    make_loss,
+    make_rows,
+    probabilistic,
+    total,
+)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+MASK = torch.ones(B, K, dtype=torch.bool)
+MASK[1, 2] = MASK[3, 0] = MASK[4] = False
+
+
+def spoil(rows, mask):
+    """The rows with a mask, and NaN in everything that it hides."""
+    rows = rows.clone()
+    for key in rows.keys(True, True):
+        if rows[key].is_floating_point():
+            rows[key][~mask] = float("nan")
+    return rows.set(("collector", "mask"), mask.unsqueeze(-1))
+
+
+class TestMasks:
+    def test_masked_batch_is_the_batch_without_those_rows(self):
+        loss = make_loss(deterministic=True)
+        slices, mask = alternate(make_rows(B, K)), MASK
+        transition = alternate(make_rows(B))
+        for plain in (True, False):
+            if plain:
+                batch, kept = spoil(slices, mask), slices[mask]
+            else:
+                keep = torch.arange(B) % 3 > 0
+                batch = TensorDict(
+                    slice=spoil(slices, mask),
+                    transition=spoil(transition, keep),
+                    batch_size=[B],
+                )
+                kept = transition[keep]
+            expected = TensorDict(slice=slices[mask.all(1)], transition=kept)
+            self.check(loss, batch, expected)
+
+    @staticmethod
+    def check(loss, batch, expected_batch):
+        values, expected = loss(batch), loss(expected_batch)
+        assert_equal(values, expected, exact=False)
+        expected = gradients(total(expected), loss)
+        assert_equal(gradients(total(values), loss), expected, exact=False)
+
+    def test_no_reduction(self):
+        loss = make_loss(deterministic=True, reduction="none")
+        slices = alternate(make_rows(B, K))
+        values, clean = loss(spoil(slices, MASK)), loss(slices)
+        dropped = ~MASK.all(1)
+        assert (values["loss_model"][dropped] == 0).all()
+        torch.testing.assert_close(
+            values["loss_model"][~dropped], clean["loss_model"][~dropped]
+        )
+        for term in set(TRAINS) - {"loss_model"}:
+            assert values[term].shape == (B,)
+            assert (values[term][~MASK.any(1)] == 0).all()
+            torch.testing.assert_close(values[term][~dropped], clean[term][~dropped])
+        # A row that is masked in part is the mean of what is left of it.
+        left = loss.qvalue_loss(slices[1, :2])[0].mean()
+        torch.testing.assert_close(values["loss_qvalue"][1], left)
+
+    def test_everything_masked(self):
+        loss = make_loss()
+        values = loss(spoil(make_rows(B, K), torch.zeros(B, K, dtype=torch.bool)))
+        assert all((value == 0).all() for value in values.values())
+        grads = gradients(total(values), loss)
+        assert all((grad == 0).all() for grad in grads.values())
+
+    def test_mask_key(self):
+        loss = make_loss(deterministic=True)
+        slices = alternate(make_rows(B, K))
+        clean, masked = loss(slices), loss(slices.copy().set("valid", MASK))
+        assert_equal(masked, clean)
+        loss.loss_mask_key = "valid"
+        expected = TensorDict(slice=slices[MASK.all(1)], transition=slices[MASK])
+        self.check(loss, slices.copy().set("valid", MASK), expected)
+        loss.loss_mask_key = None
+        assert_equal(loss(slices.copy().set(("collector", "mask"), MASK)), clean)
+
+    def test_masks_combine(self):
+        loss = make_loss(deterministic=True)
+        slices = alternate(make_rows(B, K))
+        both = spoil(slices, MASK)
+        shifted = torch.arange(B * K).reshape(B, K, 1) % 5 > 0
+        keep = MASK & shifted.squeeze(-1)
+        expected = TensorDict(slice=slices[keep.all(1)], transition=slices[keep])
+        self.check(loss, both.set("shifted_valid", shifted), expected)
+
+
+# -- what is refused: a call, its error, and a part of the message ---------------------
+
+BOTH = ["latent", "action"]
+ALL = [*BOTH, ("next", "latent")]
+
+
+class Discrete(Categorical):
+    """A distribution whose samples have no gradient."""
+
+    def __init__(self, loc, scale):
+        super().__init__(logits=loc)
+
+
+def built(**arguments):
+    return lambda: make_loss(**arguments)
+
+
+def updated(**networks):
+    return lambda: make_loss(**networks)(make_batch())
+
+
+def without(key):
+    return lambda: make_loss()(make_rows(B, K).exclude(key))
+
+
+def called(name, rows, *args, **entries):
+    """A method of the loss on rows with other entries; ``__`` separates nested keys."""
+    rows = rows.clone()
+    for key, entry in entries.items():
+        rows[tuple(key.split("__"))] = entry
+    return lambda: getattr(make_loss(), name)(rows, *args)
+
+
+def part(network, in_keys, out_key):
+    return TensorDictModule(network, in_keys, [out_key])
+
+
+def slices():
+    return make_rows(B, K)
+
+
+def float64(*shape):
+    return torch.zeros(*shape, dtype=torch.float64)
+
+
+def meta(*shape):
+    return torch.zeros(*shape, device="meta")
+
+
+def reward_part(net, out_key="predicted_reward"):
+    return part(net, BOTH, out_key)
+
+
+def encoder(net, out_key="latent"):
+    return probabilistic(net, ["observation"], out_key)
+
+
+REFUSED = {
+    "gamma": (built(gamma=1.1), ValueError, "gamma: .* got 1.1"),
+    "gamma of one": (built(gamma=1.0), ValueError, "gamma: .* got 1.0"),
+    "gamma nan": (built(gamma=float("nan")), ValueError, "gamma: .* got nan"),
+    "lmbda": (built(lmbda=-0.1), ValueError, "lmbda: .* got -0.1"),
+    "kl_coef": (built(kl_coef=-1.0), ValueError, "kl_coef: .* got -1"),
+    "value_coef": (built(value_coef=-1.0), ValueError, "value_coef: .* got -1"),
+    "reward_coef": (built(reward_coef=-1.0), ValueError, "reward_coef: .* got -1"),
+    "classifier_coef": (built(classifier_coef=-1.0), ValueError, "classifier_coef: "),
+    "noise_clip": (built(noise_clip=-0.3), ValueError, "noise_clip: .* got -0.3"),
+    "reduction": (built(reduction="average"), ValueError, "reduction: .*'average'"),
+    "discount": (built(discount_model_loss=1), TypeError, "discount_model_loss: "),
+    "no classifier": (built(classifier=None), ValueError, "classifier: .* got None"),
+    "empty": (
+        built(kl_coef=0.0, reward_coef=0.0, value_coef=0.0),
+        ValueError,
+        "expected one that is not 0",
+    ),
+    "transform": (built(reward_transform=2.0), TypeError, "reward_transform: "),
+    "logarithms": (built(logarithms="model"), TypeError, "logarithms: "),
+    "model term": (
+        built(model_terms=[nn.Linear(1, 1)]),
+        TypeError,
+        "model_terms: .* got Linear",
+    ),
+    "where logarithms": (lambda: Logarithms("all"), ValueError, "where: "),
+    "where value": (lambda: ValuePrediction("critic"), ValueError, "where: "),
+    "weight of value": (
+        lambda: ValuePrediction("model", coef=-1.0),
+        ValueError,
+        "coef: .* got -1",
+    ),
+    "decoder": (lambda: Reconstruction(nn.Linear(1, 1)), TypeError, "decoder: "),
+    "decoder of another task": (
+        updated(
+            model_terms=[
+                Reconstruction(part(nn.Linear(LATENT, 9), ["latent"], "reconstruction"))
+            ]
+        ),
+        ValueError,
+        "decoder: expected the shape of the observations",
+    ),
+    "decoder under the wrong key": (
+        updated(
+            model_terms=[Reconstruction(part(nn.Linear(LATENT, 3), ["latent"], "s"))]
+        ),
+        KeyError,
+        "decoder: expected the output 'reconstruction', got",
+    ),
+    "temperature": (lambda: EntropyBonus(alpha_init=0.0), ValueError, "alpha_init: "),
+    "target entropy": (
+        lambda: EntropyBonus(target_entropy=float("inf")),
+        ValueError,
+        "target_entropy: ",
+    ),
+    "bonus": (built(entropy=1.0), TypeError, "entropy: "),
+    "scheduled noise and a bonus": (
+        built(
+            entropy=EntropyBonus(),
+            actor=make_actor([-1.0] * 2, [1.0] * 2, latent_dim=LATENT),
+        ),
+        TypeError,
+        "actor: expected one that learns its noise .*NoiseSchedule",
+    ),
+    "no noise and a bonus": (
+        built(
+            entropy=EntropyBonus(),
+            actor=part(nn.Linear(LATENT, ACTION), ["latent"], "action"),
+        ),
+        TypeError,
+        "actor: expected one that learns its noise .*TensorDictModule",
+    ),
+    **{
+        f"{name} without keys": (
+            built(**{name: nn.Linear(2, 2)}),
+            TypeError,
+            f"{name} must .* got Linear",
+        )
+        for name in PARTS
+    },
+    "encoder without a distribution": (
+        built(encoder=part(nn.Linear(3, 4), ["observation"], "latent")),
+        TypeError,
+        "encoder must be probabilistic",
+    ),
+    "lazy reward": (
+        built(reward=reward_part(nn.LazyLinear(1))),
+        ValueError,
+        "reward: .* lazy",
+    ),
+    "part left out": (
+        lambda: ALMLoss(encoder=make_encoder(3)),
+        TypeError,
+        "missing 5 required keyword-only arguments",
+    ),
+    "reward under the wrong key": (
+        updated(reward=reward_part(Concatenated(6, 1), "reward")),
+        KeyError,
+        "reward: expected the output 'predicted_reward', got .*'reward'",
+    ),
+    "latent under the wrong key": (
+        lambda: make_loss(
+            encoder=encoder(Gaussian(OBSERVATION, LATENT), "z")
+        ).acting_policy(),
+        KeyError,
+        r"encoder: expected the outputs \['latent'\], got .*'z'",
+    ),
+    "network that reads what is not there": (
+        updated(actor=part(nn.Linear(LATENT, ACTION), ["state"], "action")),
+        KeyError,
+        r"actor: expected in_keys among \['latent'\], got \['state'\]",
+    ),
+    "two outputs and one key": (
+        updated(reward=reward_part(Gaussian(6, 1))),
+        ValueError,
+        "reward: expected one tensor for each of out_keys",
+    ),
+    "two rewards": (
+        updated(reward=reward_part(Concatenated(6, 2))),
+        ValueError,
+        r"reward: expected .* of shape \[6, 3, 1\], got \[6, 3, 2\]",
+    ),
+    "one logit": (
+        updated(classifier=part(Concatenated(10, 1), ALL, "logits")),
+        ValueError,
+        r"classifier: expected .* of shape \[6, 2\], got \[6, 1\]",
+    ),
+    "model of another latent": (
+        updated(model=probabilistic(Gaussian(6, 5), BOTH, ("next", "latent"))),
+        ValueError,
+        r"model: expected .* \[6, 4\], got \[6, 5\]",
+    ),
+    "reward of another latent": (
+        updated(reward=reward_part(Concatenated(99, 1))),
+        ValueError,
+        r"reward: expected a network for 'latent' \[6, 3, 4\].* got: .*99x1",
+    ),
+    "samples without gradient": (
+        updated(
+            actor=probabilistic(Gaussian(LATENT, 2), ["latent"], "action", Discrete)
+        ),
+        TypeError,
+        "has_rsample.* got Discrete",
+    ),
+    "no action": (without("action"), KeyError, "expected the entry 'action', .* got"),
+    "no observation": (without("observation"), KeyError, "encoder's in_keys .* got"),
+    "no next step": (without("next"), KeyError, "expected the entry 'next', got"),
+    "no next observation": (
+        without(("next", "observation")),
+        KeyError,
+        "encoder's in_keys .* got",
+    ),
+    "no reward": (without(("next", "reward")), KeyError, "the entry 'reward', got"),
+    "no end": (without(("next", "terminated")), KeyError, "the entry 'terminated', "),
+    "transitions for slices": (
+        called("model_loss", make_rows(B)),
+        ValueError,
+        r"slices .* got batch size \[6\]",
+    ),
+    "slices of slices": (
+        called("reward_loss", make_rows(B, K, 2)),
+        ValueError,
+        r"transitions .* got batch size \[6, 3, 2\]",
+    ),
+    "no steps": (
+        called("model_loss", make_rows(B, 0)),
+        ValueError,
+        r"at least one row and step, got batch size \[6, 0\]",
+    ),
+    "no rows": (
+        called("model_loss", make_rows(0, K)),
+        ValueError,
+        r"at least one row and step, got batch size \[0, 3\]",
+    ),
+    "entries of different length": (
+        lambda: make_loss().model_loss(
+            TensorDict(
+                {**slices().to_dict(), "action": torch.zeros(B, K - 1, ACTION)},
+                batch_size=[B],
+            )
+        ),
+        ValueError,
+        r"expected entries of batch size \[6, 2\], .* got ",
+    ),
+    "observations of another task": (
+        called("model_loss", slices(), observation=torch.zeros(B, K, 7)),
+        ValueError,
+        r"encoder: expected a network for 'observation' \[6, 7\]",
+    ),
+    "two rewards for each step": (
+        called("qvalue_loss", make_rows(B), next__reward=torch.zeros(B, 2)),
+        ValueError,
+        r"'reward' with one number .* got shape \[6, 2\]",
+    ),
+    "double precision": (
+        called("model_loss", slices(), observation=float64(B, K, OBSERVATION)),
+        ValueError,
+        r"encoder: .*torch\.float32, got torch\.float64",
+    ),
+    "actions of integers": (
+        called("model_loss", slices(), action=torch.ones(B, K, ACTION).long()),
+        ValueError,
+        r"floating-point actions .* got torch\.int64",
+    ),
+    "action on another device": (
+        called("qvalue_loss", make_rows(B), action=meta(B, ACTION)),
+        ValueError,
+        "qvalue: expected 'action' on the device .* cpu, got meta",
+    ),
+    "reward on another device": (
+        called("qvalue_loss", make_rows(B), next__reward=meta(B, 1)),
+        ValueError,
+        "expected 'reward' on the device .* cpu, got meta",
+    ),
+    "mask of numbers": (
+        called("model_loss", slices(), collector__mask=torch.ones(B, K)),
+        ValueError,
+        r"boolean mask .* got torch\.float32",
+    ),
+    "halves of numbers": (
+        called("classifier_loss", make_rows(B), imagined=torch.ones(B)),
+        ValueError,
+        r"booleans 'imagined', got torch\.float32",
+    ),
+    "no horizon": (called("actor_loss", make_rows(B)), ValueError, "horizon=None"),
+    "horizon of zero": (
+        called("lower_bound", make_rows(B), 0),
+        ValueError,
+        "horizon: .* got 0",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused(call, error, message):
+    with pytest.raises(error, match=message) as raised:
+        call()
+    assert type(raised.value) is error
