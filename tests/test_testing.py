@@ -13,6 +13,7 @@ from torchrl.envs.utils import ExplorationType
 
 from alm_torchrl import ALMLoss
 from alm_torchrl import testing as t
+from alm_torchrl.objectives.batch import read_slices
 
 SIZES = t.Sizes(batch=4, horizon=2)
 BATCHES = {"two draws": t.make_two_draw_batch(SIZES), "slices": t.make_slices(SIZES)}
@@ -70,27 +71,31 @@ def test_float64_passes():
 
 
 class LiveEncoderEverywhere(ALMLoss):
-    def _encoded(self, transitions):
-        dist = self.encode(transitions, "live")
-        return dist, self._sample(dist)
+    def draw_latent(self, tensordict, encoded=None):
+        rows = tensordict.get("transition", tensordict)
+        latent = self.latents.sample(self.latents.encode(rows, "live"))
+        return latent.reshape(-1, latent.shape[-1])
 
 
 class FrozenReward(ALMLoss):
-    def predict_reward(self, latent, action, parameters="frozen"):
-        return super().predict_reward(latent, action, "frozen")
+    def reward_loss(self, tensordict, encoded=None, latent=None):
+        value, metadata = super().reward_loss(tensordict, encoded, latent)
+        return value.detach(), metadata
 
 
 class ActorTrainsCritic(ALMLoss):
-    def actor_loss(self, tensordict, horizon=None):
-        value, metadata = super().actor_loss(tensordict, horizon)
+    def actor_loss(self, tensordict, *args):
+        value, metadata = super().actor_loss(tensordict, *args)
         extra = next(self.qvalue_params.parameters()).sum()
         return value + 0.1 * extra, metadata
 
 
 class TargetsWithGradient(ALMLoss):
-    def td_target(self, transitions):
-        latent = self._sample(self.encode(transitions["next"]))
-        value = self.state_action_value(latent, self.act(latent), "target").amin(-1)
+    def td_target(self, transitions, encoded=None):
+        latents = self.latents
+        latent = latents.sample(latents.encode(transitions["next"]))
+        value = latents.state_action_value(latent, latents.act(latent), "target")
+        value = value.amin(-1)
         return transitions["next", "reward"].squeeze(-1) + self.gamma * value
 
 
@@ -102,32 +107,33 @@ class AddsAnEntry(ALMLoss):
 
 
 class ChangesInPlace(ALMLoss):
-    def qvalue_loss(self, tensordict):
-        output = super().qvalue_loss(tensordict)
+    def qvalue_loss(self, tensordict, encoded=None):
+        output = super().qvalue_loss(tensordict, encoded)
         tensordict.get("transition", tensordict)["next", "reward"].mul_(2)
         return output
 
 
 class AlwaysMean(ALMLoss):
-    def _reduce(self, loss, mask, shape=None):
-        return loss.mean()
+    def model_loss(self, tensordict):
+        value, metadata = super().model_loss(tensordict)
+        return value.mean(), metadata
 
 
 class MeanForSum(ALMLoss):
-    def _reduce(self, loss, mask, shape=None):
-        value = super()._reduce(loss, mask, shape)
-        return value / loss.numel() if self.reduction == "sum" else value
+    def model_loss(self, tensordict):
+        value, metadata = super().model_loss(tensordict)
+        return value / 4 if self.reduction == "sum" else value, metadata
 
 
 class SumForMean(ALMLoss):
-    def _reduce(self, loss, mask, shape=None):
-        value = super()._reduce(loss, mask, shape)
-        return value * loss.numel() if self.reduction == "mean" else value
+    def model_loss(self, tensordict):
+        value, metadata = super().model_loss(tensordict)
+        return 4 * value if self.reduction == "mean" else value, metadata
 
 
 class WeighsByPosition(ALMLoss):
-    def td_target(self, transitions):
-        target = super().td_target(transitions)
+    def td_target(self, transitions, encoded=None):
+        target = super().td_target(transitions, encoded)
         return target * torch.arange(len(target), dtype=target.dtype)
 
 
@@ -161,8 +167,8 @@ class UnknownOutput(ALMLoss):
 
 
 class UnknownMetadata(ALMLoss):
-    def reward_loss(self, tensordict):
-        value, metadata = super().reward_loss(tensordict)
+    def reward_loss(self, tensordict, encoded=None, latent=None):
+        value, metadata = super().reward_loss(tensordict, encoded, latent)
         return value, {**metadata, "reward_error": value.detach()}
 
     def forward(self, tensordict):
@@ -170,8 +176,8 @@ class UnknownMetadata(ALMLoss):
 
 
 class NotFinite(ALMLoss):
-    def td_target(self, transitions):
-        return super().td_target(transitions) / 0
+    def td_target(self, transitions, encoded=None):
+        return super().td_target(transitions, encoded) / 0
 
 
 class TermWithoutMethod(ALMLoss):
@@ -240,8 +246,8 @@ class ExtraTerm(ALMLoss):
     def size_loss(self, tensordict):
         weights = self.actor_params.parameters()
         size = torch.stack([weight.square().sum() for weight in weights]).sum()
-        rows, mask = self._read(tensordict, self.tensor_keys.slice)
-        return self._reduce(size.expand(len(rows)), mask), {}
+        rows = read_slices(self, tensordict)
+        return rows.reduce(size.expand(len(rows.data)), self.reduction), {}
 
     def forward(self, tensordict):
         value, _ = self.size_loss(tensordict)
@@ -303,9 +309,9 @@ def test_strategies_fit_their_sizes(data):
     assert not torch.equal(two["slice"]["action"][:, 0], two["transition"]["action"])
     assert isinstance(loss, ExtraTerm)
     assert loss.gamma == 0.5
-    latent = loss.encode(slices, "live").rsample()
+    latent = loss.latents.encode(slices, "live").rsample()
     assert latent.shape == (*shape, sizes.latent_dim)
-    assert loss.act(latent).shape == slices["action"].shape
+    assert loss.latents.act(latent).shape == slices["action"].shape
 
 
 @pytest.mark.parametrize("field", t.Sizes.__dataclass_fields__)

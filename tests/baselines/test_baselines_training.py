@@ -78,13 +78,6 @@ def test_modes_that_only_alm_has_are_refused(setting, value):
         build(env, make_loss("sac", env), **{setting: value})
 
 
-def test_a_loss_of_another_size_is_refused():
-    with pytest.raises(
-        ValueError, match=r"actor: expected a network for 'observation'"
-    ):
-        build(Counter(), make_loss("sac"))
-
-
 # -- command line ----------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from alm_torchrl import ALMOptimizationStepper
@@ -65,8 +67,8 @@ def changed(before, after):
     }
 
 
-class Context:
-    """What the stepper needs of a Trainer; remembers what each loss found."""
+class Watch:
+    """Makes updates and remembers what each loss found; may spoil its value."""
 
     def __init__(self, stepper, spoil=None):
         self.stepper = stepper
@@ -74,10 +76,22 @@ class Context:
         self.methods = []
         self.found = []
 
-    def compute_loss(self, batch, method):
+    def step(self, batch):
+        loss = self.stepper.loss
+        for method in PARTS:
+            setattr(loss, method, partial(self._compute, method))
+        try:
+            return self.stepper.step(None, batch)
+        finally:
+            for method in PARTS:
+                delattr(loss, method)
+
+    def _compute(self, method, batch, *args):
         self.methods.append(method)
         self.found.append(values_of(self.stepper))
-        value, metadata = getattr(self.stepper.loss, method)(batch)
+        value, metadata = getattr(type(self.stepper.loss), method)(
+            self.stepper.loss, batch, *args
+        )
         if self.spoil is not None:
             value, metadata = self.spoil(method, value, dict(metadata))
         return value, metadata

@@ -145,11 +145,11 @@ def test_an_update_that_cannot_be_captured_names_the_way_out(monkeypatch):
     stepper = make_stepper()
     actor_loss, calls = stepper.loss.actor_loss, []
 
-    def reading(batch):
+    def reading(batch, *encoded):
         calls.append(batch)
         if len(calls) > update.WARMUP:
             raise RuntimeError("operation not permitted when stream is capturing")
-        return actor_loss(batch)
+        return actor_loss(batch, *encoded)
 
     stepper.loss.actor_loss = reading
     with stand_in(monkeypatch) as capture:

@@ -162,12 +162,14 @@ def explained(predicted, exact):
 
 def held_out_latents(loss):
     transitions = draw(1024, 1, 100)[:, 0]
-    return transitions, loss.encode(transitions, "live").rsample()
+    return transitions, loss.latents.encode(transitions, "live").rsample()
 
 
 def best_gaussian(loss, states):
     """The Gaussian with the least mean KL to the encoder's over the first dimension."""
-    dist = loss.encode(TensorDict(observation=states, batch_size=states.shape[:-1]))
+    dist = loss.latents.encode(
+        TensorDict(observation=states, batch_size=states.shape[:-1])
+    )
     loc, precision = dist.base_dist.loc, dist.base_dist.scale**-2
     mean = precision.mean(0)
     return (precision * loc).mean(0) / mean, mean**-0.5
@@ -182,7 +184,7 @@ def model_score(loss):
         for t, coin in enumerate(coins):
             states.append(follow(states[-1], slices["action"][:, t], coin))
         outcomes.append(torch.stack(states[1:], 1))
-    target = loss.encode(slices["next"]).base_dist
+    target = loss.latents.encode(slices["next"]).base_dist
 
     def divergence(states):
         return gaussian_kl(*best_gaussian(loss, states), target.loc, target.scale)
@@ -196,7 +198,7 @@ def model_score(loss):
 def reward_score(loss):
     transitions, latent = held_out_latents(loss)
     exact = transitions["next", "reward"].squeeze(-1)
-    return explained(loss.predict_reward(latent, transitions["action"]), exact)
+    return explained(loss.latents.predict_reward(latent, transitions["action"]), exact)
 
 
 def classifier_score(loss):
@@ -209,7 +211,7 @@ def qvalue_score(loss):
     transitions, latent = held_out_latents(loss)
     action = transitions["action"]
     exact = exact_value(transitions["observation"], action)
-    return explained(loss.state_action_value(latent, action), exact)
+    return explained(loss.latents.state_action_value(latent, action), exact)
 
 
 def actor_score(loss):

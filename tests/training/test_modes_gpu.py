@@ -16,7 +16,7 @@ from tests.helpers import make_batch
 from tests.training.stepping import changed, make_stepper, values_of
 from tests.training.test_modes import (
     RECORDINGS,
-    WithoutTrainer,
+    Unwatched,
     assert_same,
     run_updates,
 )
@@ -112,9 +112,9 @@ from tests.training.test_modes_gpu import cuda_batch, cuda_stepper
 stepper = cuda_stepper()
 actor_loss = stepper.loss.actor_loss
 
-def reading(batch):
+def reading(batch, encoded):
     batch["slice", "action"].sum().item()
-    return actor_loss(batch)
+    return actor_loss(batch, encoded)
 
 stepper.loss.actor_loss = reading
 stepper.step(None, cuda_batch())
@@ -132,7 +132,7 @@ def test_an_update_that_reads_from_the_device_is_refused():
     assert "RuntimeError: the update cannot be captured" in result.stderr
 
 
-class OnCuda(WithoutTrainer):
+class OnCuda(Unwatched):
     def _loss(self):
         return super()._loss().to("cuda")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 
@@ -13,7 +14,7 @@ from tests.helpers import make_batch
 from tests.training.stepping import (
     CHECKED,
     PARTS,
-    Context,
+    Watch,
     changed,
     make_stepper,
     train,
@@ -57,14 +58,14 @@ def test_each_term_is_checked_before_its_step(term, factor):
     stepper = make_stepper()
     stepper.step(None, make_batch())
     method, spoil = spoiled(term, factor)
-    context = Context(stepper, spoil)
+    watch = Watch(stepper, spoil)
     with pytest.raises(NonFiniteError) as caught:
-        stepper.step(context, make_batch())
+        watch.step(make_batch())
     assert (caught.value.term, caught.value.step) == (term, 2)
     assert f"{term} was not finite in update 2" in str(caught.value)
 
     failed = list(PARTS).index(method)
-    found, after = context.found, values_of(stepper)
+    found, after = watch.found, values_of(stepper)
     assert changed(found[failed], after) == set()
     for earlier in range(failed):
         name = list(PARTS)[earlier]
@@ -118,30 +119,31 @@ def test_a_failure_in_the_first_update():
     assert changed(before, {name: after[name] for name in before}) == set()
 
 
-def step_without_reading(stepper, context, batch):
-    """An update as on a device where reading the verdict would have to wait."""
+@contextlib.contextmanager
+def without_reading(stepper):
+    """Updates as on a device where reading the verdict would have to wait."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stepper, "raise_if_nonfinite", lambda: None)
-        return stepper.step(context, batch)
+        yield
 
 
-def check_deferred(stepper, term, step):
-    """Updates go on after a failure and change nothing, until somebody asks."""
-    for _ in range(2):
-        step(stepper, None, make_batch())
-    stepper.raise_if_nonfinite()
-    failing = Context(stepper)
-    step(stepper, failing, bad_batch(term))
-    assert failing.methods == list(PARTS)
-    expected = failing.found[0 if term == "loss_model" else 1]
-    assert changed(expected, values_of(stepper)) == set()
-    for _ in range(3):
-        metrics = step(stepper, None, make_batch())
-        assert metrics["loss_actor"].isfinite()
+def check_deferred(stepper, term, reading=without_reading, device="cpu"):
+    """Updates go on after a failure and change nothing, until they are asked."""
+    watch = Watch(stepper)
+    with reading(stepper):
+        for _ in range(2):
+            stepper.step(None, make_batch().to(device))
+        watch.step(bad_batch(term).to(device))
+        assert watch.methods == list(PARTS)
+        expected = watch.found[0 if term == "loss_model" else 1]
         assert changed(expected, values_of(stepper)) == set()
-    # A second failure does not replace the first.
-    other = "loss_reward" if term == "loss_model" else "loss_model"
-    step(stepper, None, bad_batch(other))
+        for _ in range(3):
+            metrics = stepper.step(None, make_batch().to(device))
+            assert metrics["loss_actor"].isfinite()
+            assert changed(expected, values_of(stepper)) == set()
+        # A second failure does not replace the first.
+        other = "loss_reward" if term == "loss_model" else "loss_model"
+        stepper.step(None, bad_batch(other).to(device))
     assert changed(expected, values_of(stepper)) == set()
     assert stepper.optimizer_step_count == 7
     for _ in range(2):
@@ -152,16 +154,14 @@ def check_deferred(stepper, term, step):
 
 @pytest.mark.parametrize("term", BAD)
 def test_failure_read_later(term):
-    check_deferred(make_stepper(), term, step_without_reading)
+    check_deferred(make_stepper(), term)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("term", BAD)
 def test_failure_read_later_on_cuda(term):
-    def step(stepper, context, batch):
-        return stepper.step(context, batch.to("cuda"))
-
-    check_deferred(make_stepper("cuda", cudagraph=False), term, step)
+    stepper = make_stepper("cuda", cudagraph=False)
+    check_deferred(stepper, term, contextlib.nullcontext, "cuda")
 
 
 def test_a_failure_survives_saving():

@@ -18,7 +18,7 @@ from tests.training.stepping import (
     CHECKED,
     PARTS,
     TARGETS,
-    Context,
+    Watch,
     changed,
     make_stepper,
     part_parameters,
@@ -73,11 +73,11 @@ def test_four_optimizers_share_all_online_parameters():
 def test_each_step_sees_the_earlier_ones_and_targets_move_last():
     stepper = make_stepper(lr=1e-2)
     stepper.step(None, make_batch())
-    context = Context(stepper)
+    watch = Watch(stepper)
     before = values_of(stepper)
-    stepper.step(context, make_batch())
-    assert context.methods == list(PARTS)
-    states = [*context.found, values_of(stepper)]
+    watch.step(make_batch())
+    assert watch.methods == list(PARTS)
+    states = [*watch.found, values_of(stepper)]
     assert changed(before, states[0]) == set()
     for (method, parts), old, new in zip(
         PARTS.items(), states[:-1], states[1:], strict=True
@@ -133,7 +133,7 @@ def test_clip_norm(scale, clip_norm, bites):
     def scaled(method, value, metadata):
         return value * scale, metadata
 
-    metrics = stepper.step(Context(stepper, scaled), make_batch())
+    metrics = Watch(stepper, scaled).step(make_batch())
     for method, optimizer in stepper.optimizers.items():
         norm = metrics[f"grad_norm_{method.removesuffix('_loss')}"]
         assert bool(norm > clip_norm) == bites, method
@@ -180,23 +180,6 @@ def test_without_a_classifier():
     assert set(metrics.keys()) == {*METRICS, *CHECKED} - absent
     [group] = stepper.optimizers["reward_classifier_loss"].param_groups
     assert len(group["params"]) == len(part_parameters(stepper.loss, "reward"))
-
-
-@pytest.mark.parametrize("make", [make_batch, lambda: make_rows(B, K)])
-def test_a_trainer_changes_nothing(make):
-    alone = make_stepper()
-    torch.manual_seed(0)
-    other = make_stepper()
-    batches = [make(), make()]
-    results = []
-    for stepper, context in ((alone, None), (other, Context(other))):
-        torch.manual_seed(3)
-        results.append([stepper.step(context, batch) for batch in batches])
-    for left, right in zip(*results, strict=True):
-        assert list(left.keys()) == list(right.keys())
-        assert (left == right).all()
-    assert changed(values_of(alone), values_of(other)) == set()
-    assert values_of(alone)["actor_loss step 0"] == 2
 
 
 @pytest.mark.parametrize(
