@@ -32,7 +32,7 @@ CHECKED = (
 
 def make_stepper(device="cpu", **kwargs):
     stepper = ALMOptimizationStepper(make_loss(updater=False).to(device), **kwargs)
-    # Its updater made them copies.
+    # The stepper made them copies.
     for target in targets(stepper.loss).values():
         target.data.add_(0.05 * torch.randn_like(target))
     return stepper
@@ -86,12 +86,11 @@ class Watch:
             for method in PARTS:
                 delattr(loss, method)
 
-    def _compute(self, method, batch, *args):
+    def _compute(self, method, *args):
         self.methods.append(method)
         self.found.append(values_of(self.stepper))
-        value, metadata = getattr(type(self.stepper.loss), method)(
-            self.stepper.loss, batch, *args
-        )
+        loss = self.stepper.loss
+        value, metadata = getattr(type(loss), method)(loss, *args)
         if self.spoil is not None:
             value, metadata = self.spoil(method, value, dict(metadata))
         return value, metadata
