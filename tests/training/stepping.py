@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
+from unittest import mock
 
 import torch
 
@@ -94,6 +96,13 @@ class Watch:
         if self.spoil is not None:
             value, metadata = self.spoil(method, value, dict(metadata))
         return value, metadata
+
+
+@contextmanager
+def without_reading(stepper):
+    """Updates as on a device where reading the verdict would have to wait."""
+    with mock.patch.object(stepper, "raise_if_nonfinite"):
+        yield
 
 
 def train(stepper, updates):

@@ -19,6 +19,7 @@ from tests.training.stepping import (
     make_stepper,
     train,
     values_of,
+    without_reading,
 )
 
 
@@ -92,14 +93,6 @@ def test_a_failure_in_the_first_update():
         stepper.step(None, bad_batch("loss_model"))
     after = values_of(stepper)
     assert changed(before, {name: after[name] for name in before}) == set()
-
-
-@contextlib.contextmanager
-def without_reading(stepper):
-    """Updates as on a device where reading the verdict would have to wait."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stepper, "raise_if_nonfinite", lambda: None)
-        yield
 
 
 def check_deferred(stepper, term, reading=without_reading, device="cpu"):
