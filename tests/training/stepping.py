@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from functools import partial
 from unittest import mock
@@ -30,6 +31,9 @@ CHECKED = (
     "loss_actor",
     "grad_norm_actor",
 )
+
+# Terms that data can make not finite, see bad_batch.
+BAD = ("loss_model", "loss_reward", "loss_classifier", "grad_norm_reward_classifier")
 
 
 def make_stepper(device="cpu", **kwargs):
@@ -109,3 +113,34 @@ def train(stepper, updates):
     for n in updates:
         torch.manual_seed(n)
         stepper.step(None, make_batch())
+
+
+def run_updates(stepper, updates, make=make_batch):
+    """Updates on batches and with noise of their own seeds; returns the metrics."""
+    results = []
+    for n in updates:
+        torch.manual_seed(n)
+        results.append(stepper.step(None, make()))
+    return results
+
+
+def assert_same(one, other, atol=0.0):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=atol, atol=atol, msg=name)
+
+
+def bad_batch(term):
+    """A batch that by itself makes this term the first that is not finite."""
+    batch = make_batch(2)
+    if term == "loss_model":
+        batch["slice", "observation"][0, 0, 0] = math.inf
+    elif term == "loss_reward":
+        batch["transition", "next", "reward"][0] = math.nan
+    elif term == "loss_classifier":
+        batch["transition", "next", "observation"][:] = math.nan
+    else:
+        # The square is finite, the sum of the squared gradients is not.
+        assert term == "grad_norm_reward_classifier"
+        batch["transition", "next", "reward"][0] = 1.8e19
+    return batch

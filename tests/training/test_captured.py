@@ -1,4 +1,4 @@
-"""The captured mode of an update, with a stand-in for the CUDA graph."""
+"""The captured update, with a stand-in for the CUDA graph."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ import pytest
 import torch
 
 from alm_torchrl import NonFiniteError
-from alm_torchrl.training import update
+from alm_torchrl.training import capture as capturing
 from tests.helpers import B, K, make_batch, make_rows
-from tests.training.stepping import changed, make_stepper, values_of
-from tests.training.test_modes import run_updates
-from tests.training.test_nonfinite import BAD, bad_batch
+from tests.training.stepping import (
+    bad_batch,
+    changed,
+    make_stepper,
+    run_updates,
+    values_of,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +45,7 @@ def stand_in(monkeypatch):
     class Capture:
         def __init__(self, graph, stream):
             assert isinstance(stream, Stream)
-            self.without_effect = update._restored(self.tensors)
+            self.without_effect = capturing._restored(self.tensors)
 
         def tensors(self):
             return stepper_now[0]._update.tensors()
@@ -112,9 +116,8 @@ def test_captured_updates_go_on_from_a_loaded_state(monkeypatch):
     assert other.optimizer_step_count == 4
 
 
-@pytest.mark.parametrize("term", BAD)
-def test_a_failure_in_a_captured_update(term, monkeypatch):
-    stepper = make_stepper()
+def test_a_failure_in_a_captured_update(monkeypatch):
+    stepper, term = make_stepper(), "loss_classifier"
     with stand_in(monkeypatch) as capture:
         capture(stepper)
         run_updates(stepper, range(2), lambda: make_batch(2))
@@ -147,7 +150,7 @@ def test_an_update_that_cannot_be_captured_names_the_way_out(monkeypatch):
 
     def reading(batch, *encoded):
         calls.append(batch)
-        if len(calls) > update.WARMUP:
+        if len(calls) > capturing.WARMUP:
             raise RuntimeError("operation not permitted when stream is capturing")
         return actor_loss(batch, *encoded)
 

@@ -12,9 +12,11 @@ import torch
 from alm_torchrl import NonFiniteError
 from tests.helpers import make_batch
 from tests.training.stepping import (
+    BAD,
     CHECKED,
     PARTS,
     Watch,
+    bad_batch,
     changed,
     make_stepper,
     train,
@@ -65,25 +67,6 @@ def test_each_term_is_checked_before_its_step(term):
         stepper.step(None, make_batch())
     assert (again.value.term, again.value.step) == (term, 2)
     assert changed(after, values_of(stepper)) == set()
-
-
-def bad_batch(term):
-    """A batch that by itself makes this term the first that is not finite."""
-    batch = make_batch(2)
-    if term == "loss_model":
-        batch["slice", "observation"][0, 0, 0] = math.inf
-    elif term == "loss_reward":
-        batch["transition", "next", "reward"][0] = math.nan
-    elif term == "loss_classifier":
-        batch["transition", "next", "observation"][:] = math.nan
-    else:
-        # The square is finite, the sum of the squared gradients is not.
-        assert term == "grad_norm_reward_classifier"
-        batch["transition", "next", "reward"][0] = 1.8e19
-    return batch
-
-
-BAD = ("loss_model", "loss_reward", "loss_classifier", "grad_norm_reward_classifier")
 
 
 def test_a_failure_in_the_first_update():

@@ -45,7 +45,13 @@ class Counter(EnvBase):
         self.history: list[dict] = []
 
     def _set_seed(self, seed):
-        self.episode = -1
+        """Nothing is random."""
+
+    def checkpoint_state(self):
+        return {"episode": self.episode}
+
+    def load_checkpoint_state(self, state):
+        self.episode = state["episode"]
 
     def _observe(self):
         return torch.tensor([self.episode, self.time], dtype=torch.float32)
