@@ -4,8 +4,8 @@ A variant of :class:`~alm_torchrl.ALMLoss` keeps its contract if :func:`check_lo
 passes, on one problem or, as a test for pytest, on many:
 
 >>> class BoundedTargets(ALMLoss):
-...     def td_target(self, transitions, encoded=None):
-...         return super().td_target(transitions, encoded).clamp(-100, 100)
+...     def td_target(self, transitions):
+...         return super().td_target(transitions).clamp(-100, 100)
 >>> check_loss(make_loss(Sizes(), BoundedTargets), make_two_draw_batch(Sizes()))
 >>> from hypothesis import given, settings
 >>> @settings(max_examples=3, deadline=None)
@@ -73,7 +73,7 @@ ROUTES: Routes = {
     "loss_classifier": ("classifier",),
     "loss_qvalue": ("qvalue",),
     "loss_actor": ("actor",),
-    "loss_alpha": ("entropy",),
+    "loss_alpha": ("log_alpha",),
 }
 """The parts that each term of ``ALMLoss`` trains, without a decoder."""
 
@@ -113,7 +113,7 @@ def make_loss(
 ) -> ALMLoss:
     """Builds a loss with the networks of the paper, for actions in [-1, 1].
 
-    The actor learns its noise where there is an entropy bonus (``entropy``).
+    The actor learns its noise where there is an entropy bonus (``alpha_init``).
 
     Args:
         sizes (Sizes): sizes of the networks.
@@ -134,7 +134,7 @@ def make_loss(
     """
     actions, bound = sizes.action_dim, torch.ones(sizes.action_dim)
     width: Any = {"latent_dim": sizes.latent_dim, "hidden_dim": sizes.hidden_dim}
-    stochastic = kwargs.get("entropy") is not None
+    stochastic = kwargs.get("alpha_init") is not None
     make_actor = modules.make_stochastic_actor if stochastic else modules.make_actor
     with _seeded(seed):
         parts: dict[str, Any] = {

@@ -42,7 +42,7 @@ def make_loss(
     **kwargs,
 ) -> ALMLoss:
     """A tiny loss whose targets differ from the online networks."""
-    learned = kwargs.get("entropy") is not None
+    learned = kwargs.get("alpha_init") is not None
     loss = make_alm_loss(
         observation_dim=OBSERVATION,
         action_low=[-bound] * ACTION,

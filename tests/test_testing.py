@@ -13,7 +13,6 @@ from torchrl.envs.utils import ExplorationType
 
 from alm_torchrl import ALMLoss
 from alm_torchrl import testing as t
-from alm_torchrl.objectives.batch import read_slices
 
 SIZES = t.Sizes(batch=4, horizon=2)
 BATCHES = {"two draws": t.make_two_draw_batch(SIZES), "slices": t.make_slices(SIZES)}
@@ -71,31 +70,27 @@ def test_float64_passes():
 
 
 class LiveEncoderEverywhere(ALMLoss):
-    def draw_latent(self, tensordict, encoded=None):
-        rows = tensordict.get("transition", tensordict)
-        latent = self.latents.sample(self.latents.encode(rows, "live"))
-        return latent.reshape(-1, latent.shape[-1])
+    def _encoded(self, transitions):
+        dist = self.encode(transitions, "live")
+        return dist, self._sample(dist)
 
 
 class FrozenReward(ALMLoss):
-    def reward_loss(self, tensordict, encoded=None, latent=None):
-        value, metadata = super().reward_loss(tensordict, encoded, latent)
-        return value.detach(), metadata
+    def predict_reward(self, latent, action, parameters="frozen"):
+        return super().predict_reward(latent, action, "frozen")
 
 
 class ActorTrainsCritic(ALMLoss):
-    def actor_loss(self, tensordict, *args):
-        value, metadata = super().actor_loss(tensordict, *args)
+    def actor_loss(self, tensordict, horizon=None):
+        value, metadata = super().actor_loss(tensordict, horizon)
         extra = next(self.qvalue_params.parameters()).sum()
         return value + 0.1 * extra, metadata
 
 
 class TargetsWithGradient(ALMLoss):
-    def td_target(self, transitions, encoded=None):
-        latents = self.latents
-        latent = latents.sample(latents.encode(transitions["next"]))
-        value = latents.state_action_value(latent, latents.act(latent), "target")
-        value = value.amin(-1)
+    def td_target(self, transitions):
+        latent = self._sample(self.encode(transitions["next"]))
+        value = self.state_action_value(latent, self.act(latent), "target").amin(-1)
         return transitions["next", "reward"].squeeze(-1) + self.gamma * value
 
 
@@ -107,33 +102,32 @@ class AddsAnEntry(ALMLoss):
 
 
 class ChangesInPlace(ALMLoss):
-    def qvalue_loss(self, tensordict, encoded=None):
-        output = super().qvalue_loss(tensordict, encoded)
+    def qvalue_loss(self, tensordict):
+        output = super().qvalue_loss(tensordict)
         tensordict.get("transition", tensordict)["next", "reward"].mul_(2)
         return output
 
 
 class AlwaysMean(ALMLoss):
-    def model_loss(self, tensordict):
-        value, metadata = super().model_loss(tensordict)
-        return value.mean(), metadata
+    def _reduce(self, loss, mask, shape=None):
+        return loss.mean()
 
 
 class MeanForSum(ALMLoss):
-    def model_loss(self, tensordict):
-        value, metadata = super().model_loss(tensordict)
-        return value / 4 if self.reduction == "sum" else value, metadata
+    def _reduce(self, loss, mask, shape=None):
+        value = super()._reduce(loss, mask, shape)
+        return value / loss.numel() if self.reduction == "sum" else value
 
 
 class SumForMean(ALMLoss):
-    def model_loss(self, tensordict):
-        value, metadata = super().model_loss(tensordict)
-        return 4 * value if self.reduction == "mean" else value, metadata
+    def _reduce(self, loss, mask, shape=None):
+        value = super()._reduce(loss, mask, shape)
+        return value * loss.numel() if self.reduction == "mean" else value
 
 
 class WeighsByPosition(ALMLoss):
-    def td_target(self, transitions, encoded=None):
-        target = super().td_target(transitions, encoded)
+    def td_target(self, transitions):
+        target = super().td_target(transitions)
         return target * torch.arange(len(target), dtype=target.dtype)
 
 
@@ -167,8 +161,8 @@ class UnknownOutput(ALMLoss):
 
 
 class UnknownMetadata(ALMLoss):
-    def reward_loss(self, tensordict, encoded=None, latent=None):
-        value, metadata = super().reward_loss(tensordict, encoded, latent)
+    def reward_loss(self, tensordict):
+        value, metadata = super().reward_loss(tensordict)
         return value, {**metadata, "reward_error": value.detach()}
 
     def forward(self, tensordict):
@@ -176,8 +170,8 @@ class UnknownMetadata(ALMLoss):
 
 
 class NotFinite(ALMLoss):
-    def td_target(self, transitions, encoded=None):
-        return super().td_target(transitions, encoded) / 0
+    def td_target(self, transitions):
+        return super().td_target(transitions) / 0
 
 
 class TermWithoutMethod(ALMLoss):
@@ -246,8 +240,8 @@ class ExtraTerm(ALMLoss):
     def size_loss(self, tensordict):
         weights = self.actor_params.parameters()
         size = torch.stack([weight.square().sum() for weight in weights]).sum()
-        rows = read_slices(self, tensordict)
-        return rows.reduce(size.expand(len(rows.data)), self.reduction), {}
+        rows, mask = self._read(tensordict, self.tensor_keys.slice)
+        return self._reduce(size.expand(len(rows)), mask), {}
 
     def forward(self, tensordict):
         value, _ = self.size_loss(tensordict)
@@ -309,9 +303,9 @@ def test_strategies_fit_their_sizes(data):
     assert not torch.equal(two["slice"]["action"][:, 0], two["transition"]["action"])
     assert isinstance(loss, ExtraTerm)
     assert loss.gamma == 0.5
-    latent = loss.latents.encode(slices, "live").rsample()
+    latent = loss.encode(slices, "live").rsample()
     assert latent.shape == (*shape, sizes.latent_dim)
-    assert loss.latents.act(latent).shape == slices["action"].shape
+    assert loss.act(latent).shape == slices["action"].shape
 
 
 @pytest.mark.parametrize("field", t.Sizes.__dataclass_fields__)
