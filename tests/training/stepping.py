@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import contextmanager
 from functools import partial
+from unittest import mock
 
 import torch
 
@@ -29,10 +32,13 @@ CHECKED = (
     "grad_norm_actor",
 )
 
+# Terms that data can make not finite, see bad_batch.
+BAD = ("loss_model", "loss_reward", "loss_classifier", "grad_norm_reward_classifier")
+
 
 def make_stepper(device="cpu", **kwargs):
     stepper = ALMOptimizationStepper(make_loss(updater=False).to(device), **kwargs)
-    # Its updater made them copies.
+    # The stepper made them copies.
     for target in targets(stepper.loss).values():
         target.data.add_(0.05 * torch.randn_like(target))
     return stepper
@@ -86,18 +92,55 @@ class Watch:
             for method in PARTS:
                 delattr(loss, method)
 
-    def _compute(self, method, batch, *args):
+    def _compute(self, method, *args):
         self.methods.append(method)
         self.found.append(values_of(self.stepper))
-        value, metadata = getattr(type(self.stepper.loss), method)(
-            self.stepper.loss, batch, *args
-        )
+        loss = self.stepper.loss
+        value, metadata = getattr(type(loss), method)(loss, *args)
         if self.spoil is not None:
             value, metadata = self.spoil(method, value, dict(metadata))
         return value, metadata
+
+
+@contextmanager
+def without_reading(stepper):
+    """Updates as on a device where reading the verdict would have to wait."""
+    with mock.patch.object(stepper, "raise_if_nonfinite"):
+        yield
 
 
 def train(stepper, updates):
     for n in updates:
         torch.manual_seed(n)
         stepper.step(None, make_batch())
+
+
+def run_updates(stepper, updates, make=make_batch):
+    """Updates on batches and with noise of their own seeds; returns the metrics."""
+    results = []
+    for n in updates:
+        torch.manual_seed(n)
+        results.append(stepper.step(None, make()))
+    return results
+
+
+def assert_same(one, other, atol=0.0):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=atol, atol=atol, msg=name)
+
+
+def bad_batch(term):
+    """A batch that by itself makes this term the first that is not finite."""
+    batch = make_batch(2)
+    if term == "loss_model":
+        batch["slice", "observation"][0, 0, 0] = math.inf
+    elif term == "loss_reward":
+        batch["transition", "next", "reward"][0] = math.nan
+    elif term == "loss_classifier":
+        batch["transition", "next", "observation"][:] = math.nan
+    else:
+        # The square is finite, the sum of the squared gradients is not.
+        assert term == "grad_norm_reward_classifier"
+        batch["transition", "next", "reward"][0] = 1.8e19
+    return batch

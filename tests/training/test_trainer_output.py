@@ -1,6 +1,7 @@
+"""What a trainer writes and logs, and the errors that stop it."""
+
 from __future__ import annotations
 
-import traceback
 from unittest import mock
 
 import pytest
@@ -11,6 +12,7 @@ from torchrl.trainers import Trainer
 
 from alm_torchrl import NonFiniteError
 from alm_torchrl.training.checkpoint import VerifiedCheckpoint
+from tests.training.stepping import without_reading
 from tests.training.trainer_runs import (
     TOTAL,
     WARMUP,
@@ -51,29 +53,20 @@ def test_request_stop_ends_training_early(tmp_path):
     assert Checkpoint.manifest(newest)["metadata"]["optim_steps"] == 3
 
 
-@pytest.mark.parametrize("keep", [1, 2])
-def test_checkpoints_are_kept_and_load_into_a_fresh_loss(keep, tmp_path):
+@pytest.mark.filterwarnings("ignore:.*fresh episode")
+def test_checkpoints_are_kept_and_load_into_a_fresh_loss(tmp_path):
     env = Counter()
     loss = tiny_loss(env)
-    trainer, _ = build(
-        env,
-        loss,
-        checkpoint_dir=tmp_path,
-        checkpoint_interval=5,
-        keep_checkpoints=keep,
-    )
+    options = {"checkpoint_dir": tmp_path, "keep_checkpoints": 2}
+    trainer, _ = build(env, loss, checkpoint_interval=5, **options)
     trainer.train()
     saved = [path for path in tmp_path.iterdir() if Checkpoint.is_checkpoint(path)]
-    manifests = [Checkpoint.manifest(path) for path in saved]
-    counts = sorted(
-        (m["metadata"]["collected_frames"], m["metadata"]["optim_steps"])
-        for m in manifests
-    )
+    metadata = [Checkpoint.manifest(path)["metadata"] for path in saved]
+    counts = sorted((m["collected_frames"], m["optim_steps"]) for m in metadata)
     # At each multiple of 5 environment steps, and at the end.
-    assert counts == [(20, 10), (22, 12)][-keep:]
-    assert all("replay_buffer" in m["components"] for m in manifests)
+    assert counts == [(20, 10), (22, 12)]
 
-    newest = CheckpointRotation(tmp_path, keep_last=keep).latest()
+    newest = CheckpointRotation(tmp_path, keep_last=2).latest()
     fresh = tiny_loss(env, seed=1)
     final = tensors(loss.state_dict())
     assert len(differing(tensors(fresh.state_dict()), final)) > 10
@@ -81,24 +74,17 @@ def test_checkpoints_are_kept_and_load_into_a_fresh_loss(keep, tmp_path):
     assert differing(tensors(fresh.state_dict()), final) == []
 
     other_env = Counter()
-    other, _ = build(other_env, tiny_loss(other_env, seed=1), checkpoint_dir=tmp_path)
+    other, _ = build(other_env, tiny_loss(other_env, seed=1), **options)
     other.load_from_file(newest)
     assert other.collected_frames == WARMUP + TOTAL
-    loaded, stepper = (
-        tensors(t.optimization_stepper.state_dict()) for t in (other, trainer)
+    # A complete run does not go on.
+    other.train()
+    assert other.collected_frames == WARMUP + TOTAL
+    loaded, state = (
+        tensors([t.loss_module.state_dict(), t.optimization_stepper.state_dict()])
+        for t in (other, trainer)
     )
-    assert differing(loaded, stepper) == []
-
-
-def test_a_complete_run_does_not_go_on(tmp_path):
-    counter_trainer(checkpoint_dir=tmp_path).train()
-    newest = CheckpointRotation(tmp_path, keep_last=1).latest()
-    trainer = counter_trainer(checkpoint_dir=tmp_path)
-    trainer.load_from_file(newest)
-    state = tensors(trainer.loss_module.state_dict())
-    trainer.train()
-    assert trainer.collected_frames == WARMUP + TOTAL
-    assert differing(tensors(trainer.loss_module.state_dict()), state) == []
+    assert differing(loaded, state) == []
 
 
 def test_no_checkpoint_directory_means_no_files(tmp_path, monkeypatch):
@@ -111,7 +97,7 @@ def test_no_checkpoint_directory_means_no_files(tmp_path, monkeypatch):
 
 
 def test_logged_values_and_steps():
-    logger = Capture()
+    logger, rows = Capture(), []
     trainer = counter_trainer(
         logger=logger,
         log_interval=4,
@@ -120,6 +106,7 @@ def test_logged_values_and_steps():
         eval_env=Counter(),
         eval_interval=5,
         eval_episodes=1,
+        on_evaluation=rows.append,
     )
     update = trainer.optimization_stepper.step
     outputs = {}
@@ -139,8 +126,13 @@ def test_logged_values_and_steps():
         assert logger.values[name] == expected
     updates = [(8, 0.0), (12, 4.0), (16, 8.0), (20, 12.0)]
     assert logger.values["optim_steps"] == updates
-    assert [step for step, _ in logger.values["eval/return"]] == [8, 13, 18, 21]
-    assert [length for _, length in logger.values["eval/length"]] == [2, 5, 1, 4]
+    for name in ("return", "length"):
+        steps = [8, 13, 18, 21]
+        expected = [row[f"mean_{name}"] for row in rows]
+        logged = logger.values[f"eval/{name}"]
+        assert logged == list(zip(steps, expected, strict=True))
+    # The Trainer keeps no more than the last of what it logged.
+    assert {len(values) for values in trainer._log_dict.values()} == {1}
 
 
 def test_returns_of_training_episodes_are_logged():
@@ -168,13 +160,6 @@ def test_two_trainers_log_independently():
         assert [step for step, _ in logger.values["loss_model"]] == [11, 16, 21]
 
 
-def test_history_of_logged_values_stays_bounded():
-    trainer = counter_trainer(total_steps=30)
-    trainer.train()
-    assert "loss_model" in trainer._log_dict
-    assert {len(values) for values in trainer._log_dict.values()} == {1}
-
-
 # -- errors ----------------------------------------------------------------------------
 
 
@@ -193,8 +178,7 @@ def test_nonfinite_parameters_stop_the_training_with_term_and_update():
     assert trainer.collected_frames == WARMUP + 4
 
 
-@pytest.mark.parametrize("entry", ["observation", "reward"])
-@pytest.mark.parametrize("at", [5, WARMUP + 5])
+@pytest.mark.parametrize(("entry", "at"), [("observation", 5), ("reward", WARMUP + 5)])
 def test_nonfinite_data_stops_the_training_before_it_is_stored(
     entry, at, monkeypatch, tmp_path
 ):
@@ -233,66 +217,41 @@ def test_nothing_is_saved_after_an_update_that_failed(tmp_path, monkeypatch):
         eval_episodes=1,
     )
     stepper = trainer.optimization_stepper
-    check = stepper.raise_if_nonfinite
-    monkeypatch.setattr(stepper, "raise_if_nonfinite", lambda: None)
+    step = stepper.step
 
-    def poison():
+    def step_without_reading(*args):
         if stepper.optimizer_step_count == 3:
-            monkeypatch.setattr(stepper, "raise_if_nonfinite", lambda: None)
             next(trainer.loss_module.reward_params.parameters()).data.fill_(torch.nan)
-            # The save's own check is real.
-            monkeypatch.setattr(stepper, "raise_if_nonfinite", _only_when_saving(check))
+        with without_reading(stepper):
+            return step(*args)
 
-    trainer.register_op("post_optim", poison)
+    monkeypatch.setattr(stepper, "step", step_without_reading)
     with pytest.raises(NonFiniteError, match=r"update 4.*Last good .*-000000000012"):
         trainer.train()
     frames = {path.name: Checkpoint.manifest(path) for path in tmp_path.iterdir()}
     assert max(m["metadata"].get("optim_steps", 0) for m in frames.values()) <= 3
 
 
-def _only_when_saving(check):
-    def guarded():
-        names = {frame.name for frame in traceback.extract_stack()}
-        if "metadata" in names:
-            check()
-
-    return guarded
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("total_steps", 0),
-        ("warmup_steps", 1),
-        ("batch_size", 0),
-        ("horizon", 0),
-        ("capacity", 1),
-        ("lr", 0.0),
-        ("clip_norm", -1.0),
-        ("tau", 0.0),
-        ("tau", 1.5),
-        ("precision", "fp8"),
-        ("eval_interval", 0),
-        ("eval_episodes", 0),
-        ("log_interval", 0),
-        ("checkpoint_interval", 0),
-        ("keep_checkpoints", 0),
-    ],
-)
-def test_arguments_out_of_range_are_named(name, value):
-    with pytest.raises(ValueError, match=rf"{name}.*{value}"):
-        counter_trainer(**{name: value})
-
-
-def test_evaluating_on_the_training_environment_is_refused():
+def test_arguments_out_of_range_are_named():
+    wrong = {
+        **dict.fromkeys(("eval_interval", "eval_episodes", "keep_checkpoints"), 0),
+        **dict.fromkeys(("total_steps", "batch_size", "horizon", "log_interval"), 0),
+        **{"warmup_steps": 1, "capacity": 1, "checkpoint_interval": 0, "lr": 0.0},
+        **{"clip_norm": -1.0, "tau": 1.5, "precision": "fp8", "cudagraph": True},
+    }
     env = Counter()
+    loss = tiny_loss(env)
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=rf"{name}.*{value}"):
+            build(env, loss, **{name: value})
+
+
+def test_environments_that_cannot_be_used_are_refused():
+    env = Counter()
+    loss = tiny_loss(env)
     with pytest.raises(ValueError, match="eval_env must be another environment"):
-        build(env, tiny_loss(env), eval_env=env)
-
-
-@pytest.mark.parametrize("name", ["env", "eval_env"])
-def test_environments_with_batch_dimensions_are_refused(name):
-    env = Counter()
-    environments = {"env": env, name: SerialEnv(2, Counter)}
-    with pytest.raises(ValueError, match=rf"^{name} must have no batch dim.*\[2\]"):
-        build(loss=tiny_loss(env), **environments)
+        build(env, loss, eval_env=env)
+    for name in ("env", "eval_env"):
+        environments = {"env": env, name: SerialEnv(2, Counter)}
+        with pytest.raises(ValueError, match=rf"^{name} must have no batch dim.*\[2\]"):
+            build(loss=loss, **environments)
