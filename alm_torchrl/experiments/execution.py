@@ -6,80 +6,58 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import (
-    contextmanager,
-    nullcontext,
-    redirect_stderr,
-    redirect_stdout,
-)
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from alm_torchrl.experiments.catalogue import Planned
 from alm_torchrl.runs.folder import Run, holds_run, read_metrics, read_run
 from alm_torchrl.runs.settings import TrainConfig, UserError
 
-__all__ = ["Failure", "is_complete", "make_runs"]
-
-LOG = "train.log"
-"""File in a run folder with what the training printed."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A run that did not reach its end."""
-
-    path: Path
-    """Its folder."""
-    reason: str
-    """Why."""
+__all__ = ["is_complete", "make_runs"]
 
 
 def is_complete(config: TrainConfig) -> bool:
-    """Whether the run of these settings was made, and evaluated at its end."""
+    """Whether the run of these settings exists and was evaluated at its end."""
     return _steps_done(config) >= config.total_steps
 
 
 def make_runs(
-    planned: Sequence[Planned], *, jobs: int
-) -> tuple[list[Run], list[Failure]]:
-    """Makes the runs that are not complete, those begun from where they stopped.
+    configs: Sequence[TrainConfig], *, jobs: int
+) -> tuple[list[Run], dict[Path, str]]:
+    """Makes the runs that are not complete; those begun continue where they stopped.
 
-    What they print goes to ``train.log`` in their folders; one bar shows them all.
+    What they print goes to ``train.log`` in their folders. One bar shows them all.
 
     Args:
-        planned: the runs, each with a folder (``config.run_path``) of its own.
+        configs: settings of the runs, each with a folder (``run_path``) of its own.
 
     Keyword Args:
-        jobs: runs at once; one is made in this process.
+        jobs: runs at once; with one, this process makes them.
 
     Returns:
-        tuple: the complete ones, in the order given, and those that failed.
+        tuple: the complete runs, in the order given, and the folders of those that
+        failed with the reasons.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, once the runs have been saved.
     """
-    configs = [one.config for one in planned]
     missing = [config for config in configs if not is_complete(config)]
-    failures: list[Failure] = []
-    with _display(configs) if missing else nullcontext():
-        for config, reason in _outcomes(missing, jobs):
-            if reason:
-                failures.append(Failure(config.run_path, reason))
+    with _progress_bar(configs) if missing else nullcontext():
+        outcomes = {config.run_path: why for config, why in _outcomes(missing, jobs)}
     made = [read_run(config.run_path) for config in configs if is_complete(config)]
-    return made, failures
+    return made, {path: reason for path, reason in outcomes.items() if reason}
 
 
 def _outcomes(
     configs: Sequence[TrainConfig], jobs: int
 ) -> Iterator[tuple[TrainConfig, str]]:
-    """Trains, and says of each run why it failed, or nothing."""
+    """Trains, and gives for each run the reason why it failed, or ""."""
     if jobs == 1 or len(configs) <= 1:
         for config in configs:
-            yield config, _checked(_train(config))
+            yield config, _raise_if_interrupted(_train(config))
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     # A process that has used PyTorch's threads cannot be forked.
@@ -91,7 +69,7 @@ def _outcomes(
             futures[pool.submit(_train, limited)] = config
         try:
             for future in as_completed(futures):
-                yield futures[future], _checked(future.result())
+                yield futures[future], _raise_if_interrupted(future.result())
         except KeyboardInterrupt:
             # The runs in progress got the signal too, and save themselves.
             pool.shutdown(cancel_futures=True)
@@ -99,11 +77,11 @@ def _outcomes(
 
 
 def _ignore_interrupts() -> None:
-    """Between two runs; a run in progress handles the signal, and saves itself."""
+    """For the time between two runs; a run handles the signal itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _checked(outcome: str | None) -> str:
+def _raise_if_interrupted(outcome: str | None) -> str:
     if outcome is None:
         raise KeyboardInterrupt
     return outcome
@@ -113,30 +91,30 @@ def _train(config: TrainConfig) -> str | None:
     """Why a run failed, "" if it did not, None if it was interrupted."""
     from alm_torchrl.runs.train import train
 
-    path = config.run_path
-    path.mkdir(parents=True, exist_ok=True)
+    config.run_path.mkdir(parents=True, exist_ok=True)
     with (
-        (path / LOG).open("a", encoding="utf-8") as log,
+        (config.run_path / "train.log").open("a", encoding="utf-8") as log,
         redirect_stdout(log),
         redirect_stderr(log),
     ):
         try:
-            code = train(config)
+            return None if train(config) else ""
         except UserError as error:
             return str(error)
-    return None if code else ""
 
 
 def _steps_done(config: TrainConfig) -> int:
-    path = config.run_path
-    if not holds_run(path) or not (path / "metrics.csv").is_file():
-        return 0
-    rows = read_metrics(path / "metrics.csv")
+    metrics = config.run_path / "metrics.csv"
+    rows = (
+        read_metrics(metrics)
+        if holds_run(config.run_path) and metrics.is_file()
+        else []
+    )
     return rows[-1]["training_step"] if rows else 0
 
 
 @contextmanager
-def _display(configs: Sequence[TrainConfig]) -> Iterator[None]:
+def _progress_bar(configs: Sequence[TrainConfig]) -> Iterator[None]:
     """A bar over the training steps of all runs, read from their folders."""
     try:
         from tqdm import tqdm
@@ -144,16 +122,17 @@ def _display(configs: Sequence[TrainConfig]) -> Iterator[None]:
         raise ImportError(
             "the progress bar needs tqdm: pip install 'alm_torchrl[cli]'"
         ) from error
-    total = {config.run_path: config.total_steps for config in configs}
-    # Where another stream is put in place of stderr, the bar stays on the terminal.
-    bar = tqdm(total=sum(total.values()), unit="step", file=sys.stderr)
+    # The file is given: a run in this process redirects sys.stderr.
+    total = sum(config.total_steps for config in configs)
+    bar = tqdm(total=total, unit="step", file=sys.stderr)
     done = threading.Event()
 
     def refresh() -> None:
-        steps = _progress(configs)
-        bar.n = sum(min(steps[path], total[path]) for path in total)
-        complete = sum(steps[path] >= total[path] for path in total)
-        bar.set_postfix_str(f"{complete} of {len(total)} runs complete")
+        steps = [min(_steps_done(config), config.total_steps) for config in configs]
+        pairs = zip(steps, configs, strict=True)
+        complete = sum(step == config.total_steps for step, config in pairs)
+        bar.n = sum(steps)
+        bar.set_postfix_str(f"{complete} of {len(configs)} runs complete")
 
     def watch() -> None:
         while not done.wait(2.0):
@@ -170,7 +149,3 @@ def _display(configs: Sequence[TrainConfig]) -> Iterator[None]:
         watcher.join()
         refresh()
         bar.close()
-
-
-def _progress(configs: Sequence[TrainConfig]) -> Mapping[Path, int]:
-    return {config.run_path: _steps_done(config) for config in configs}
