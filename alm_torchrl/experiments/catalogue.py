@@ -6,7 +6,6 @@ Each :class:`Experiment` is a table or figure of Ghugare et al. (ICLR 2023). A
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +15,6 @@ __all__ = [
     "EXPERIMENTS",
     "SCALES",
     "Experiment",
-    "Planned",
     "Scale",
     "ScaleName",
     "Variant",
@@ -40,11 +38,11 @@ class Variant:
     """Used in file names."""
     label: str
     """Used in legends and tables."""
-    changes: Mapping[str, Any]
+    changes: dict[str, Any]
     """Fields of :class:`~alm_torchrl.runs.settings.TrainConfig` that differ."""
 
 
-_VARIANTS = [
+_VARIANTS = (
     Variant("alm", "ALM(3)", {}),
     Variant("sac", "SAC", {"agent": "sac"}),
     Variant("td3", "TD3 (ours)", {"agent": "td3"}),
@@ -74,11 +72,9 @@ _VARIANTS = [
     Variant("alm-noise0.2", "noise 0.2", {"dynamics_noise": 0.2}),
     Variant("alm-value-encoder", "encoder predicts Q", {"value_prediction": "encoder"}),
     Variant("alm-value-model", "both predict Q", {"value_prediction": "model"}),
-]
+)
 _BY_NAME = {one.name: one for one in _VARIANTS}
-
-_MUJOCO = ("HalfCheetah-v5", "Walker2d-v5", "Hopper-v5")
-_TRUNCATED = ("T-Humanoid-v5", "T-Ant-v5", *_MUJOCO)
+_TASKS = ("T-Humanoid-v5", "T-Ant-v5", "HalfCheetah-v5", "Walker2d-v5", "Hopper-v5")
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ class Experiment:
     """What the paper found."""
     names: str
     """Names of the variants, the lines of the figure, separated by spaces."""
-    tasks: tuple[str, ...] = _TRUNCATED
+    tasks: tuple[str, ...] = _TASKS
     """Tasks at paper scale; Gymnasium's v5 for the paper's v2."""
     steps: int = 300_000
     """Training steps at paper scale."""
@@ -139,7 +135,7 @@ _LISTED = (
         "return against steps and time, next to REDQ, SAC and TD3 (MBPO: not here)",
         "near REDQ per step in a sixth of its time; SAC's return in half the time",
         "alm redq sac td3",
-        tasks=(*_TRUNCATED, "Ant-v5", "Humanoid-v5"),
+        tasks=(*_TASKS, "Ant-v5", "Humanoid-v5"),
     ),
     Experiment(
         "fig4",
@@ -257,9 +253,9 @@ class Scale:
     """Part of every output."""
     seeds: int
     """Seeds 0, 1, ..."""
-    settings: Mapping[str, Any]
+    settings: dict[str, Any]
     """Fields of :class:`~alm_torchrl.runs.settings.TrainConfig` for all runs."""
-    tasks: Mapping[str, Mapping[str, Any]] | None = None
+    tasks: dict[str, dict[str, Any]] | None = None
     """Tasks, each with settings of its own; None: those of the experiment."""
     pairs: int = 1000
     """State-action pairs on which a bias is measured."""
@@ -310,22 +306,6 @@ SCALES: dict[ScaleName, Scale] = {
 """How much of an experiment to do, by name."""
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A run of an experiment.
-
-    Example:
-        >>> first = plan(EXPERIMENTS["fig3"], "paper")[0]
-        >>> first.variant.label, first.config.task, first.config.total_steps
-        ('ALM(3)', 'T-Humanoid-v5', 300000)
-    """
-
-    variant: Variant
-    """The line it belongs to."""
-    config: TrainConfig
-    """Its settings."""
-
-
 def plan(
     experiment: Experiment,
     scale: ScaleName,
@@ -334,7 +314,7 @@ def plan(
     steps: int | None = None,
     tasks: tuple[str, ...] = (),
     **settings: Any,
-) -> list[Planned]:
+) -> list[tuple[Variant, TrainConfig]]:
     """The runs of an experiment, by task, then variant, then seed.
 
     Args:
@@ -348,14 +328,14 @@ def plan(
         **settings: fields of ``TrainConfig`` for all runs, in place of the scale's.
 
     Returns:
-        list[Planned]: the runs.
+        list: the line that each run belongs to, and its settings.
 
     Raises:
         ValueError: if a task is not one of the experiment's at this scale.
 
     Examples:
         >>> runs = plan(EXPERIMENTS["fig5a"], "small", seeds=1)
-        >>> len(runs), runs[1].variant.label, runs[1].config.kl_coef
+        >>> len(runs), runs[1][0].label, runs[1][1].kl_coef
         (8, 'no KL', 0.0)
     """
     size = SCALES[scale]
@@ -374,13 +354,11 @@ def plan(
     if steps is not None:
         settings["total_steps"] = steps
 
-    def config(task: str, changes: Mapping[str, Any], seed: int) -> TrainConfig:
-        fields = {**size.settings, **own, **available[task], **changes, **settings}
-        return preset_config(**{**fields, "task": task, "seed": seed})
-
-    return [
-        Planned(variant, config(task, variant.changes, seed))
-        for task in (tasks or available)
-        for variant in experiment.variants
-        for seed in range(size.seeds if seeds is None else seeds)
-    ]
+    found = []
+    for task in tasks or available:
+        for variant in experiment.variants:
+            fields = size.settings | own | available[task] | variant.changes | settings
+            for seed in range(size.seeds if seeds is None else seeds):
+                config = preset_config(**{**fields, "task": task, "seed": seed})
+                found.append((variant, config))
+    return found

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from multiprocessing import get_context
@@ -56,20 +56,18 @@ def _outcomes(
 ) -> Iterator[tuple[TrainConfig, str]]:
     """Trains, and gives for each run the reason why it failed, or ""."""
     if jobs == 1 or len(configs) <= 1:
-        for config in configs:
-            yield config, _raise_if_interrupted(_train(config))
+        yield from ((config, _train(config)) for config in configs)
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     # A process that has used PyTorch's threads cannot be forked.
-    context = get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, _ignore_interrupts) as pool:
-        futures: dict[Future[str | None], TrainConfig] = {}
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _ignore_interrupts) as pool:
+        futures = {}
         for config in configs:
             limited = replace(config, threads=min(config.threads or threads, threads))
             futures[pool.submit(_train, limited)] = config
         try:
             for future in as_completed(futures):
-                yield futures[future], _raise_if_interrupted(future.result())
+                yield futures[future], future.result()
         except KeyboardInterrupt:
             # The runs in progress got the signal too, and save themselves.
             pool.shutdown(cancel_futures=True)
@@ -81,14 +79,8 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _raise_if_interrupted(outcome: str | None) -> str:
-    if outcome is None:
-        raise KeyboardInterrupt
-    return outcome
-
-
-def _train(config: TrainConfig) -> str | None:
-    """Why a run failed, "" if it did not, None if it was interrupted."""
+def _train(config: TrainConfig) -> str:
+    """Why a run failed, or ""; a KeyboardInterrupt where it was interrupted."""
     from alm_torchrl.runs.train import train
 
     config.run_path.mkdir(parents=True, exist_ok=True)
@@ -98,18 +90,19 @@ def _train(config: TrainConfig) -> str | None:
         redirect_stderr(log),
     ):
         try:
-            return None if train(config) else ""
+            code = train(config)
         except UserError as error:
             return str(error)
+    if code:
+        raise KeyboardInterrupt
+    return ""
 
 
 def _steps_done(config: TrainConfig) -> int:
     metrics = config.run_path / "metrics.csv"
-    rows = (
-        read_metrics(metrics)
-        if holds_run(config.run_path) and metrics.is_file()
-        else []
-    )
+    if not holds_run(config.run_path) or not metrics.is_file():
+        return 0
+    rows = read_metrics(metrics)
     return rows[-1]["training_step"] if rows else 0
 
 

@@ -56,25 +56,23 @@ def plot_bias(
     """Draws mean and deviation of the bias in training, the ``rows`` of bias_rows."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure, axes = _figure(experiment, note, len(tasks), rows=2)
-    lines = list(dict.fromkeys((row["variant"], row["estimate"]) for row in rows))
+    bounded = {row["variant"] for row in rows if row["estimate"] == "bound"}
+    # A baseline's estimate is the smallest or the mean of its critics.
+    q = {True: "min Q", False: "Q"}
+    labelled = [
+        row | {"line": f"{row['variant']} {name}"}
+        for row in rows
+        for name in [
+            {"bound": "bound"}.get(row["estimate"], q[row["variant"] in bounded])
+        ]
+    ]
     for index, panel in enumerate(axes):
-        statistic, task = (
-            ("mean", "std")[index // len(tasks)],
-            tasks[index % len(tasks)],
-        )
-        curves = []
-        for variant, estimate in lines:
-            wanted = {"task": task, "variant": variant, "estimate": estimate}
-            # A baseline's only estimate: the smallest or the mean of its critics.
-            q = "min Q" if (variant, "bound") in lines else "Q"
-            label = f"{variant} {'bound' if estimate == 'bound' else q}"
-            if chosen := [row for row in rows if row.items() >= wanted.items()]:
-                curves.append(over_seeds(label, chosen, "training_step", statistic))
-        draw_curves(panel, curves)
+        statistic, column = ("mean", "std")[index // len(tasks)], index % len(tasks)
+        _draw_rows(panel, labelled, tasks[column], "line", "training_step", statistic)
         panel.axhline(0, color="0.6", linewidth=0.8)
-        panel.set_title(task if statistic == "mean" else "")
+        panel.set_title(tasks[column] if statistic == "mean" else "")
         label = f"{statistic} of the bias / |mean return|"
-        panel.set_ylabel("" if index % len(tasks) else label)
+        panel.set_ylabel("" if column else label)
     _legend(figure, axes[0])
     return save(figure, output)
 
@@ -86,17 +84,7 @@ def plot_rollouts(
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure, axes = _figure(experiment, note, len(tasks))
     for panel, task in zip(axes, tasks, strict=True):
-        shown = [row for row in rows if row["task"] == task]
-        curves = [
-            over_seeds(
-                label,
-                [row for row in shown if row["variant"] == label],
-                "steps",
-                "error",
-            )
-            for label in dict.fromkeys(row["variant"] for row in shown)
-        ]
-        draw_curves(panel, curves)
+        _draw_rows(panel, rows, task, "variant", "steps", "error")
         panel.axhline(1, color="0.6", linewidth=0.8, linestyle=":")
         panel.annotate("constant guess", (0, 1.02), fontsize=8, color="0.4")
         panel.set_title(task)
@@ -105,6 +93,17 @@ def plot_rollouts(
         panel.set_ylim(bottom=0)
     _legend(figure, axes[0])
     return save(figure, output)
+
+
+def _draw_rows(
+    panel: Axes, rows: Sequence[Row], task: str, line: str, x: str, y: str
+) -> None:
+    """One curve over seeds for each value of the entry ``line``."""
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["task"] == task:
+            lines.setdefault(row[line], []).append(row)
+    draw_curves(panel, [over_seeds(label, r, x, y) for label, r in lines.items()])
 
 
 def _figure(

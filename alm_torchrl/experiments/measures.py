@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from alm_torchrl.analysis.bias import ESTIMATES, bias_summary, bound_bias
+from alm_torchrl.analysis.bias import bias_summary, bound_bias
 from alm_torchrl.analysis.rollouts import latent_rollout
 from alm_torchrl.envs import make_env
 from alm_torchrl.experiments.tables import Group, Row
@@ -31,7 +31,7 @@ def bias_rows(groups: Sequence[Group], *, pairs: int) -> list[Row]:
         ``std`` of the bias over the absolute mean return.
     """
     rows = []
-    for group, run, env in _runs(groups):
+    for run, env, entries in _runs(groups):
         for step, checkpoint in _checkpoints(run.path).items():
             found = bound_bias(
                 env,
@@ -40,20 +40,10 @@ def bias_rows(groups: Sequence[Group], *, pairs: int) -> list[Row]:
                 pairs=pairs,
                 seed=run.config.seed,
             )
-            summary = bias_summary(found)
-            rows += [
-                {
-                    "task": group.task,
-                    "variant": group.label,
-                    "seed": run.config.seed,
-                    "training_step": step,
-                    "estimate": estimate,
-                    "mean": summary[estimate, "overall", "mean"].item(),
-                    "std": summary[estimate, "overall", "std"].item(),
-                }
-                for estimate in ESTIMATES
-                if estimate in summary
-            ]
+            for estimate, kinds in bias_summary(found).items():
+                bias = {name: kinds["overall", name].item() for name in ("mean", "std")}
+                own = {"training_step": step, "estimate": estimate, **bias}
+                rows.append({**entries, **own})
     return rows
 
 
@@ -71,33 +61,30 @@ def rollout_rows(groups: Sequence[Group], *, steps: int) -> list[Row]:
         median over the starts, in standard deviations of the latents.
     """
     rows = []
-    for group, run, env in _runs(groups):
-        seed = run.config.seed
-        found = latent_rollout(env, load_loss(run.path), steps=steps, seed=seed)
+    for run, env, entries in _runs(groups):
+        loss = load_loss(run.path)
+        found = latent_rollout(env, loss, steps=steps, seed=run.config.seed)
         median = found["normalised_error"].quantile(0.5, 0).tolist()
-        rows += [
-            {
-                "task": group.task,
-                "variant": group.label,
-                "seed": seed,
-                "steps": predicted,
-                "error": error,
-            }
-            for predicted, error in enumerate(median)
-        ]
+        for predicted, error in enumerate(median):
+            rows.append({**entries, "steps": predicted, "error": error})
     return rows
 
 
-def _runs(groups: Sequence[Group]) -> Iterator[tuple[Group, Run, Any]]:
-    """All runs with their groups and environments."""
+def _runs(groups: Sequence[Group]) -> Iterator[tuple[Run, Any, Row]]:
+    """All runs, with their environments and the first entries of their rows."""
     for group in groups:
         for run in group.runs:
+            config = run.config
             env = make_env(
-                run.config.task,
-                action_bounds=run.config.action_bounds,
-                dynamics_noise=run.config.dynamics_noise,
+                config.task,
+                action_bounds=config.action_bounds,
+                dynamics_noise=config.dynamics_noise,
             )
-            yield group, run, env
+            yield (
+                run,
+                env,
+                {"task": group.task, "variant": group.label, "seed": config.seed},
+            )
             env.close()
 
 

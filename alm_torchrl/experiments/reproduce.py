@@ -16,8 +16,8 @@ from alm_torchrl.experiments.catalogue import (
     EXPERIMENTS,
     SCALES,
     Experiment,
-    Planned,
     ScaleName,
+    Variant,
     plan,
 )
 from alm_torchrl.experiments.execution import is_complete, make_runs
@@ -33,10 +33,12 @@ from alm_torchrl.experiments.tables import (
 )
 from alm_torchrl.runs.curves import Curve, reference_curve
 from alm_torchrl.runs.folder import Run
+from alm_torchrl.runs.settings import TrainConfig
 
 __all__ = ["ReproduceOptions", "describe_experiments", "reproduce"]
 
 Say = Callable[[str], None]
+Planned = tuple[Variant, TrainConfig]
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,12 @@ def reproduce(name: str, options: ReproduceOptions, say: Say) -> int:
     # Fails before the training where a package is missing.
     iqm_interval(np.ones(2))
     planned = _planned(experiment, options)
-    done = sum(is_complete(one.config) for one in planned)
+    done = sum(is_complete(config) for _, config in planned)
     jobs = options.jobs or _default_jobs(options)
     say(textwrap.fill(f"{experiment.source}: {experiment.question}", 80))
     say(f"Scale: {options.scale} ({note})")
     say(f"Runs: {len(planned)}, {done} of them complete, {jobs} at once")
-    runs, failures = make_runs([one.config for one in planned], jobs=jobs)
+    runs, failures = make_runs([config for _, config in planned], jobs=jobs)
     for path, reason in failures.items():
         say(f"Failed: {path}: {reason}")
     if not runs:
@@ -133,7 +135,7 @@ def reproduce(name: str, options: ReproduceOptions, say: Say) -> int:
 
 def _planned(experiment: Experiment, options: ReproduceOptions) -> list[Planned]:
     planned = []
-    for one in plan(
+    for variant, config in plan(
         experiment,
         options.scale,
         seeds=options.seeds,
@@ -141,11 +143,11 @@ def _planned(experiment: Experiment, options: ReproduceOptions) -> list[Planned]
         tasks=options.tasks,
         device=options.device,
     ):
-        config = one.config
-        if config.agent == "alm":
-            config = replace(config, precision=options.precision)
-        config = replace(config, run_dir=options.runs / config.run_name)
-        planned.append(replace(one, config=config))
+        # The baselines keep fp32.
+        precision = options.precision if config.agent == "alm" else config.precision
+        config = replace(config, precision=precision)
+        folder = options.runs / config.run_name
+        planned.append((variant, replace(config, run_dir=folder)))
     return planned
 
 
@@ -158,11 +160,10 @@ def _default_jobs(options: ReproduceOptions) -> int:
 def _grouped(planned: Sequence[Planned], runs: Sequence[Run]) -> list[Group]:
     by_path = {run.path: run for run in runs}
     groups: dict[tuple[str, str], Group] = {}
-    for one in planned:
-        task, variant = one.config.task, one.variant
-        if run := by_path.get(one.config.run_path):
-            new = Group(task, variant.name, variant.label, [])
-            groups.setdefault((task, variant.name), new).runs.append(run)
+    for variant, config in planned:
+        if run := by_path.get(config.run_path):
+            new = Group(config.task, variant.name, variant.label, [])
+            groups.setdefault((config.task, variant.name), new).runs.append(run)
     return list(groups.values())
 
 
