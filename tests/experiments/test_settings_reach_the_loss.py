@@ -275,10 +275,10 @@ def test_row_of_the_catalogue(name, scale, monkeypatch):
     # Drawing orthogonal weights of the paper's size takes seconds.
     monkeypatch.setattr(nn.init, "orthogonal_", lambda weight, gain=1: weight)
     left_out = set() if scale == "paper" else OF_THE_PAPER_SCALE
-    planned = {one.variant.name: one for one in plan(EXPERIMENTS[name], scale, seeds=1)}
+    planned = {v.name: config for v, config in plan(EXPERIMENTS[name], scale, seeds=1)}
     assert [*planned] == [variant.name for variant in EXPERIMENTS[name].variants]
-    for row, one in planned.items():
-        settings = one.config.to_dict()
+    for row, config in planned.items():
+        settings = config.to_dict()
         found = facts(build_loss(settings, SPACES))
         found |= {k: settings[k] for k in ("horizon", "dynamics_noise")}
         expected = {k: v for k, v in ROWS[row].items() if k not in left_out}
