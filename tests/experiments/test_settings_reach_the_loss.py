@@ -6,7 +6,7 @@ The tables are written by hand: a new row or a new flag fails until it stands he
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import pytest
@@ -285,6 +285,9 @@ def test_row_of_the_catalogue(name, scale, monkeypatch):
         assert {k: v for k, v in found.items() if k not in left_out} == expected, row
 
 
+CALLS_MAKE_ENV = training
+
+
 class Stopped(Exception):
     """Raised in place of the training, once its arguments are known."""
 
@@ -307,6 +310,7 @@ def call(tmp_path_factory):
                 found.setdefault(f"env.{name}", []).append(value)
             return make_env("Pendulum-v1", action_bounds="rescale")
 
+        @wraps(training.make_trainer)  # keeps its signature
         def trainer(env, loss, **arguments):
             found.update({f"trainer.{name}": arguments[name] for name in arguments})
             found.update(facts(loss))
@@ -321,7 +325,7 @@ def call(tmp_path_factory):
             patch.chdir(tmp_path_factory.mktemp("train"))
             patch.setattr(training, "find_device", lambda name: name)
             patch.setattr(training, "build_loss", build)
-            patch.setattr(training, "make_env", environment)
+            patch.setattr(CALLS_MAKE_ENV, "make_env", environment)
             patch.setattr(training, "make_trainer", trainer)
             patch.setattr(
                 torch, "set_num_threads", partial(found.__setitem__, "threads")
