@@ -7,7 +7,7 @@ picture ``output``, whose ending chooses the format. It returns ``output``.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,8 +46,7 @@ def plot_curves(
         axes[column].set_ylabel("return, mean and deviation" if column == 0 else "")
         if timed:
             _draw_over_time(axes[len(tasks) + column], shown, curves)
-    _legend(figure, axes[0])
-    return save(figure, output)
+    return _finish(figure, axes[0], output)
 
 
 def plot_bias(
@@ -57,15 +56,7 @@ def plot_bias(
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure, axes = _figure(experiment, note, len(tasks), rows=2)
     bounded = {row["variant"] for row in rows if row["estimate"] == "bound"}
-    # A baseline's estimate is the smallest or the mean of its critics.
-    q = {True: "min Q", False: "Q"}
-    labelled = [
-        row | {"line": f"{row['variant']} {name}"}
-        for row in rows
-        for name in [
-            {"bound": "bound"}.get(row["estimate"], q[row["variant"] in bounded])
-        ]
-    ]
+    labelled = [row | {"line": _line(row, bounded)} for row in rows]
     for index, panel in enumerate(axes):
         statistic, column = ("mean", "std")[index // len(tasks)], index % len(tasks)
         _draw_rows(panel, labelled, tasks[column], "line", "training_step", statistic)
@@ -73,8 +64,7 @@ def plot_bias(
         panel.set_title(tasks[column] if statistic == "mean" else "")
         label = f"{statistic} of the bias / |mean return|"
         panel.set_ylabel("" if column else label)
-    _legend(figure, axes[0])
-    return save(figure, output)
+    return _finish(figure, axes[0], output)
 
 
 def plot_rollouts(
@@ -91,8 +81,7 @@ def plot_rollouts(
         panel.set_xlabel("predicted steps")
         panel.set_ylabel("error / deviation of the latents")
         panel.set_ylim(bottom=0)
-    _legend(figure, axes[0])
-    return save(figure, output)
+    return _finish(figure, axes[0], output)
 
 
 def _draw_rows(
@@ -104,6 +93,13 @@ def _draw_rows(
         if row["task"] == task:
             lines.setdefault(row[line], []).append(row)
     draw_curves(panel, [over_seeds(label, r, x, y) for label, r in lines.items()])
+
+
+def _line(row: Row, bounded: Collection[str]) -> str:
+    """A label; a baseline's value is the smallest or the mean of its critics."""
+    if row["estimate"] == "bound":
+        return f"{row['variant']} bound"
+    return f"{row['variant']} {'min Q' if row['variant'] in bounded else 'Q'}"
 
 
 def _figure(
@@ -133,13 +129,9 @@ def _draw_over_time(
     panel.set_ylabel("mean return")
 
 
-def _legend(figure: Any, panel: Axes) -> None:  # noqa: ANN401
+def _finish(figure: Any, panel: Axes, output: Path) -> Path:  # noqa: ANN401
+    """Adds the legend of a panel, and writes the figure."""
     handles, labels = panel.get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=min(4, len(labels)),
-        frameon=False,
-        fontsize=9,
-    )
+    style: dict[str, Any] = {"ncols": min(4, len(labels)), "frameon": False}
+    figure.legend(handles, labels, loc="outside lower center", fontsize=9, **style)
+    return save(figure, output)
