@@ -11,7 +11,7 @@ All returns and values are normalised by ``1 - gamma``, as in Eq. 1, except in
 
 **Verdicts** on the claims of section 3.3 and appendix A. *Holds*: as printed.
 *Amended*: holds when changed as stated. *Fails*: there is a counterexample, in
-``tests/test_bounds_counterexamples.py``. What holds is tested on random problems.
+``tests/bounds/test_counterexamples.py``. What holds is tested on random problems.
 
 ================================= ======= ==============================================
 Claim                             Verdict Remark

@@ -7,39 +7,38 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+import numpy as np
 
 from alm_torchrl.checks import check_integer
 from alm_torchrl.experiments.catalogue import (
     EXPERIMENTS,
     SCALES,
     Experiment,
-    Planned,
     ScaleName,
+    Variant,
     plan,
 )
+from alm_torchrl.experiments.execution import is_complete, make_runs
 from alm_torchrl.experiments.figures import plot_bias, plot_curves, plot_rollouts
-from alm_torchrl.experiments.running import is_complete, make_runs
-from alm_torchrl.experiments.studies import (
-    BIAS_FIELDS,
-    ROLLOUT_FIELDS,
-    bias_rows,
-    rollout_rows,
-    write_rows,
-)
+from alm_torchrl.experiments.measures import bias_rows, rollout_rows
 from alm_torchrl.experiments.tables import (
+    Group,
     format_scores,
     iqm_interval,
-    scores,
-    write_curves,
-    write_scores,
+    metric_rows,
+    score_rows,
+    write_rows,
 )
-from alm_torchrl.runs.curves import reference_curve
+from alm_torchrl.runs.curves import Curve, reference_curve
 from alm_torchrl.runs.folder import Run
+from alm_torchrl.runs.settings import TrainConfig
 
 __all__ = ["ReproduceOptions", "describe_experiments", "reproduce"]
 
 Say = Callable[[str], None]
+Planned = tuple[Variant, TrainConfig]
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class ReproduceOptions:
     """Published learning curves (the authors' scores/*.csv) to draw as well."""
 
     def __post_init__(self) -> None:
-        """Check what no other part checks."""
+        """Checks what no other part checks."""
         for name in ("seeds", "steps", "jobs"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name))
@@ -80,21 +79,19 @@ class ReproduceOptions:
 
 def describe_experiments() -> str:
     """All experiments as text: name, source, question, variants, what was published."""
-    blocks = []
+    indent = " " * 8
+    lines = []
     for one in EXPERIMENTS.values():
-        variants = ", ".join(variant.label for variant in one.variants)
-        lines = (f"{one.question}", f"Runs: {variants}.", f"Paper: {one.published}.")
-        texts = [
-            textwrap.fill(
-                line,
-                80,
-                initial_indent=f"{one.name:8}{one.source}: " if index == 0 else " " * 8,
-                subsequent_indent=" " * 8,
+        runs = f"Runs: {', '.join(variant.label for variant in one.variants)}."
+        for first, text in (
+            (f"{one.name:8}{one.source}: ", one.question),
+            (indent, runs),
+            (indent, f"Paper: {one.published}."),
+        ):
+            lines.append(
+                textwrap.fill(text, 80, initial_indent=first, subsequent_indent=indent)
             )
-            for index, line in enumerate(lines)
-        ]
-        blocks.append("\n".join(texts))
-    return "\n".join(blocks)
+    return "\n".join(lines)
 
 
 def reproduce(name: str, options: ReproduceOptions, say: Say) -> int:
@@ -118,27 +115,40 @@ def reproduce(name: str, options: ReproduceOptions, say: Say) -> int:
         )
     experiment, note = EXPERIMENTS[name], SCALES[options.scale].note
     references = [reference_curve(path) for path in options.reference]
-    _check_packages()
+    # Fails before the training where a package is missing.
+    iqm_interval(np.ones(2))
     planned = _planned(experiment, options)
-    done = sum(is_complete(one.config) for one in planned)
+    done = sum(is_complete(config) for _, config in planned)
     jobs = options.jobs or _default_jobs(options)
     say(textwrap.fill(f"{experiment.source}: {experiment.question}", 80))
     say(f"Scale: {options.scale} ({note})")
     say(f"Runs: {len(planned)}, {done} of them complete, {jobs} at once")
-    runs, failures = make_runs(planned, jobs=jobs)
-    for failure in failures:
-        say(f"Failed: {failure.path}: {failure.reason}")
+    runs, failures = make_runs([config for _, config in planned], jobs=jobs)
+    for path, reason in failures.items():
+        say(f"Failed: {path}: {reason}")
     if not runs:
         raise ValueError("no run succeeded, so there is nothing to draw")
-    written = _write(experiment, options, planned, runs, references, say)
+    written = _write(experiment, options, _grouped(planned, runs), references, say)
     say("\nWritten\n" + "\n".join(f"  {path}" for path in written))
     return 1 if failures else 0
 
 
-def _check_packages() -> None:
-    import numpy as np
-
-    iqm_interval(np.ones(2))
+def _planned(experiment: Experiment, options: ReproduceOptions) -> list[Planned]:
+    planned = []
+    for variant, config in plan(
+        experiment,
+        options.scale,
+        seeds=options.seeds,
+        steps=options.steps,
+        tasks=options.tasks,
+        device=options.device,
+    ):
+        # The baselines keep fp32.
+        precision = options.precision if config.agent == "alm" else config.precision
+        config = replace(config, precision=precision)
+        folder = options.runs / config.run_name
+        planned.append((variant, replace(config, run_dir=folder)))
+    return planned
 
 
 def _default_jobs(options: ReproduceOptions) -> int:
@@ -147,69 +157,44 @@ def _default_jobs(options: ReproduceOptions) -> int:
     return 1 if find_device(options.device) == "cuda" else os.cpu_count() or 1
 
 
-def _planned(experiment: Experiment, options: ReproduceOptions) -> list[Planned]:
-    planned = plan(
-        experiment,
-        options.scale,
-        seeds=options.seeds,
-        steps=options.steps,
-        tasks=options.tasks,
-        settings={"device": options.device},
-    )
-    found = []
-    for one in planned:
-        config = one.config
-        if config.agent == "alm":
-            config = replace(config, precision=options.precision)
-        folder = options.runs / config.run_name
-        found.append(Planned(one.variant, replace(config, run_dir=folder)))
-    return found
+def _grouped(planned: Sequence[Planned], runs: Sequence[Run]) -> list[Group]:
+    by_path = {run.path: run for run in runs}
+    groups: dict[tuple[str, str], Group] = {}
+    for variant, config in planned:
+        if run := by_path.get(config.run_path):
+            new = Group(config.task, variant.name, variant.label, [])
+            groups.setdefault((config.task, variant.name), new).runs.append(run)
+    return list(groups.values())
 
 
 def _write(
     experiment: Experiment,
     options: ReproduceOptions,
-    planned: Sequence[Planned],
-    runs: Sequence[Run],
-    references: Sequence[Any],
+    groups: Sequence[Group],
+    references: Sequence[Curve],
     say: Say,
 ) -> list[Path]:
-    by_path = {run.path: run for run in runs}
-    groups: dict[str, dict[str, list[Run]]] = {}
-    files: dict[tuple[str, str], str] = {}
-    for one in planned:
-        run = by_path.get(one.config.run_path)
-        if run is not None:
-            variants = groups.setdefault(one.config.task, {})
-            variants.setdefault(one.variant.label, []).append(run)
-            files[one.config.task, one.variant.label] = one.variant.name
+    """Writes curves, table, what else was measured, and the figure."""
+    scale, folder = SCALES[options.scale], options.output
     suffix = "" if options.scale == "paper" else f"-{options.scale}"
-    flat = [
-        (label, task, members)
-        for task, variants in groups.items()
-        for label, members in variants.items()
-    ]
+    stem, kind = f"{experiment.name}{suffix}", experiment.kind
     written = [
-        write_curves(
-            members, options.output / task / f"{files[task, label]}{suffix}.csv"
+        write_rows(
+            metric_rows(group.runs), folder / group.task / f"{group.name}{suffix}.csv"
         )
-        for label, task, members in flat
+        for group in groups
     ]
-    note = SCALES[options.scale].note
-    stem = options.output / f"{experiment.name}{suffix}"
-    picture = stem.with_name(f"{stem.name}.png")
-    table = scores(flat)
-    say(f"\nLast evaluation, {note}\n{format_scores(table)}")
-    written.append(write_scores(table, stem.with_name(f"{stem.name}.csv")))
-    detail = stem.with_name(f"{stem.name}-{experiment.kind}.csv")
-    if experiment.kind == "bias":
-        rows = bias_rows(flat, options.scale)
-        written.append(write_rows(rows, BIAS_FIELDS, detail))
-        written.append(plot_bias(experiment, note, rows, picture))
-    elif experiment.kind == "rollout":
-        rows = rollout_rows(flat, options.scale)
-        written.append(write_rows(rows, ROLLOUT_FIELDS, detail))
-        written.append(plot_rollouts(experiment, note, rows, picture))
+    table = score_rows(groups)
+    say(f"\nLast evaluation, {scale.note}\n{format_scores(table)}")
+    written.append(write_rows(table, folder / f"{stem}.csv"))
+    picture = folder / f"{stem}.png"
+    if kind == "curves":
+        plot_curves(experiment, scale.note, groups, picture, references)
     else:
-        written.append(plot_curves(experiment, note, groups, picture, references))
-    return written
+        if kind == "bias":
+            rows, draw = bias_rows(groups, pairs=scale.pairs), plot_bias
+        else:
+            rows, draw = rollout_rows(groups, steps=scale.rollout), plot_rollouts
+        written.append(write_rows(rows, folder / f"{stem}-{kind}.csv"))
+        draw(experiment, scale.note, rows, picture)
+    return [*written, picture]

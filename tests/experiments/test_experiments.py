@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 
 from alm_torchrl.cli import main
-from alm_torchrl.experiments import figures, running
+from alm_torchrl.experiments import execution, figures
 from alm_torchrl.experiments.catalogue import EXPERIMENTS, SCALES, plan
-from alm_torchrl.experiments.running import is_complete, make_runs
-from alm_torchrl.experiments.studies import over_seeds
-from alm_torchrl.experiments.tables import Score, format_scores, iqm_interval
+from alm_torchrl.experiments.execution import is_complete, make_runs
+from alm_torchrl.experiments.tables import format_scores, iqm_interval, over_seeds
 from alm_torchrl.runs.curves import reference_curve
-from alm_torchrl.runs.folder import METRICS_FIELDS, read_metrics
+from alm_torchrl.runs.folder import METRICS_FIELDS
 from alm_torchrl.runs.settings import UserError
 
 TASK = "InvertedPendulum-v5"
@@ -79,15 +78,11 @@ def test_a_line_for_each_variant_and_estimate(tmp_path, monkeypatch):
         ("REDQ", "qvalue"): "REDQ Q",
     }
     rows = [
-        dict(
-            task=task,
-            variant=variant,
-            seed=seed,
-            training_step=step,
-            estimate=estimate,
-            mean=100 * task + 10 * line + step + 2 * seed,
-            std=1000 + line,
-        )
+        {
+            **{"task": task, "variant": variant, "estimate": estimate},
+            **{"seed": seed, "training_step": step, "std": 1000 + line},
+            "mean": 100 * task + 10 * line + step + 2 * seed,
+        }
         for task in (1, 2)
         for line, (variant, estimate) in enumerate(labels)
         for seed in (0, 1)
@@ -98,12 +93,13 @@ def test_a_line_for_each_variant_and_estimate(tmp_path, monkeypatch):
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [*labels.values()]
     for index, panel in enumerate(figure.axes):
-        what, task = divmod(index, 2)
+        deviation, task = divmod(index, 2)
         curves = {line.get_label(): line.get_ydata() for line in panel.get_lines()}
         for number, label in enumerate(labels.values()):
-            means = 100 * (task + 1) + 10 * number + np.array([1, 4])
-            expected = [1000 + number] * 2 if what else means
-            assert curves[label].tolist() == list(expected)
+            first = 100 * (task + 1) + 10 * number
+            means = [first + 1, first + 4]
+            expected = [1000 + number] * 2 if deviation else means
+            assert curves[label].tolist() == expected
 
 
 def test_the_tasks_of_all_scales_are_registered():
@@ -120,40 +116,35 @@ def test_complete_runs_are_not_made_again(folder, monkeypatch):
     def never(config):
         raise AssertionError(config.run_path)
 
-    monkeypatch.setattr(running, "_train", never)
+    monkeypatch.setattr(execution, "_train", never)
     assert command(folder, "fig15", "--scale", "smoke", "--jobs", 1) == 0
     assert (folder / "results" / "fig15-smoke.csv").read_text() == before
 
 
-def in_folder(planned, folder):
-    return [
-        dataclasses.replace(
-            one,
-            config=dataclasses.replace(
-                one.config, run_dir=folder / one.config.run_name
-            ),
-        )
-        for one in planned
-    ]
+def in_folder(name, folder):
+    """The settings of an experiment's runs, each with a folder of its own."""
+    configs = [config for _, config in plan(EXPERIMENTS[name], "smoke")]
+    return [dataclasses.replace(c, run_dir=folder / c.run_name) for c in configs]
 
 
 def test_runs_that_were_interrupted_are_continued(tmp_path, monkeypatch):
-    first, second = in_folder(plan(EXPERIMENTS["table1"], "smoke"), tmp_path)
-    shorter = dataclasses.replace(first.config, total_steps=3)
-    assert running._train(shorter) == ""
-    assert not is_complete(first.config)
+    first, second = in_folder("table1", tmp_path)
+    assert execution._train(dataclasses.replace(first, total_steps=3)) == ""
+    assert not is_complete(first)
     runs, failures = make_runs([first, second], jobs=1)
     assert not failures
-    assert [run.path for run in runs] == [first.config.run_path, second.config.run_path]
-    assert "Continues from" in (first.config.run_path / "train.log").read_text()
-    steps = [row["training_step"] for row in runs[0].metrics]
-    assert steps == [0, 3, 6]
+    assert [run.path for run in runs] == [first.run_path, second.run_path]
+    assert "Continues from" in (first.run_path / "train.log").read_text()
+    assert [row["training_step"] for row in runs[0].metrics] == [0, 3, 6]
 
-    # Ctrl-C in a run makes the training return 130: no further run is begun.
-    monkeypatch.setattr("alm_torchrl.runs.train.train", lambda config: 130)
-    others = in_folder(plan(EXPERIMENTS["fig15"], "smoke"), tmp_path)
+    # Ctrl-C in a run makes the training return 130: no further run starts.
+    begun = []
+    monkeypatch.setattr(
+        "alm_torchrl.runs.train.train", lambda c: begun.append(c) or 130
+    )
     with pytest.raises(KeyboardInterrupt):
-        make_runs(others, jobs=1)
+        make_runs(in_folder("fig15", tmp_path / "others"), jobs=1)
+    assert len(begun) == 1
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_drawn(
@@ -178,9 +169,8 @@ def test_a_run_that_fails_is_named_and_the_others_are_drawn(
 
 @pytest.mark.slow
 def test_several_at_once_equal_one_after_another(tmp_path):
-    planned = plan(EXPERIMENTS["fig16"], "smoke")
-    alone, _ = make_runs(in_folder(planned, tmp_path / "one"), jobs=1)
-    several, _ = make_runs(in_folder(planned, tmp_path / "many"), jobs=2)
+    alone, _ = make_runs(in_folder("fig16", tmp_path / "one"), jobs=1)
+    several, _ = make_runs(in_folder("fig16", tmp_path / "many"), jobs=2)
     for one, other in zip(alone, several, strict=True):
         pairs = zip(one.metrics, other.metrics, strict=True)
         assert all(a["mean_return"] == b["mean_return"] for a, b in pairs)
@@ -211,56 +201,58 @@ def test_mistakes_are_named(words, message, folder, capsys):
     assert message in capsys.readouterr().err
 
 
+def configs(name, scale):
+    return [config for _, config in plan(EXPERIMENTS[name], scale)]
+
+
 def test_what_is_planned():
-    paper = plan(EXPERIMENTS["table1"], "paper")
+    paper = configs("table1", "paper")
     assert len(paper) == 25
-    assert {one.config.total_steps for one in paper} == {200_000}
-    assert {one.config.preset for one in paper} == {"paper"}
-    small = plan(EXPERIMENTS["fig5b"], "small")
-    assert {one.config.task for one in small} == set(SCALES["small"].tasks)
-    assert {one.config.horizon for one in small} == {1, 3, 5}
-    names = [one.config.run_name for one in small]
-    assert len(set(names)) == len(names)
-    # The baseline of one figure is that of the others.
-    other = {one.config.run_name for one in plan(EXPERIMENTS["fig5a"], "small")}
-    assert {n.config.run_name for n in small if n.variant.name == "alm"} <= other
-
-
-@pytest.mark.parametrize("scale", SCALES)
-def test_all_experiments_can_be_planned(scale):
-    for experiment in EXPERIMENTS.values():
-        names = [variant.name for variant in experiment.variants]
-        assert len(set(names)) == len(names)
-        assert plan(experiment, scale)
+    assert {(one.total_steps, one.preset) for one in paper} == {(200_000, "paper")}
+    small = configs("fig5b", "small")
+    assert {one.task for one in small} == set(SCALES["small"].tasks)
+    assert {one.horizon for one in small} == {1, 3, 5}
+    names = {one.run_name for one in small}
+    assert len(names) == len(small)
+    # The lines that two figures share are the same runs.
+    shared = names & {one.run_name for one in configs("fig5a", "small")}
+    assert len(shared) == SCALES["small"].seeds * len(SCALES["small"].tasks)
 
 
 def test_interval_of_the_interquartile_mean():
     returns = np.array([0.0, 10.0, 20.0, 30.0, 1000.0])
-    state = np.random.get_state()[1].copy()  # noqa: NPY002
-    iqm, low, high = iqm_interval(returns)
+    found = []
+    for other_seed in (1, 2):
+        np.random.seed(other_seed)  # noqa: NPY002
+        state = np.random.get_state()[1].copy()  # noqa: NPY002
+        found.append(iqm_interval(returns))
+        assert (np.random.get_state()[1] == state).all()  # noqa: NPY002
+    assert found[0] == found[1]
+    iqm, low, high = found[0]
     assert iqm == pytest.approx(20.0)
     assert low < iqm < high
-    assert iqm_interval(returns) == (iqm, low, high)
-    assert (np.random.get_state()[1] == state).all()  # noqa: NPY002
+    assert iqm_interval(returns, seed=1) != found[0]
     assert iqm_interval(np.array([5.0]))[0] == 5.0
 
 
 def test_table_is_aligned():
-    row = Score("Task-v0", "a variant", 3, 10, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+    row = {"task": "Task-v0", "variant": "a variant", "seeds": 3, "mean": 1.0}
+    row |= {"std": 2.0, "iqm": 3.0, "low": 4.0, "high": 5.0}
     head, line = format_scores([row]).splitlines()
     assert line.index("3 [4, 5]") == head.index("IQM")
 
 
 def test_mean_and_deviation_over_seeds():
     rows = [
-        {"x": x, "y": y, "seed": seed}
-        for seed, values in enumerate([[1.0, 2.0], [3.0, 6.0, 9.0]])
+        {"x": x, "y": y}
+        for values in ([1.0, 2.0], [3.0, 6.0, 9.0])
         for x, y in enumerate(values)
     ]
-    x, mean, std = over_seeds(rows, "x", "y")
-    assert x.tolist() == [0, 1]
-    assert mean.tolist() == [2.0, 4.0]
-    assert std.tolist() == pytest.approx([2**0.5, 8**0.5])
+    curve = over_seeds("a line", rows, "x", "y")
+    assert curve.steps.tolist() == [0, 1]
+    assert curve.mean.tolist() == [2.0, 4.0]
+    assert curve.std.tolist() == pytest.approx([2**0.5, 8**0.5])
+    assert over_seeds("a line", rows[:2], "x", "y").std is None
 
 
 class TestReferenceCurve:
@@ -289,7 +281,7 @@ class TestReferenceCurve:
             self.curve(tmp_path, text)
 
 
-def test_plot_draws_published_curves(tmp_path, folder, capsys):
+def test_plot_draws_published_curves(tmp_path, folder):
     command(folder, "table1", "--scale", "smoke", "--jobs", 1)
     run = next(path for path in (folder / "runs").iterdir() if "-alm-" in path.name)
     published = tmp_path / "published.csv"
@@ -298,4 +290,3 @@ def test_plot_draws_published_curves(tmp_path, folder, capsys):
     main(["plot", str(run), "--output", str(plain)])
     main(["plot", str(run), "--output", str(other), "--reference", str(published)])
     assert plain.read_bytes() != other.read_bytes()
-    assert read_metrics(run / "metrics.csv")
