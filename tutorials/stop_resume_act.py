@@ -181,7 +181,7 @@ assert bool((resumed.replay_buffer[:] == straight.replay_buffer[:]).all())
 # %%
 shutil.copytree(checkpoint, OUTPUT / "damaged")
 record = manifest["components"]["loss_module"]
-file = OUTPUT / "damaged" / record["path"] / "tensors.npz"
+file = OUTPUT / "damaged" / record["path"] / "state.npz"
 content = bytearray(file.read_bytes())
 content[len(content) // 2] ^= 1
 file.write_bytes(content)
@@ -191,7 +191,7 @@ try:
     VerifiedCheckpoint(loss_module=before).load(OUTPUT / "damaged")
 except CheckpointError as error:
     refusal = str(error)
-assert "tensors.npz is damaged: expected SHA-256" in refusal
+assert "state.npz is damaged: expected SHA-256" in refusal
 for name, value in make_loss().state_dict().items():
     assert torch.equal(value, before.state_dict()[name]), name
 

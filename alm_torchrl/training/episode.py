@@ -28,6 +28,7 @@ from typing import Any
 import gymnasium
 import torch
 from gymnasium.wrappers import NormalizeObservation, NormalizeReward
+from gymnasium.wrappers.utils import RunningMeanStd
 from tensordict import TensorDict, TensorDictBase
 from torchrl.checkpoint import CheckpointError
 from torchrl.collectors import Collector
@@ -46,6 +47,7 @@ __all__ = ["CollectorState", "EpisodeEnv"]
 
 _DIGEST_BYTES = 8
 _MAX_SEED = 2**31
+_PROTOCOL = ("checkpoint_state", "load_checkpoint_state")
 
 
 class EpisodeEnv(TransformedEnv):
@@ -123,12 +125,10 @@ class EpisodeEnv(TransformedEnv):
         """Repeats an episode, and compares all that the environment returns.
 
         Args:
-            episode: what :meth:`episode` returned, of an environment that was made in
-                the same way.
+            episode: what :meth:`episode` returned.
 
         Raises:
-            CheckpointError: if anything differs; the environment is then somewhere in
-                the episode.
+            CheckpointError: if anything differs; the environment must then be reset.
         """
         try:
             self._repeat(episode)
@@ -136,19 +136,11 @@ class EpisodeEnv(TransformedEnv):
             raise CheckpointError(
                 f"the environment does not repeat its episode: {error}. Continue with "
                 "a fresh episode (--fresh-episode, or CollectorState.fresh_episode), "
-                "or give the environment the methods checkpoint_state and "
-                "load_checkpoint_state"
+                f"or give the environment the methods {' and '.join(_PROTOCOL)}"
             ) from error
 
-    def load_lasting_state(self, episode: Mapping[str, Any]) -> None:
-        """Loads what outlives resets, as it was before an episode.
-
-        Args:
-            episode: what :meth:`episode` returned.
-
-        Raises:
-            ValueError: if it is of an environment with other such state.
-        """
+    def _load_lasting_state(self, episode: Mapping[str, Any]) -> None:
+        """Loads what outlives resets, as it was before the episode."""
         saved, here = len(episode["layers"]), len(self._layers)
         if saved != here:
             raise ValueError(
@@ -159,7 +151,7 @@ class EpisodeEnv(TransformedEnv):
 
     @torch.no_grad()
     def _repeat(self, episode: Mapping[str, Any]) -> None:
-        self.load_lasting_state(episode)
+        self._load_lasting_state(episode)
         self.transform.load_state_dict(episode["transforms"])
         self._next_seed = episode["seed"]
         tensordict = self.reset()
@@ -289,7 +281,7 @@ class CollectorState:
         fresh = self.fresh_episode or not envs
         for env, episode in zip(envs, episodes, strict=True):
             if fresh:
-                env.load_lasting_state(episode)
+                env._load_lasting_state(episode)
             else:
                 env.replay(episode)
         # Gives the collector new numbers of trajectories, which fresh episodes need.
@@ -341,41 +333,38 @@ def _layers(env: EnvBase) -> Iterator[Any]:
             layers.append(layers[-1].env)
     for layer in layers:
         # On the class: a GymWrapper forwards unknown attributes.
-        offered = [
-            hasattr(type(layer), name)
-            for name in ("checkpoint_state", "load_checkpoint_state")
-        ]
+        offered = [hasattr(type(layer), name) for name in _PROTOCOL]
         if any(offered) and not all(offered):
             raise TypeError(
-                f"{type(layer).__name__}: expected both of checkpoint_state and "
-                "load_checkpoint_state, got one"
+                f"{type(layer).__name__}: expected both of {' and '.join(_PROTOCOL)}, "
+                "got one"
             )
-        if any(offered) or isinstance(layer, NormalizeObservation | NormalizeReward):
+        if all(offered) or isinstance(layer, NormalizeObservation | NormalizeReward):
             yield layer
 
 
-def _lasting(layer: Any) -> dict[str, Any]:  # noqa: ANN401
+def _lasting(layer: Any) -> Any:  # noqa: ANN401
     """What of a layer outlives resets."""
     if isinstance(layer, NormalizeObservation):
-        return vars(layer.obs_rms)
+        return _moments(layer.obs_rms)
     if isinstance(layer, NormalizeReward):
-        moments = vars(layer.return_rms)
-        return {**moments, "discounted_reward": layer.discounted_reward}
-    state: dict[str, Any] = layer.checkpoint_state()
-    return state
+        return [_moments(layer.return_rms), layer.discounted_reward]
+    return layer.checkpoint_state()
 
 
-def _load_lasting(layer: Any, state: dict[str, Any]) -> None:  # noqa: ANN401
+def _load_lasting(layer: Any, state: Any) -> None:  # noqa: ANN401
     if isinstance(layer, NormalizeObservation):
         _load_moments(layer.obs_rms, state)
     elif isinstance(layer, NormalizeReward):
-        _load_moments(layer.return_rms, state)
-        layer.discounted_reward = state["discounted_reward"]
+        moments, layer.discounted_reward = state
+        _load_moments(layer.return_rms, moments)
     else:
         layer.load_checkpoint_state(state)
 
 
-def _load_moments(moments: Any, state: dict[str, Any]) -> None:  # noqa: ANN401
-    moments.mean, moments.var, moments.count = (
-        state[name] for name in ("mean", "var", "count")
-    )
+def _moments(running: RunningMeanStd) -> list[Any]:
+    return [running.mean, running.var, running.count]
+
+
+def _load_moments(running: RunningMeanStd, moments: list[Any]) -> None:
+    running.mean, running.var, running.count = moments
