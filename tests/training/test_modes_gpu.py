@@ -135,7 +135,7 @@ def test_an_update_that_reads_from_the_device_is_refused():
 
 
 class OnCuda(parity.Parity):
-    """A recording of which only losses, norms and parameters are compared.
+    """A recording of which only norms, parameters and the bound are compared.
 
     A captured update cannot be watched from inside.
     """
@@ -157,27 +157,14 @@ class OnCuda(parity.Parity):
     def _compare(self, key, value):
         super()._compare(key, value.cpu())
 
-    def run(self):
-        groups = parity.GROUPS.items()
-        names = {"loss_model": "loss_encoder_model"}
-        names |= {f"grad_norm_{m[:-5]}": f"grad_norm_{name}" for m, (name, _) in groups}
-        for number in range(self.updates):
-            metrics = self.stepper.step(None, self._batch(number))
-            for name, value in metrics.items():
-                if name.startswith(("loss_", "grad_norm_")):
-                    self._compare(f"update{number}/{names.get(name, name)}", value)
-            for net in self._nets():
-                for key, param in self._parameters(net).items():
-                    self._compare(f"after{number + 1}/{net}/{key}", param)
-        return dict(self.differences)
-
 
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("cudagraph", [False, True])
 def test_recorded_numbers(path, cudagraph):
     differences = OnCuda(str(path), cudagraph=cudagraph).run()
-    assert len(differences) == 12
-    assert max(differences.values()) <= parity.BOUND, differences
+    assert {"grad_norm_actor", "after3", "lower_bound"} <= differences.keys()
+    # A NaN is not small either.
+    assert all(value <= parity.BOUND for value in differences.values()), differences
 
 
 def test_a_trainer_captures(tmp_path):
