@@ -127,6 +127,8 @@ def test_mistakes_with_a_run_are_named(capsys, folder, tmp_path):
         assert expected in fails(capsys, *arguments)
     (tmp_path / "config.json").write_text("{}")
     assert "no usable checkpoint" in fails(capsys, "evaluate", tmp_path)
+    for arguments in (("plot", tmp_path), ("train", "--resume", tmp_path)):
+        assert "expected a run folder of format 2" in fails(capsys, *arguments)
 
 
 @pytest.mark.parametrize(
