@@ -98,7 +98,7 @@ def fails(capsys, *arguments):
         ("train Pendulum-v1 --resume nowhere", "nowhere does not exist"),
         ("evaluate", "Missing from alm-torchrl evaluate: CHECKPOINT"),
         ("evaluate nowhere", "nowhere does not exist"),
-        ("evaluate .", "expected a checkpoint, or a run folder"),
+        ("evaluate .", "neither a checkpoint nor a run folder"),
         ("diagnose nowhere", "nowhere does not exist"),
         ("render nowhere", "nowhere does not exist"),
         ("render nowhere --steps 0", "steps: expected an integer >= 1, got 0"),
