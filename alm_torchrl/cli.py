@@ -269,6 +269,7 @@ COMMANDS: dict[str, type] = {
     "tasks": Tasks,
     "reproduce": Reproduce,
 }
+"""The commands by name; each is called with :meth:`run`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -97,10 +97,10 @@ def film_policy(
         check_integer("max_steps", max_steps)
     writer = _write_gif if output.suffix.lower() == ".gif" else _write_mp4
     gym_env = gymnasium_env(env.base_env)
-    if gym_env.render_mode != "rgb_array":
+    if gym_env.render_mode != "rgb_array" or not draws_pictures(env):
         raise ValueError(
-            "env: expected an environment made with render_mode='rgb_array', "
-            f"got render_mode={gym_env.render_mode!r}"
+            "env: expected a task that draws pictures and render_mode='rgb_array', "
+            f"got {gym_env} with render_mode={gym_env.render_mode!r}"
         )
     _follow(gym_env.unwrapped)
     rate = float(gym_env.metadata.get("render_fps", 30))

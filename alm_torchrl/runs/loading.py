@@ -106,7 +106,7 @@ def find_checkpoint(
     directory = path / "checkpoints"
     if not (path / "config.json").is_file() and not directory.is_dir():
         raise FileNotFoundError(
-            f"{path}: expected a checkpoint, or a run folder, which has a config.json "
+            f"{path} is neither a checkpoint nor a run folder, which has a config.json "
             "and a folder named checkpoints"
         )
     newest = next(usable_checkpoints(directory, components), None)

@@ -82,8 +82,8 @@ def train(
 
     Args:
         config: the settings; ``config.run_path`` is the folder.
-        resume: a run folder, or a checkpoint in one, to continue from. Another
-            folder than ``config.run_path`` is left as it is. Default: ``None``.
+        resume: a run folder, or a checkpoint in one, to continue from; a folder other
+            than ``config.run_path`` stays as it is. Default: ``None``.
         fresh: move a run in ``config.run_path`` aside and start anew.
             Default: ``False``.
         fresh_episode: continue with a fresh episode, not the one that was running.

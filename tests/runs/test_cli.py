@@ -98,7 +98,7 @@ def fails(capsys, *arguments):
         ("train Pendulum-v1 --resume nowhere", "nowhere does not exist"),
         ("evaluate", "Missing from alm-torchrl evaluate: CHECKPOINT"),
         ("evaluate nowhere", "nowhere does not exist"),
-        ("evaluate .", "expected a checkpoint, or a run folder"),
+        ("evaluate .", "neither a checkpoint nor a run folder"),
         ("diagnose nowhere", "nowhere does not exist"),
         ("render nowhere", "nowhere does not exist"),
         ("render nowhere --steps 0", "steps: expected an integer >= 1, got 0"),
@@ -127,6 +127,8 @@ def test_mistakes_with_a_run_are_named(capsys, folder, tmp_path):
         assert expected in fails(capsys, *arguments)
     (tmp_path / "config.json").write_text("{}")
     assert "no usable checkpoint" in fails(capsys, "evaluate", tmp_path)
+    for arguments in (("plot", tmp_path), ("train", "--resume", tmp_path)):
+        assert "expected a run folder of format 2" in fails(capsys, *arguments)
 
 
 @pytest.mark.parametrize(

@@ -29,18 +29,17 @@ def run(folder, *arguments, steps=6):
     return main([str(word) for word in (*words, *arguments)])
 
 
-def fails(capsys, *arguments):
+def fails(capsys, *arguments, command=main):
     with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in arguments])
+        command([str(word) for word in arguments])
     assert stop.value.code == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def fails_to_run(capsys, folder, *arguments, steps=6):
-    with pytest.raises(SystemExit) as stop:
-        run(folder, *arguments, steps=steps)
-    assert stop.value.code == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
+    return fails(
+        capsys, *arguments, command=lambda words: run(folder, *words, steps=steps)
+    )
 
 
 def newest(folder):
@@ -165,19 +164,16 @@ def test_other_settings_are_refused_with_the_differences(copy, capsys):
     assert "lr: 0.001 in the run, 0.5 now" in message
     assert "gamma: 0.99 in the run, 0.9 now" in message
     assert "tau" not in message
-    message = fails(capsys, "train", "HalfCheetah-v5", "--resume", copy)
-    assert "task: 'Pendulum-v1' in the run, 'HalfCheetah-v5' now" in message
+    message = fails(capsys, "train", "InvertedPendulum-v5", "--resume", copy)
+    assert "task: 'Pendulum-v1' in the run, 'InvertedPendulum-v5' now" in message
 
 
 def test_folders_that_cannot_be_continued(copy, six, tmp_path, capsys):
     message = fails(capsys, "train", "--resume", six, "--run-dir", copy)
     assert f"{copy} already holds a run" in message
-    message = fails(capsys, "train", "--resume", tmp_path / "nowhere")
-    assert "does not exist" in message
     (copy / "config.json").write_text("{")
     message = fails(capsys, "train", "--resume", copy)
     assert "is not the config.json of a run" in message
-    assert "choose one" in fails(capsys, "train", "--resume", six, "--fresh")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "metrics.csv").write_text("mine")
     assert "no config.json" in fails_to_run(capsys, tmp_path / "other")
@@ -231,8 +227,10 @@ def test_a_film_is_suggested_only_of_tasks_that_draw_pictures(capsys, tmp_path):
     try:
         words = [*TASK[3:], *TINY, "--total-steps", "2"]
         assert main(["train", name, *words, "--run-dir", str(tmp_path)]) == 0
+        text = capsys.readouterr().out
+        message = fails(capsys, "render", tmp_path, "--output", tmp_path / "a.gif")
+        assert "env: expected a task that draws pictures" in message
     finally:
         del gymnasium.registry[name]
-    text = capsys.readouterr().out
     assert f"alm-torchrl evaluate {tmp_path}" in text
     assert "render" not in text
