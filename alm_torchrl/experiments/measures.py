@@ -30,6 +30,9 @@ def bias_rows(groups: Sequence[Group], *, pairs: int) -> list[Row]:
         list: rows with ``task``, ``variant``, ``seed``, ``training_step``,
         ``estimate`` (``bound``, absent for baselines, or ``qvalue``), and ``mean`` and
         ``std`` of the bias over the absolute mean return.
+
+    Raises:
+        FileNotFoundError: if no run has a usable checkpoint.
     """
     rows = []
     for run, env, entries in _runs(groups):
@@ -45,6 +48,8 @@ def bias_rows(groups: Sequence[Group], *, pairs: int) -> list[Row]:
                 bias = {name: kinds["overall", name].item() for name in ("mean", "std")}
                 own = {"training_step": step, "estimate": estimate, **bias}
                 rows.append({**entries, **own})
+    if not rows:
+        raise FileNotFoundError("expected runs with a usable checkpoint, got none")
     return rows
 
 

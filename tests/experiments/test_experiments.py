@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import shutil
 from pathlib import Path
 
 import gymnasium
@@ -119,6 +120,17 @@ def test_complete_runs_are_not_made_again(folder, monkeypatch):
     monkeypatch.setattr(execution, "_train", never)
     assert command(folder, "fig15", "--scale", "smoke", "--jobs", 1) == 0
     assert (folder / "results" / "fig15-smoke.csv").read_text() == before
+
+
+def test_a_bias_needs_checkpoints(folder, tmp_path, capsys):
+    words = ("--scale", "smoke", "--jobs", 1, "--seeds", 1)
+    command(folder, "fig4", *words)
+    shutil.copytree(folder / "runs", tmp_path / "runs")
+    for checkpoints in (tmp_path / "runs").glob("*/checkpoints"):
+        shutil.rmtree(checkpoints)
+    with pytest.raises(SystemExit):
+        command(tmp_path, "fig4", *words)
+    assert "expected runs with a usable checkpoint" in capsys.readouterr().err
 
 
 def in_folder(name, folder):

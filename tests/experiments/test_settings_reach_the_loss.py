@@ -307,7 +307,7 @@ def call(tmp_path_factory):
             return loss
 
         def environment(task, **arguments):
-            for name, value in {"task": task, **arguments}.items():
+            for name, value in {"task": task, "seed": None, **arguments}.items():
                 found.setdefault(f"env.{name}", []).append(value)
             return make_env("Pendulum-v1", action_bounds="rescale")
 
