@@ -55,15 +55,15 @@ class ALMLoss(LossModule):
     Presented in "Simplifying Model-based RL: Learning Representations, Latent-space
     Models, and Policies with One Objective", https://arxiv.org/abs/2209.08466.
 
-    ================== ====================================== =====================
-    term               what it is                             trains
-    ================== ====================================== =====================
-    ``model_loss``     KL, reward and K-step value (Eq. 7)    encoder and model
-    ``reward_loss``    squared error of r (Eq. 11)            reward
+    =================== ====================================== =====================
+    term                what it is                             trains
+    =================== ====================================== =====================
+    ``model_loss``      KL, reward and K-step value (Eq. 7)    encoder and model
+    ``reward_loss``     squared error of r (Eq. 11)            reward
     ``classifier_loss`` cross entropy, real/imagined (Eq. 9)  classifier
-    ``qvalue_loss``    one-step TD error (Eq. 10)             critics
-    ``actor_loss``     lambda-weighted K-step return (Eq. 8)  actor
-    ================== ====================================== =====================
+    ``qvalue_loss``     one-step TD error (Eq. 10)             critics
+    ``actor_loss``      lambda-weighted K-step return (Eq. 8)  actor
+    =================== ====================================== =====================
 
     Each term reaches its own parameters only, so one optimizer on the sum sees the
     same gradients as one on each part. A term takes the two-draw batch of
