@@ -60,7 +60,7 @@ class ALMLoss(LossModule):
     =================== ====================================== =====================
     ``model_loss``      KL, reward and K-step value (Eq. 7)    encoder and model
     ``reward_loss``     squared error of r (Eq. 11)            reward
-    ``classifier_loss`` cross entropy, real/imagined (Eq. 9)  classifier
+    ``classifier_loss`` cross entropy, real/imagined (Eq. 9)   classifier
     ``qvalue_loss``     one-step TD error (Eq. 10)             critics
     ``actor_loss``      lambda-weighted K-step return (Eq. 8)  actor
     =================== ====================================== =====================
