@@ -175,13 +175,8 @@ class _Float32Copies(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArg
         # Rounding to float32 may have moved the action across a bound.
         clipped = np.clip(action.astype(own.dtype), own.low, own.high)
         observation, reward, terminated, truncated, info = self.env.step(clipped)
-        return (
-            np.array(observation, np.float32),
-            np.asarray(reward).item(),
-            bool(terminated),
-            bool(truncated),
-            info,
-        )
+        copied = np.array(observation, np.float32)
+        return copied, reward, terminated, truncated, info
 
 
 def _check_spaces(
