@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictParams
-from torch import Tensor
+from torch import Tensor, fx
 from torchrl.checkpoint._checkpoint import (
     _decode_state_dict_value,
     _encode_state_dict_value,
@@ -25,6 +25,7 @@ from torchrl.objectives import LossModule
 from torchrl.trainers import Trainer
 
 __all__ = [
+    "compile_graph",
     "decode_state",
     "encode_state",
     "erase_cache",
@@ -138,3 +139,12 @@ def keep_last_logs(trainer: Trainer) -> None:
 def uncount_update(trainer: Trainer) -> None:
     """Takes back one from a trainer's count of updates."""
     trainer._optim_count -= 1
+
+
+def compile_graph(
+    graph: fx.GraphModule, example: Sequence[Tensor]
+) -> Callable[..., Any]:
+    """Compiles a graph of operations; it draws the random numbers of eager mode."""
+    return torch._inductor.compile(
+        graph, list(example), options={"fallback_random": True}
+    )

@@ -67,14 +67,7 @@ class CapturedUpdate:
         """
         if self._graph is None:
             self._capture(batch)
-        expected, given = _entries(self._inputs), _entries(batch)
-        if given != expected:
-            keys = [k for k in expected | given if expected.get(k) != given.get(k)]
-            key = min(keys, key=str)
-            raise ValueError(
-                f"sub_batch: expected {key!r} as it was captured, {expected.get(key)}, "
-                f"got {given.get(key)}; cudagraph=False takes any batch."
-            )
+        check_entries(batch, entries_of(self._inputs), "cudagraph")
         self._inputs.update_(batch)
         cast("torch.cuda.CUDAGraph", self._graph).replay()
         # The next replay writes over what this one returns.
@@ -84,7 +77,7 @@ class CapturedUpdate:
         device = self._update.device
         self._inputs = batch.clone()
         with torch.cuda.device(device):
-            with _restored(self._update.tensors), torch.random.fork_rng([device]):
+            with restored(self._update.tensors), torch.random.fork_rng([device]):
                 current, side = torch.cuda.current_stream(), torch.cuda.Stream()
                 side.wait_stream(current)
                 with torch.cuda.stream(side):
@@ -110,15 +103,31 @@ class CapturedUpdate:
         self._graph = graph
 
 
-def _entries(batch: TensorDictBase) -> dict[NestedKey, tuple[object, ...]]:
+Entries = dict[NestedKey, tuple[object, ...]]
+
+
+def entries_of(batch: TensorDictBase) -> Entries:
+    """Shape, type and device of each entry."""
     return {
         key: (tuple(entry.shape), entry.dtype, entry.device)
         for key, entry in batch.items(include_nested=True, leaves_only=True)
     }
 
 
+def check_entries(batch: TensorDictBase, expected: Entries, option: str) -> None:
+    """Raises a ValueError unless a batch is like the first one."""
+    given = entries_of(batch)
+    if given != expected:
+        keys = [k for k in expected | given if expected.get(k) != given.get(k)]
+        key = min(keys, key=str)
+        raise ValueError(
+            f"sub_batch: expected {key!r} as in the first batch, {expected.get(key)}, "
+            f"got {given.get(key)}; {option}=False takes any batch."
+        )
+
+
 @contextmanager
-def _restored(tensors: Callable[[], Iterator[Tensor]]) -> Iterator[None]:
+def restored(tensors: Callable[[], Iterator[Tensor]]) -> Iterator[None]:
     """Puts tensors back in place; those that came into being last become zeros."""
     before = [tensor.detach().clone() for tensor in tensors()]
     try:

@@ -17,6 +17,7 @@ from torchrl.trainers import OptimizationStepper, Trainer
 from alm_torchrl.checks import check_choice, check_number, check_type
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training.capture import CapturedUpdate
+from alm_torchrl.training.compiled import CompiledUpdate
 
 __all__ = ["ALMOptimizationStepper", "NonFiniteError", "deepcopy_stepper"]
 
@@ -104,7 +105,6 @@ class Update:
         clip_norm (float): largest global gradient norm of each step.
         tau (float): share by which the targets move.
         precision (str): ``"fp32"``, ``"tf32"`` or ``"bf16"``.
-        compile (bool): run the loss's methods compiled.
     """
 
     def __init__(
@@ -115,7 +115,6 @@ class Update:
         clip_norm: float,
         tau: float,
         precision: Precision,
-        compile: bool,
     ) -> None:
         self.loss = loss
         self.clip_norm = clip_norm
@@ -139,18 +138,17 @@ class Update:
             name: torch.optim.Adam(params, lr=lr, fused=True)
             for name, params in trained.items()
         }
-        names = ["encode_transitions", *trained]
-        self._compiled = (
-            {name: compile_term(getattr(loss, name)) for name in names}
-            if compile
-            else None
-        )
         self.device = trained["model_loss"][0].device
         # Number of this update, from 1; the caller fills it in.
         self.count = torch.zeros((), dtype=torch.int64, device=self.device)
         # Update and position (from 1) of the first term that was not finite, or zeros.
         self.failure = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.checked: list[str] = []
+        self.reduced = precision == "bf16"
+        # How gradients are clipped and an optimizer steps; a compiled update records
+        # other operations for the same.
+        self.clip = nn.utils.clip_grad_norm_
+        self.descend = self._fused_step
 
     def _params(self, *parts: str) -> Iterator[nn.Parameter]:
         for part in parts:
@@ -204,12 +202,9 @@ class Update:
         return {**metrics, **checked}
 
     def _compute(self, name: str, *args: object) -> Any:  # noqa: ANN401
-        """Calls a method of the loss, compiled if asked for."""
-        methods = self._compiled
-        method = getattr(self.loss, name) if methods is None else methods[name]
-        reduced = self.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, reduced):
-            return method(*args)
+        """Calls a method of the loss."""
+        with torch.autocast(self.device.type, torch.bfloat16, self.reduced):
+            return getattr(self.loss, name)(*args)
 
     def _losses(
         self, name: str, value: Tensor, metadata: dict[str, Tensor]
@@ -226,14 +221,17 @@ class Update:
         for parameter in self.trained[name]:
             parameter.grad = None
         value.backward()
-        norm = nn.utils.clip_grad_norm_(self.trained[name], self.clip_norm)
+        norm = self.clip(self.trained[name], self.clip_norm)
         checked[f"grad_norm_{name.removesuffix('_loss')}"] = norm
         failed = failed | ~torch.stack(list(checked.values())).isfinite().all()
+        self.descend(name, failed)
+        return failed
+
+    def _fused_step(self, name: str, failed: Tensor) -> None:
         optimizer = self.optimizers[name]
         # Read by the fused Adam: the step is skipped where it is 1.
         optimizer.found_inf = failed.to(torch.float32)  # type: ignore[attr-defined]
         optimizer.step()
-        return failed
 
     def _move_targets(self, failed: Tensor) -> None:
         """Moves the targets towards the online networks, or not after a failure."""
@@ -267,12 +265,18 @@ class ALMOptimizationStepper(OptimizationStepper):
     nothing; :meth:`raise_if_nonfinite` reads the verdict. On a CPU it is read in each
     update; elsewhere whoever logs calls it, as ``make_trainer`` does.
 
-    The update runs eagerly, with its terms compiled (``compile``), or as one captured
-    CUDA graph (``cudagraph``), of the compiled terms if both are set. All modes draw
-    the same random numbers and agree up to rounding. Compiling takes a minute or more
-    at the first update. Capture is quick, but every later batch must have the first
-    one's shapes; loading a state, or :meth:`recapture` (for example after a change of
-    an optimizer's ``lr``), has the graph captured anew.
+    The update runs eagerly, as one graph compiled by Inductor (``compile``), or as one
+    captured CUDA graph (``cudagraph``), of the compiled one if both are set. All modes
+    draw the same random numbers and agree up to rounding. Compiling takes a minute or
+    so at the first update, and needs a C++ compiler on a CPU. Capture is quick. In both
+    every later batch must have the first one's entries and shapes. After a change of an
+    optimizer's options, the captured graph needs :meth:`recapture`; the compiled one
+    notices, and takes a new ``lr`` as it is.
+
+    A compiled update repeats the operations of the first one. Numbers and branches in
+    Python, hooks, and draws from NumPy or Python are frozen, so in the two updates
+    after it the eager update is compared, and a difference refused. Keep what changes
+    in buffers, as :class:`~alm_torchrl.NoiseSchedule` does.
 
     Args:
         loss (ALMLoss): the loss. Its targets become copies of the online networks.
@@ -288,8 +292,7 @@ class ALMOptimizationStepper(OptimizationStepper):
             precision. ``"fp32"``: the parameters' own type; ``"bf16"``: bfloat16 by
             autocast; ``"tf32"``: TF32 for all layers, on CUDA only and only while an
             update runs. Default: ``"fp32"``.
-        compile (bool): run the loss's methods through :func:`torch.compile`, each as
-            one graph. Default: ``False``.
+        compile (bool): run the update as one compiled graph. Default: ``False``.
         cudagraph (bool, optional): capture the update as a CUDA graph.
             Default: ``None``, on CUDA only.
 
@@ -351,7 +354,6 @@ class ALMOptimizationStepper(OptimizationStepper):
             clip_norm=clip_norm,
             tau=tau,
             precision=precision,
-            compile=compile,
         )
         device = self._update.device
         if cudagraph is None:
@@ -376,7 +378,16 @@ class ALMOptimizationStepper(OptimizationStepper):
         self.compile = compile
         self.cudagraph = cudagraph
         self.optimizers = self._update.optimizers
-        self._captured = CapturedUpdate(self._update)
+        self._modes: list[CompiledUpdate | CapturedUpdate] = []
+        self._run: Callable[[TensorDictBase], dict[str, Tensor]] = self._update
+        if compile:
+            self._modes.append(CompiledUpdate(self._update))
+            self._run = self._modes[-1]
+        if cudagraph:
+            self._modes.append(
+                CapturedUpdate(self._modes[-1] if compile else self._update)
+            )
+            self._run = self._modes[-1]
         self._count = 0
 
     __deepcopy__ = deepcopy_stepper
@@ -401,20 +412,23 @@ class ALMOptimizationStepper(OptimizationStepper):
 
         Raises:
             NonFiniteError: on a CPU, if a loss or gradient norm is not finite.
-            RuntimeError: if the update is to be a CUDA graph and cannot be captured:
-                its networks must neither read values from the device nor copy any to
-                it.
+            ValueError: in a compiled or captured update, if the batch has other entries
+                than the first one.
+            RuntimeError: if the update cannot be compiled or captured, or the compiled
+                one differs from the eager one. Networks must not read values from
+                their tensors, and in a captured update copy none to the device.
         """
         self._count += 1
         self._update.count.fill_(self._count)
-        metrics = (self._captured if self.cudagraph else self._update)(sub_batch)
+        metrics = self._run(sub_batch)
         if self._update.device.type == "cpu":
             self.raise_if_nonfinite()
         return TensorDict(metrics, batch_size=[])
 
     def recapture(self) -> None:
-        """Has the next update captured anew; does nothing in the other modes."""
-        self._captured.reset()
+        """Has the next update recorded or captured anew; does nothing in eager mode."""
+        for mode in self._modes:
+            mode.reset()
 
     def raise_if_nonfinite(self) -> None:
         """Raises if any update so far met a value that was not finite.
@@ -446,29 +460,6 @@ class ALMOptimizationStepper(OptimizationStepper):
         self._update.checked = state_dict["terms"]
         # The optimizers' state is in other tensors now, and their options may differ.
         self.recapture()
-
-
-def compile_term(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A loss method compiled as one graph, forward and backward.
-
-    It draws the random numbers that the method itself would.
-
-    Args:
-        method (callable): method of the loss.
-
-    Returns:
-        callable: the compiled method.
-    """
-
-    def term(*args: object) -> Any:  # noqa: ANN401
-        return method(*args)
-
-    # What is compiled is kept, up to a limit, by the code object, which all losses of a
-    # process share, and all methods under one decorator.
-    term.__code__ = term.__code__.replace()
-    return torch.compile(
-        term, fullgraph=True, dynamic=False, options={"fallback_random": True}
-    )
 
 
 @contextmanager

@@ -1,0 +1,280 @@
+"""An update as one graph, compiled by Inductor.
+
+Losses, backward passes, clipping, Adam and the moves of the targets are recorded as
+one graph of ATen operations with :func:`torch.fx.experimental.proxy_tensor.make_fx`.
+Whatever lies between two operations is frozen as it was at the first batch: Python
+numbers, branches, counters and hooks of networks, and draws from NumPy or Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from alm_torchrl.compat import compile_graph
+from alm_torchrl.training.capture import check_entries, entries_of, restored
+
+__all__ = ["CompiledUpdate"]
+
+# Batches after the first in which the eager update is compared.
+CHECKS = 2
+# Largest difference of a metric from the eager one, relative to 1 + its magnitude.
+TOLERANCE = {False: 1e-3, True: 5e-2}
+
+
+class RecordableUpdate(Protocol):
+    """An update whose operations can be recorded."""
+
+    device: torch.device
+    optimizers: dict[str, torch.optim.Adam]
+    reduced: bool
+    clip: Callable[[list[nn.Parameter], float], Tensor]
+    descend: Callable[[str, Tensor], None]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that an update may change, and the buffers of the loss."""
+
+    def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        """Makes one update; returns detached scalars by name."""
+
+
+class CompiledUpdate:
+    """An update as one graph, recorded and compiled at the first batch.
+
+    Parameters, targets, buffers, the optimizers' state and learning rates are inputs of
+    the graph: they may change, be loaded or be replaced. It draws the random numbers of
+    the eager update. It is recorded anew after :meth:`reset`, a change of another
+    option of an optimizer, and where a tensor has another shape, type or device.
+
+    In the next two batches the eager update runs as well, without a trace, and the
+    metrics are compared.
+
+    Args:
+        update (RecordableUpdate): what to compile.
+    """
+
+    def __init__(self, update: RecordableUpdate) -> None:
+        self._update = update
+        self._rates = {
+            name: torch.zeros((), device=update.device) for name in update.optimizers
+        }
+        self._graph: Callable[..., Any] | None = None
+        self._unchecked = 0
+        # Of the recording: names of the metrics; each input that is no entry of the
+        # batch, by its position among the tensors of the update where it is one; and
+        # what has to be as it was.
+        self._names: list[str] = []
+        self._inputs: list[int | Tensor] = []
+        self._entries: dict[NestedKey, tuple[object, ...]] = {}
+        self._circumstances: list[object] = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the update is."""
+        return self._update.device
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Adam]:
+        """Those of the update."""
+        return self._update.optimizers
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that an update may change, and the buffers of the loss."""
+        return self._update.tensors()
+
+    def reset(self) -> None:
+        """Forgets the graph: the next batch is recorded anew."""
+        self._graph = None
+
+    def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        """Makes one update.
+
+        Args:
+            batch (TensorDictBase): two-draw batch or slices ``[B, K]``, with the
+                entries of the first.
+
+        Returns:
+            dict: detached scalars by name.
+
+        Raises:
+            ValueError: if it has other entries, shapes, types or devices.
+            RuntimeError: if the update cannot be recorded or compiled, or the graph
+                differs from the eager update.
+        """
+        tensors = list(self.tensors())
+        if self._graph is None or self._circumstances != self._describe(tensors):
+            self._compile(batch)
+            tensors = list(self.tensors())
+        elif self._unchecked:
+            self._unchecked -= 1
+            with self._traceless():
+                expected = self._update(batch)
+            return self._compared(self._run(batch, tensors), expected)
+        return self._run(batch, tensors)
+
+    def _run(self, batch: TensorDictBase, tensors: list[Tensor]) -> dict[str, Tensor]:
+        check_entries(batch, self._entries, "compile")
+        for name, rate in self._rates.items():
+            rate.fill_(self.optimizers[name].param_groups[0]["lr"])
+        inputs = [tensors[x] if isinstance(x, int) else x for x in self._inputs]
+        inputs += [batch.get(key) for key in self._entries]
+        with torch.no_grad():
+            outputs = cast("Callable[..., Any]", self._graph)(*inputs)
+        return dict(zip(self._names, outputs, strict=True))
+
+    def _describe(self, tensors: list[Tensor]) -> list[object]:
+        """What a recording depends on besides the batch."""
+        options = [
+            {k: v for k, v in group.items() if k not in ("params", "lr")}
+            for optimizer in self.optimizers.values()
+            for group in optimizer.param_groups
+        ]
+        return [*options, *((t.shape, t.dtype, t.device) for t in tensors)]
+
+    @contextmanager
+    def _traceless(self) -> Iterator[None]:
+        """Puts tensors and generators back."""
+        device = self.device
+        devices = [device] if device.type == "cuda" else []
+        with restored(self.tensors), torch.random.fork_rng(devices):
+            yield
+
+    def _compared(
+        self, metrics: dict[str, Tensor], expected: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        tolerance = TOLERANCE[self._update.reduced]
+        for name, eager in expected.items():
+            compiled = metrics[name]
+            difference = (compiled - eager).abs()
+            # NaN in both is no difference.
+            if (difference > tolerance * (1 + eager.abs())).any():
+                raise RuntimeError(
+                    f"compile: the graph does not do what the eager update does: "
+                    f"{name} is {compiled.item():g} instead of {eager.item():g}. A "
+                    "network may change numbers in Python or draw from NumPy, which "
+                    "a graph does not follow; compile=False runs it as it is."
+                )
+        return metrics
+
+    def _compile(self, batch: TensorDictBase) -> None:
+        with self._traceless():
+            self._update(batch)  # Makes the optimizers' state.
+        entries = entries_of(batch)
+        names: list[str] = []
+
+        def run(*values: Tensor) -> list[Tensor]:
+            given = batch.empty(recurse=True)
+            for key, value in zip(entries, values, strict=True):
+                given.set(key, value)
+            metrics = self._update(given)
+            names[:] = list(metrics)
+            return list(metrics.values())
+
+        values = [batch.get(key) for key in entries]
+        try:
+            with self._traceless(), self._plain_optimizers():
+                recorded = make_fx(run)(*values)
+            graph, held = _make_inputs(recorded)
+            with torch.no_grad():
+                self._graph = compile_graph(graph, [*held, *values])
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise RuntimeError(
+                f"compile: the update cannot become one graph: {lines[0]} "
+                "compile=False runs it as it is."
+            ) from error
+        tensors = list(self.tensors())
+        places = {tensor.data_ptr(): place for place, tensor in enumerate(tensors)}
+        self._inputs = [places.get(tensor.data_ptr(), tensor) for tensor in held]
+        self._names, self._entries = names, entries
+        self._circumstances = self._describe(tensors)
+        self._unchecked = CHECKS
+
+    @contextmanager
+    def _plain_optimizers(self) -> Iterator[None]:
+        """Has the update clip and descend in operations that Inductor can fuse."""
+        update = self._update
+        before = update.clip, update.descend
+        update.clip = clip_gradients
+        update.descend = self._descend
+        try:
+            yield
+        finally:
+            update.clip, update.descend = before
+            for optimizer in update.optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
+
+    def _descend(self, name: str, failed: Tensor) -> None:
+        (group,) = self.optimizers[name].param_groups
+        states = [self.optimizers[name].state[p] for p in group["params"]]
+        adam_step(
+            group["params"],
+            states,
+            self._rates[name],
+            failed,
+            **{k: group[k] for k in ("betas", "eps")},
+        )
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+    """Clips the global norm of gradients, and returns it."""
+    squares = [p.grad.square().sum() for p in parameters if p.grad is not None]
+    norm = torch.stack(squares).sum().sqrt()
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad * scale
+    return norm
+
+
+def adam_step(
+    parameters: Sequence[nn.Parameter],
+    states: Sequence[dict[str, Tensor]],
+    lr: Tensor,
+    skip: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """One step of Adam (Kingma & Ba, 2015, Algorithm 1), or none where ``skip``."""
+    beta1, beta2 = betas
+    trained = [p for p in zip(parameters, states, strict=True) if p[0].grad is not None]
+    step = trained[0][1]["step"] + 1  # The same for all.
+    size, root = lr / (1 - beta1**step), (1 - beta2**step).sqrt()
+    for parameter, state in trained:
+        gradient, value = cast("Tensor", parameter.grad), parameter.detach()
+        mean = torch.lerp(state["exp_avg"], gradient, 1 - beta1)
+        square = beta2 * state["exp_avg_sq"] + (1 - beta2) * gradient * gradient
+        moved = value - size * mean / (square.sqrt() / root + eps)
+        for old, new in (
+            (value, moved),
+            (state["exp_avg"], mean),
+            (state["exp_avg_sq"], square),
+            (state["step"], step),
+        ):
+            old.copy_(torch.where(skip, old, new))
+
+
+def _make_inputs(recorded: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
+    """Makes the tensors that a recording holds its first inputs, each memory once."""
+    graph, held = recorded.graph, list[Tensor]()
+    first = next(iter(graph.nodes))
+    inputs: dict[tuple[object, ...], fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            tensor = getattr(recorded, node.target).detach()
+            memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if memory not in inputs:
+                with graph.inserting_before(first):
+                    inputs[memory] = graph.placeholder(f"held_{len(held)}")
+                held.append(tensor)
+            node.replace_all_uses_with(inputs[memory])
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    return fx.GraphModule({}, graph), held
