@@ -26,7 +26,7 @@ class CapturableUpdate(Protocol):
     def tensors(self) -> Iterator[Tensor]:
         """All that an update may change."""
 
-    def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
+    def __call__(self, batch: TensorDictBase, /) -> dict[str, Tensor]:
         """Makes one update; returns detached scalars by name."""
 
 

@@ -40,7 +40,7 @@ class RecordableUpdate(Protocol):
     def tensors(self) -> Iterator[Tensor]:
         """All that an update may change, and the buffers of the loss."""
 
-    def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
+    def __call__(self, batch: TensorDictBase, /) -> dict[str, Tensor]:
         """Makes one update; returns detached scalars by name."""
 
 
@@ -61,6 +61,8 @@ class CompiledUpdate:
 
     def __init__(self, update: RecordableUpdate) -> None:
         self._update = update
+        self.device = update.device
+        self.optimizers = update.optimizers
         self._rates = {
             name: torch.zeros((), device=update.device) for name in update.optimizers
         }
@@ -73,16 +75,6 @@ class CompiledUpdate:
         self._inputs: list[int | Tensor] = []
         self._entries: dict[NestedKey, tuple[object, ...]] = {}
         self._circumstances: list[object] = []
-
-    @property
-    def device(self) -> torch.device:
-        """Where the update is."""
-        return self._update.device
-
-    @property
-    def optimizers(self) -> dict[str, torch.optim.Adam]:
-        """Those of the update."""
-        return self._update.optimizers
 
     def tensors(self) -> Iterator[Tensor]:
         """All that an update may change, and the buffers of the loss."""
@@ -190,8 +182,8 @@ class CompiledUpdate:
                 "compile=False runs it as it is."
             ) from error
         tensors = list(self.tensors())
-        places = {tensor.data_ptr(): place for place, tensor in enumerate(tensors)}
-        self._inputs = [places.get(tensor.data_ptr(), tensor) for tensor in held]
+        places = {_memory(tensor): place for place, tensor in enumerate(tensors)}
+        self._inputs = [places.get(_memory(tensor), tensor) for tensor in held]
         self._names, self._entries = names, entries
         self._circumstances = self._describe(tensors)
         self._unchecked = CHECKS
@@ -269,12 +261,15 @@ def _make_inputs(recorded: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]
     for node in list(graph.nodes):
         if node.op == "get_attr":
             tensor = getattr(recorded, node.target).detach()
-            memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-            if memory not in inputs:
+            if _memory(tensor) not in inputs:
                 with graph.inserting_before(first):
-                    inputs[memory] = graph.placeholder(f"held_{len(held)}")
+                    inputs[_memory(tensor)] = graph.placeholder(f"held_{len(held)}")
                 held.append(tensor)
-            node.replace_all_uses_with(inputs[memory])
+            node.replace_all_uses_with(inputs[_memory(tensor)])
             graph.erase_node(node)
     graph.eliminate_dead_code()
     return fx.GraphModule({}, graph), held
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())

@@ -119,7 +119,6 @@ class Update:
         self.loss = loss
         self.clip_norm = clip_norm
         self.tau = tau
-        self.precision = precision
         # Copies the networks to the targets, and tells the loss that they will move.
         SoftUpdate(loss, tau=tau)
         trained = {
@@ -147,8 +146,10 @@ class Update:
         self.reduced = precision == "bf16"
         # How gradients are clipped and an optimizer steps; a compiled update records
         # other operations for the same.
-        self.clip = nn.utils.clip_grad_norm_
-        self.descend = self._fused_step
+        self.clip: Callable[[list[nn.Parameter], float], Tensor] = (
+            nn.utils.clip_grad_norm_
+        )
+        self.descend: Callable[[str, Tensor], None] = self._fused_step
 
     def _params(self, *parts: str) -> Iterator[nn.Parameter]:
         for part in parts:
@@ -173,10 +174,6 @@ class Update:
         Returns:
             dict: detached scalars by name.
         """
-        with _matrix_products(self.precision):
-            return self._run(batch)
-
-    def _run(self, batch: TensorDictBase) -> dict[str, Tensor]:
         metrics: dict[str, Tensor] = {}
         checked: dict[str, Tensor] = {}
         failed = self.failure[0] > 0
@@ -378,16 +375,14 @@ class ALMOptimizationStepper(OptimizationStepper):
         self.compile = compile
         self.cudagraph = cudagraph
         self.optimizers = self._update.optimizers
+        self._run: Update | CompiledUpdate | CapturedUpdate = self._update
         self._modes: list[CompiledUpdate | CapturedUpdate] = []
-        self._run: Callable[[TensorDictBase], dict[str, Tensor]] = self._update
         if compile:
-            self._modes.append(CompiledUpdate(self._update))
-            self._run = self._modes[-1]
+            self._run = CompiledUpdate(self._update)
+            self._modes.append(self._run)
         if cudagraph:
-            self._modes.append(
-                CapturedUpdate(self._modes[-1] if compile else self._update)
-            )
-            self._run = self._modes[-1]
+            self._run = CapturedUpdate(self._run)
+            self._modes.append(self._run)
         self._count = 0
 
     __deepcopy__ = deepcopy_stepper
@@ -420,7 +415,8 @@ class ALMOptimizationStepper(OptimizationStepper):
         """
         self._count += 1
         self._update.count.fill_(self._count)
-        metrics = self._run(sub_batch)
+        with _matrix_products(self.precision):
+            metrics = self._run(sub_batch)
         if self._update.device.type == "cpu":
             self.raise_if_nonfinite()
         return TensorDict(metrics, batch_size=[])
