@@ -366,11 +366,10 @@ def _training_step(metadata: Mapping[str, Any]) -> int:
 
 def _notes(loss: Any) -> Iterator[str]:  # noqa: ANN401
     """What is compared, where it is not the sum of rewards and the bound itself."""
-    transform, logarithms = (
-        getattr(loss, name, None) for name in ("reward_transform", "logarithms")
-    )
-    if transform is not None:
-        yield f"Returns: of rewards after {transform.__name__}, as the agent learns them."
+    if transform := getattr(loss, "reward_transform", None):
+        name = transform.__name__
+        yield f"Returns: of rewards after {name}, as the agent learns them."
+    logarithms = getattr(loss, "logarithms", None)
     if logarithms is not None and logarithms.where == "bound":
         yield "The bound of logarithms L stands as exp(L) / (1 - gamma) (Theorem 3.1)."
 

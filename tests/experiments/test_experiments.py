@@ -18,9 +18,14 @@ from alm_torchrl.experiments import execution, figures, reproduce
 from alm_torchrl.experiments.catalogue import EXPERIMENTS, SCALES, plan
 from alm_torchrl.experiments.execution import is_complete, make_runs
 from alm_torchrl.experiments.reproduce import ReproduceOptions
-from alm_torchrl.experiments.tables import format_scores, iqm_interval, over_seeds
+from alm_torchrl.experiments.tables import (
+    Group,
+    format_scores,
+    iqm_interval,
+    over_seeds,
+)
 from alm_torchrl.runs.curves import reference_curve
-from alm_torchrl.runs.folder import METRICS_FIELDS
+from alm_torchrl.runs.folder import METRICS_FIELDS, Run
 from alm_torchrl.runs.settings import UserError
 from tests.experiments.killed import train_killed
 
@@ -43,8 +48,8 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-# One of each kind; the first is timed, and shares its runs with the second.
-KINDS = ("fig3", "fig4", "fig7")
+# One of each kind; the first and the last share runs.
+KINDS = ("table1", "fig4", "fig7")
 
 
 @pytest.mark.parametrize(
@@ -118,6 +123,27 @@ def test_a_line_for_each_variant_and_estimate(tmp_path, monkeypatch):
             assert curves[label].tolist() == expected
 
 
+def test_timed_curves_are_drawn_over_minutes_too(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, output: drawn.append(figure))
+    names = ("training_step", "mean_return", "wall_time")
+    rows = [
+        [dict(zip(names, row, strict=True)) for row in ((0, 1, 60), (5, 3, 120))],
+        [dict(zip(names, row, strict=True)) for row in ((0, 5, 180),)],
+    ]
+    config = plan(EXPERIMENTS["fig3"], "smoke")[0][1]
+    runs = [Run(tmp_path, config, metrics) for metrics in rows]
+    group = Group(TASK, "alm", "ALM(3)", runs)
+    figures.plot_curves(EXPERIMENTS["fig3"], "a note", [group], tmp_path / "a.png")
+    figures.plot_curves(EXPERIMENTS["fig4"], "a note", [group], tmp_path / "a.png")
+    timed, plain = drawn
+    lines = [panel.get_lines()[0] for panel in timed.axes]
+    assert [line.get_xdata().tolist() for line in lines] == [[0, 5], [2, 2]]
+    assert [line.get_ydata().tolist() for line in lines] == [[3, 3], [3, 3]]
+    assert lines[0].get_label() == "ALM(3) (1 to 2 seeds at each step)"
+    assert len(plain.axes) == 1
+
+
 def test_the_tasks_of_all_scales_are_registered():
     tasks = {task for one in EXPERIMENTS.values() for task in one.tasks}
     tasks |= {task for scale in SCALES.values() for task in scale.tasks or ()}
@@ -132,7 +158,12 @@ def test_complete_runs_are_not_made_again(folder, monkeypatch):
     def never(config):
         raise AssertionError(config.run_path)
 
+    def fails(env, **kwargs):
+        raise RuntimeError("the simulator hangs")
+
     monkeypatch.setattr(execution, "_train", never)
+    # An error in closing costs no measurement.
+    monkeypatch.setattr(TransformedEnv, "close", fails)
     assert command(folder, "fig7", *ONCE) == 0
     assert (folder / "results" / "fig7-smoke.csv").read_text() == before
 
@@ -181,48 +212,31 @@ def test_runs_that_were_interrupted_are_continued(tmp_path, monkeypatch):
         (RuntimeError("no memory"), "RuntimeError: no memory (see "),
     ],
 )
-def test_a_run_that_fails_is_named_and_the_others_are_drawn(
-    error, reason, folder, tmp_path, monkeypatch, capsys
-):
-    command(folder, "fig7", *ONCE)
-
+def test_the_reason_of_a_failure_is_given(error, reason, folder, tmp_path, monkeypatch):
     def fails(config):
         raise error
 
+    make_runs(in_folder("table1", folder / "runs"), jobs=1)
     monkeypatch.setattr("alm_torchrl.runs.train.train", fails)
-    left_out = next((folder / "runs").glob("*alm*s1*"))
-    runs = tmp_path / "runs"
-    shutil.copytree(folder / "runs", runs, ignore=shutil.ignore_patterns(left_out.name))
-    assert command(tmp_path, "fig7", *ONCE) == 1
-    assert f"Failed: {runs / left_out.name}: {reason}" in capsys.readouterr().out
-    table = read(tmp_path / "results" / "fig7-smoke.csv")
-    assert sorted(row["seeds"] for row in table) == ["1", "2"]
+    complete, _ = in_folder("table1", folder / "runs")
+    failing, _ = in_folder("table1", tmp_path)
+    runs, failures = make_runs([complete, failing], jobs=1)
+    assert [run.path for run in runs] == [complete.run_path]
+    assert failures[failing.run_path].startswith(reason)
 
 
 def test_a_run_that_is_killed_is_named_and_the_others_are_drawn(
     folder, tmp_path, monkeypatch, capsys
 ):
-    command(folder, "fig7", *ONCE)
-    shutil.copytree(folder / "runs", tmp_path / "runs")
-    killed = next((tmp_path / "runs").glob("*alm*s1*"))
-    shutil.rmtree(killed)
+    make_runs(in_folder("table1", folder / "runs"), jobs=1)
+    killed, complete = in_folder("table1", tmp_path / "runs")
+    shutil.copytree(folder / "runs" / complete.run_name, complete.run_path)
     monkeypatch.setattr(execution, "_train", train_killed)
-    assert command(tmp_path, "fig7", "--scale", "smoke", "--jobs", 2) == 1
-    assert f"Failed: {killed}: its process was killed" in capsys.readouterr().out
-    table = read(tmp_path / "results" / "fig7-smoke.csv")
-    assert sorted(row["seeds"] for row in table) == ["1", "2"]
-
-
-def test_an_error_in_closing_costs_no_measurement(folder, tmp_path, monkeypatch):
-    command(folder, "fig7", *ONCE)
-    shutil.copytree(folder / "runs", tmp_path / "runs")
-
-    def fails(env, **kwargs):
-        raise RuntimeError("the simulator hangs")
-
-    monkeypatch.setattr(TransformedEnv, "close", fails)
-    assert command(tmp_path, "fig7", *ONCE) == 0
-    assert (tmp_path / "results" / "fig7-smoke.png").is_file()
+    assert command(tmp_path, "table1", "--scale", "smoke", "--jobs", 2) == 1
+    printed = capsys.readouterr().out
+    assert f"Failed: {killed.run_path}: its process was killed" in printed
+    (row,) = read(tmp_path / "results" / "table1-smoke.csv")
+    assert row["seeds"] == "1"
 
 
 def test_jobs_are_the_cores_that_the_process_may_use(monkeypatch):

@@ -8,6 +8,7 @@ import gymnasium
 import mujoco
 import numpy as np
 import pytest
+from torchrl.envs import GymWrapper, TransformedEnv
 
 from alm_torchrl import make_env, zero_policy
 from alm_torchrl.runs.film import film_policy, render_headless
@@ -68,7 +69,7 @@ class Pictures(gymnasium.Env):
 
 
 def film(frame, path):
-    env = make_env(Pictures(frame))
+    env = TransformedEnv(GymWrapper(Pictures(frame)))
     return film_policy(env, zero_policy(env), path, max_steps=3)
 
 
