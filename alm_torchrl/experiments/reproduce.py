@@ -119,7 +119,7 @@ def reproduce(name: str, options: ReproduceOptions, say: Say) -> int:
     experiment, note = EXPERIMENTS[name], SCALES[options.scale].note
     references = [reference_curve(path) for path in options.reference]
     # Fails before the training where a package is missing.
-    iqm_interval(np.ones(2))
+    iqm_interval(np.ones(1))
     planned = _planned(experiment, options)
     done = sum(is_complete(config) for _, config in planned)
     jobs = options.jobs or _default_jobs(options)
