@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -70,8 +69,9 @@ def _outcomes(
     if jobs == 1:
         yield from ((config, _train(config)) for config in configs)
         return
-    threads = max(1, available_cores() // jobs)
-    with ThreadPoolExecutor(jobs) as pool:
+    at_once = max(1, min(jobs, len(configs)))
+    threads = max(1, available_cores() // at_once)
+    with ThreadPoolExecutor(at_once) as pool:
         futures = {}
         for config in configs:
             limited = replace(config, threads=min(config.threads or threads, threads))
@@ -88,16 +88,11 @@ def _outcomes(
 def _train_alone(config: TrainConfig) -> str:
     """Trains in a process of its own: one that is killed takes no other with it."""
     # A process that has used PyTorch's threads cannot be forked.
-    with ProcessPoolExecutor(1, get_context("spawn"), _ignore_interrupts) as process:
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
         try:
             return process.submit(_train, config).result()
         except BrokenProcessPool:
             return "its process was killed, perhaps for lack of memory"
-
-
-def _ignore_interrupts() -> None:
-    """For the time before a run, which handles the signal itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _train(config: TrainConfig) -> str:
