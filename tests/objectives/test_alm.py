@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from tensordict import TensorDict
 from torch.testing import assert_close
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
@@ -19,14 +18,11 @@ from tests.helpers import (
     OBSERVATION,
     PARTS,
     B,
-    K,
-    alternate,
     make_batch,
     make_loss,
     make_rows,
     network,
     part_of,
-    targets,
     variant,
 )
 
@@ -44,7 +40,7 @@ def batch():
 
 
 class TestTerms:
-    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
     def test_each_alone_is_the_same(self, batch, reduction):
         loss = make_loss(deterministic=True, reduction=reduction)
         values, encoded = loss(batch), loss.encode_transitions(batch)
@@ -75,19 +71,6 @@ class TestTerms:
         bare = variant(loss, classifier_coef=0.0)
         equal(bare.reward_classifier_loss(batch, encoded)[0], values["loss_reward"])
 
-    def test_a_batch_used_again_follows_the_targets(self, batch):
-        loss = make_loss(deterministic=True)
-        before, copied = loss(batch), batch.clone()
-        for target in targets(loss).values():
-            target.data.add_(0.1 * torch.randn_like(target))
-        other = variant(loss)
-        equal(loss(batch).to_dict(), other(copied).to_dict())
-        for term, method in METHODS.items():
-            value, _ = getattr(loss, method)(batch)
-            assert_close(value, other(copied)[term])
-        assert (loss(batch)["loss_qvalue"] != before["loss_qvalue"]).all()
-        assert set(batch.keys(True, True)) == set(copied.keys(True, True))
-
     @pytest.mark.parametrize("term", METHODS)
     def test_a_subclass_may_have_a_term_of_its_own(self, batch, term):
         loss = make_loss(deterministic=True)
@@ -107,14 +90,8 @@ class TestTerms:
             assert_close(changed, together + plain[term])
             equal(seen["own"], plain[term])
 
-    def test_plain_slices_are_windows_and_all_their_transitions(self):
-        loss = make_loss(deterministic=True)
-        slices = alternate(make_rows(B, K))
-        two = TensorDict(slice=slices, transition=slices.reshape(-1))
-        assert_close(loss(slices).to_dict(), loss(two).to_dict())
-
-    @pytest.mark.parametrize("horizon", [1, 2, 4])
-    def test_horizon_is_the_length_of_the_slices(self, horizon, monkeypatch):
+    def test_horizon_is_the_length_of_the_slices(self, monkeypatch):
+        horizon = 4
         loss = make_loss(deterministic=True)
         seen = []
         imagine = loss.imagine

@@ -18,7 +18,6 @@ from alm_torchrl import (
     ALMOptimizationStepper,
     ClampedNormal,
     NoiseSchedule,
-    NonFiniteError,
     functional,
     make_alm_loss,
     make_stochastic_actor,
@@ -177,9 +176,8 @@ class TestOtherActors:
         assert_close(rollout["log_prob"], expected, rtol=1e-3, atol=1e-3)
 
     @pytest.mark.parametrize("deterministic", [False, True])
-    @pytest.mark.parametrize("distribution", [TanhNormal, IndependentNormal])
-    def test_terms(self, distribution, deterministic):
-        actor = self.actor(distribution)
+    def test_terms(self, deterministic):
+        actor = self.actor(TanhNormal)
         loss = entropy_loss(actor=actor, deterministic=deterministic)
         losses = loss(make_batch())
         assert all(value.isfinite() for value in losses.values())
@@ -329,15 +327,6 @@ def test_its_step_moves_the_temperature_alone(target):
     assert loss.entropy.log_alpha.item() == pytest.approx(expected, abs=1e-4)
     assert metrics["grad_norm_alpha"] > 0
     assert_close(metrics["alpha"], torch.tensor(ALPHA))
-
-
-def test_a_bad_temperature_stops_the_update():
-    loss = entropy_loss(updater=False)
-    stepper = ALMOptimizationStepper(loss)
-    loss.entropy.log_alpha.data.fill_(float("nan"))
-    with pytest.raises(NonFiniteError) as error:
-        stepper.step(None, make_batch())
-    assert error.value.term == "loss_qvalue"
 
 
 def test_bf16_keeps_densities_in_full_precision():

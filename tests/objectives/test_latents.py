@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from functools import partial
 
@@ -185,17 +184,9 @@ def restored(loss):
     return other
 
 
-def saved(loss):
-    file = io.BytesIO()
-    torch.save(loss, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 COPIES = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda loss: pickle.loads(pickle.dumps(loss)),
-    "save": saved,
     "state_dict": restored,
 }
 
@@ -205,10 +196,11 @@ class TestCopies:
 
     @pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
     def test_copy_is_whole_and_on_its_own(self, batch, make):
-        loss = make_loss()
+        loss = make_loss(gamma=0.9, lmbda=0.5)
+        loss.noise_schedule.step(3)
         expected = seeded(loss, batch)
         other = make(loss)
-        assert_close(seeded(other, batch).to_dict(), expected.to_dict())
+        equal(seeded(other, batch).to_dict(), expected.to_dict())
         # The frozen networks of the copy are the copy's: they follow its parameters.
         with torch.no_grad():
             for param in other.parameters():
