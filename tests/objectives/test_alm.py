@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -26,18 +24,6 @@ from tests.helpers import (
     variant,
 )
 
-equal = partial(assert_close, rtol=0, atol=0)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def batch():
-    return make_batch()
-
 
 class TestTerms:
     @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -50,18 +36,18 @@ class TestTerms:
             assert_close(getattr(loss, method)(batch)[0], values[term])
             extra = (encoded,) if term != "loss_model" else ()
             value, metadata = getattr(loss, method)(batch, *extra)
-            equal(value, values[term])
+            assert torch.equal(value, values[term])
             found |= set(metadata)
             for key, metric in metadata.items():
                 assert not metric.requires_grad
-                equal(metric, values[key])
+                assert torch.equal(metric, values[key])
         assert found == set(loss.out_keys)
 
     def test_reward_and_classifier_together(self, batch):
         loss = make_loss(deterministic=True)
         values, encoded = loss(batch), loss.encode_transitions(batch)
         value, metadata = loss.reward_classifier_loss(batch, encoded)
-        equal(value, values["loss_reward"] + values["loss_classifier"])
+        assert torch.equal(value, values["loss_reward"] + values["loss_classifier"])
         assert set(metadata) == {
             "loss_reward",
             "loss_classifier",
@@ -69,7 +55,9 @@ class TestTerms:
         }
         assert not any(metric.requires_grad for metric in metadata.values())
         bare = variant(loss, classifier_coef=0.0)
-        equal(bare.reward_classifier_loss(batch, encoded)[0], values["loss_reward"])
+        assert torch.equal(
+            bare.reward_classifier_loss(batch, encoded)[0], values["loss_reward"]
+        )
 
     @pytest.mark.parametrize("term", METHODS)
     def test_a_subclass_may_have_a_term_of_its_own(self, batch, term):
@@ -83,12 +71,12 @@ class TestTerms:
         plain, encoded = loss(batch), loss.encode_transitions(batch)
         together, parts = loss.reward_classifier_loss(batch, encoded)
         loss.__class__ = type("Own", (ALMLoss,), {method: doubled})
-        equal(loss(batch)[term], 2 * plain[term])
-        equal(loss(batch)["own"], plain[term])
+        assert torch.equal(loss(batch)[term], 2 * plain[term])
+        assert torch.equal(loss(batch)["own"], plain[term])
         if term in parts:
             changed, seen = loss.reward_classifier_loss(batch, encoded)
             assert_close(changed, together + plain[term])
-            equal(seen["own"], plain[term])
+            assert torch.equal(seen["own"], plain[term])
 
     def test_horizon_is_the_length_of_the_slices(self, monkeypatch):
         horizon = 4
@@ -103,7 +91,7 @@ class TestTerms:
         loss(make_rows(B, horizon))
         value, _ = loss.actor_loss(batch)
         transition = batch["transition"]
-        equal(loss.actor_loss(transition, horizon=horizon)[0], value)
+        assert torch.equal(loss.actor_loss(transition, horizon=horizon)[0], value)
         assert seen == [horizon] * 4
         loss.actor_loss(batch, horizon=horizon + 1)
         assert seen[-1] == horizon + 1
@@ -155,7 +143,7 @@ class TestClassifier:
         rows = batch["transition"]
         value, _ = loss.classifier_loss(rows)
         column = rows.copy().set("imagined", rows["imagined"].unsqueeze(1))
-        equal(loss.classifier_loss(column)[0], value)
+        assert torch.equal(loss.classifier_loss(column)[0], value)
         other = rows.copy().set("imagined", ~rows["imagined"])
         assert loss.classifier_loss(other)[0] != value
 

@@ -36,12 +36,6 @@ from tests.helpers import (
     total,
 )
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 MASK = torch.ones(B, K, dtype=torch.bool)
 MASK[1, 2] = MASK[3, 0] = MASK[4] = False
 

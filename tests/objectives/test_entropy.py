@@ -7,8 +7,6 @@ import math
 
 import pytest
 import torch
-from tensordict import TensorDict
-from torch import nn
 from torch.distributions import Normal
 from torch.testing import assert_close
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -43,11 +41,6 @@ from tests.helpers import (
 ALPHA = 0.7
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def entropy_loss(alpha_init=ALPHA, target_entropy=None, **kwargs):
     bonus = EntropyBonus(alpha_init=alpha_init, target_entropy=target_entropy)
     return make_loss(entropy=bonus, **kwargs)
@@ -69,28 +62,6 @@ def actor_output(loss, latent):
 
 
 class TestStochasticActor:
-    def test_mean_and_scale(self):
-        actor = make_stochastic_actor([-0.4] * 2, [0.4] * 2, latent_dim=3, hidden_dim=8)
-        z = torch.randn(B, 3)
-        layers = [m for m in actor.modules() if isinstance(m, nn.Linear)]
-        sizes = [(layer.in_features, layer.out_features) for layer in layers]
-        assert sizes == [(3, 8), (8, 8), (8, 4)]
-        low, high = math.exp(-5), math.exp(2)
-        for std in (5.0, 1000.0):
-            nn.init.normal_(layers[-1].bias, std=std)
-            hidden = z
-            for layer in layers[:-1]:
-                hidden = nn.functional.elu(layer(hidden))
-            loc, raw = layers[-1](hidden).split(2, 1)
-            scale = high - nn.functional.softplus(high - raw)
-            scale = low + nn.functional.softplus(scale - low)
-            dist = actor.get_dist(TensorDict(latent=z, batch_size=[B]))
-            assert isinstance(dist, ClampedNormal)
-            assert_close(dist.loc, loc.tanh())
-            assert_close(dist.scale, scale)
-        assert_close(dist.low, torch.full([B, 2], -0.4))
-        assert_close(dist.high, torch.full([B, 2], 0.4))
-
     def test_acts_with_its_own_noise(self):
         loss = entropy_loss(bound=100.0)
         assert loss.noise_schedule is None

@@ -39,11 +39,6 @@ from tests.objectives.model_rows import assert_same_model_loss, discounted, live
 from tests.objectives.reference import elu_net
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def reconstruction(coef=1.0):
     return Reconstruction(
         make_decoder(OBSERVATION, latent_dim=LATENT, hidden_dim=HIDDEN), coef=coef

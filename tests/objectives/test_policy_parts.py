@@ -36,17 +36,6 @@ from tests.helpers import (
     variant,
 )
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def batch():
-    return make_batch()
-
-
 # -- TD3's objective -------------------------------------------------------------------
 
 

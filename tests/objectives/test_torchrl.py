@@ -62,11 +62,6 @@ NESTED = {name: ("group", "inner", name) for name in KEYS}
 two_kinds = pytest.mark.parametrize("kind", ["two_draw", "slices"])
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def make_input(kind):
     return make_batch() if kind == "two_draw" else alternate(make_rows(B, K))
 
