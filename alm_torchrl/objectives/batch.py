@@ -129,7 +129,7 @@ def read_horizon(loss: ALMLoss, tensordict: TensorDictBase) -> int | None:
     """The length K of the slices of a batch, or ``None`` for transitions."""
     key, action_key = loss.tensor_keys.slice, loss.tensor_keys.action
     steps = read_part(tensordict, key, action_key)[action_key].shape[1:-1]
-    return steps[0] if len(steps) == 1 else None
+    return steps[0] if steps else None
 
 
 def read_transitions(loss: ALMLoss, tensordict: TensorDictBase) -> Rows:

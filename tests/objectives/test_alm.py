@@ -107,6 +107,7 @@ def test_lower_bound_acts_with_the_mean_not_clamped():
     logits = latents.classify(z, a, after)
     reward = latents.predict_reward(z, a) + 0.5 * (logits[:, 1] - logits[:, 0])
     value = latents.state_action_value(after, mean).amin(-1)
+    a.requires_grad_()
     bound = loss.lower_bound(rows, 1)
     assert_close(bound, (reward + 0.8 * value).detach())
     assert not bound.requires_grad
