@@ -34,8 +34,10 @@ def bound_bias(
     """Compares the bound and the critics with Monte-Carlo returns (appendix E).
 
     The pairs are the states and actions of episodes without action noise. The return
-    of a pair is the discounted sum of *all* later rewards of its episode, without the
-    entropy bonus that the critics of SAC and REDQ include: it is part of their bias.
+    of a pair is the discounted sum of *all* later rewards of its episode, after the
+    agent's ``reward_transform``, without the entropy bonus that soft critics include:
+    it is part of their bias. A bound of logarithms is compared as ``exp(L^K) /
+    (1 - gamma)``, what it says of the return (Theorem 3.1).
 
     Args:
         env: environment without batch dimensions whose episodes end.
@@ -49,11 +51,11 @@ def bound_bias(
 
     Returns:
         TensorDict: ``[N]`` on the CPU, N at least ``pairs``. Float64: ``monte_carlo``,
-        the return; ``bound`` (only of ALM), :meth:`~alm_torchrl.ALMLoss.lower_bound`;
-        ``qvalue``, ``min Q(z, a)`` with ``z ~ e'(s)`` (ALM), ``min Q(s, a)`` (TD3, SAC)
-        or the mean over the critics (REDQ); ``missing``, the weight
-        ``gamma^(steps left)`` of what a time limit cuts off, 0 after a termination.
-        Int64: ``episode`` and ``step``, from 0.
+        the return; ``bound``, of :meth:`~alm_torchrl.ALMLoss.lower_bound` (ALM only);
+        ``qvalue``, ``min Q(z, a)`` with ``z ~ e'(s)`` or a baseline's
+        ``qvalue_estimate``; ``missing``, the weight ``gamma^(steps left)`` of what a
+        time limit cuts off, 0 after a termination. Int64: ``episode`` and ``step``,
+        from 0.
 
     Raises:
         TypeError: if ``env`` or ``loss`` has the wrong type.
@@ -161,7 +163,10 @@ def _estimates(
         latents = loss.latents
         latent = latents.sample(latents.encode(taken))
         value = latents.state_action_value(latent, taken[loss.tensor_keys.action])
-        return {"bound": loss.lower_bound(taken, horizon), "qvalue": value.amin(-1)}
+        bound = loss.lower_bound(taken, horizon)
+    if loss.logarithms is not None and loss.logarithms.where == "bound":
+        bound = bound.double().exp() / (1 - loss.gamma)
+    return {"bound": bound, "qvalue": value.amin(-1)}
 
 
 def _returns(
@@ -170,8 +175,12 @@ def _returns(
     """Discounted return from each step of an episode, ``[T]``, on the CPU."""
     length, following = len(episode), episode["next"]
     reward = following[env.reward_key].reshape(length).double().cpu()
-    baseline = isinstance(loss, BaselineLoss)
-    gamma = (loss.value_estimator.gamma if baseline else loss.gamma).item()
+    if isinstance(loss, BaselineLoss):
+        gamma = loss.value_estimator.gamma.item()
+    else:
+        gamma = loss.gamma.item()
+        if loss.reward_transform is not None:
+            reward = loss.reward_transform(reward)
     # With lmbda = 1 and no value at the end: the sum of the discounted rewards.
     returns = functional.lambda_return(reward, torch.zeros_like(reward), gamma, 1.0)
     step = torch.arange(length)

@@ -103,6 +103,8 @@ class Experiment:
     """Training steps at paper scale."""
     kind: Kind = "curves"
     """Learning curves; or bias, or latent rollouts, of the trained agents."""
+    timed: bool = False
+    """Whether its learning curves are drawn over wall time, too."""
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -136,6 +138,7 @@ _LISTED = (
         "near REDQ per step in a sixth of its time; SAC's return in half the time",
         "alm redq sac td3",
         tasks=(*_TASKS, "Ant-v5", "Humanoid-v5"),
+        timed=True,
     ),
     Experiment(
         "fig4",
@@ -271,10 +274,10 @@ _TINY = {
     "latent_dim": 4,
     "hidden_dim": 8,
     "model_hidden_dim": 8,
-    "eval_interval": 3,
+    "eval_interval": 6,
     "eval_episodes": 1,
-    "log_interval": 3,
-    "checkpoint_interval": 3,
+    "log_interval": 6,
+    "checkpoint_interval": 12,
     "logger": "none",
 }
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import (
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    as_completed,
+)
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from multiprocessing import get_context
@@ -16,7 +21,7 @@ from pathlib import Path
 from alm_torchrl.runs.folder import Run, holds_run, read_metrics, read_run
 from alm_torchrl.runs.settings import TrainConfig, UserError
 
-__all__ = ["is_complete", "make_runs"]
+__all__ = ["available_cores", "is_complete", "make_runs"]
 
 
 def is_complete(config: TrainConfig) -> bool:
@@ -35,7 +40,7 @@ def make_runs(
         configs: settings of the runs, each with a folder (``run_path``) of its own.
 
     Keyword Args:
-        jobs: runs at once; with one, this process makes them.
+        jobs: runs at once, each in a process; with one, this process makes them.
 
     Returns:
         tuple: the complete runs, in the order given, and the folders of those that
@@ -51,20 +56,26 @@ def make_runs(
     return made, {path: reason for path, reason in outcomes.items() if reason}
 
 
+def available_cores() -> int:
+    """The processor cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return (os.cpu_count() or 1) if affinity is None else len(affinity(0))
+
+
 def _outcomes(
     configs: Sequence[TrainConfig], jobs: int
 ) -> Iterator[tuple[TrainConfig, str]]:
     """Trains, and gives for each run the reason why it failed, or ""."""
-    if jobs == 1 or len(configs) <= 1:
+    if jobs == 1:
         yield from ((config, _train(config)) for config in configs)
         return
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    # A process that has used PyTorch's threads cannot be forked.
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _ignore_interrupts) as pool:
+    at_once = max(1, min(jobs, len(configs)))
+    threads = max(1, available_cores() // at_once)
+    with ThreadPoolExecutor(at_once) as pool:
         futures = {}
         for config in configs:
             limited = replace(config, threads=min(config.threads or threads, threads))
-            futures[pool.submit(_train, limited)] = config
+            futures[pool.submit(_train_alone, limited)] = config
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -74,9 +85,14 @@ def _outcomes(
             raise
 
 
-def _ignore_interrupts() -> None:
-    """For the time between two runs; a run handles the signal itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _train_alone(config: TrainConfig) -> str:
+    """Trains in a process of its own: one that is killed takes no other with it."""
+    # A process that has used PyTorch's threads cannot be forked.
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        try:
+            return process.submit(_train, config).result()
+        except BrokenProcessPool:
+            return "its process was killed, perhaps for lack of memory"
 
 
 def _train(config: TrainConfig) -> str:
@@ -93,6 +109,10 @@ def _train(config: TrainConfig) -> str:
             code = train(config)
         except UserError as error:
             return str(error)
+        except Exception as error:
+            # A fault of one run is no reason to lose the others.
+            traceback.print_exc()
+            return f"{type(error).__name__}: {error} (see {log.name})"
     if code:
         raise KeyboardInterrupt
     return ""

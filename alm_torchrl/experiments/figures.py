@@ -12,11 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from alm_torchrl.analysis.figures import panels, save
 from alm_torchrl.experiments.catalogue import Experiment
 from alm_torchrl.experiments.tables import Group, Row, over_seeds
-from alm_torchrl.runs.curves import Curve, curve_of, draw_curves, panels, save
+from alm_torchrl.runs.curves import Curve, curve_of, draw_curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,20 +30,19 @@ def plot_curves(
     output: Path,
     references: Sequence[Curve] = (),
 ) -> Path:
-    """Draws learning curves, those of Fig. 3 over wall time too.
+    """Draws learning curves, over wall time too where the experiment is timed.
 
     Published curves (``references``) are dashed and stand in each panel.
     """
     tasks = list(dict.fromkeys(group.task for group in groups))
-    timed = experiment.name == "fig3"
-    figure, axes = _figure(experiment, note, len(tasks), rows=2 if timed else 1)
+    figure, axes = _figure(experiment, note, len(tasks), rows=1 + experiment.timed)
     for column, task in enumerate(tasks):
         shown = [group for group in groups if group.task == task]
         curves = [curve_of(group.label, group.runs) for group in shown]
         draw_curves(axes[column], curves, references)
         axes[column].set_title(task)
         axes[column].set_ylabel("return, mean and deviation" if column == 0 else "")
-        if timed:
+        if experiment.timed:
             _draw_over_time(axes[len(tasks) + column], shown, curves)
     return _finish(figure, axes[0], output)
 
@@ -106,7 +104,7 @@ def _figure(
     experiment: Experiment, note: str, columns: int, rows: int = 1
 ) -> tuple[Any, list[Axes]]:
     size = (max(6.4, 3.6 * columns), 1.2 + 2.9 * rows)
-    figure, axes = panels(rows, columns, size=size)
+    figure, axes = panels(rows, columns, size)
     text = f"{experiment.source}: {experiment.question} ({note})"
     figure.suptitle(textwrap.fill(text, int(12 * size[0])), fontsize=10)
     return figure, axes
@@ -118,12 +116,8 @@ def _draw_over_time(
     """The curves of the groups over the mean wall time of their runs."""
     timed = []
     for group, curve in zip(groups, curves, strict=True):
-        times = [
-            {row["training_step"]: row["wall_time"] for row in run.metrics}
-            for run in group.runs
-        ]
-        minutes = [np.mean([t[step] for t in times]) / 60 for step in curve.steps]
-        timed.append(replace(curve, steps=np.array(minutes), std=None))
+        seconds = curve_of(group.label, group.runs, "wall_time").mean
+        timed.append(replace(curve, steps=seconds / 60, std=None))
     draw_curves(panel, timed)
     panel.set_xlabel("minutes of a run")
     panel.set_ylabel("mean return")

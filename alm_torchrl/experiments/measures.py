@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, cast
 
-from alm_torchrl.analysis.bias import bias_summary, bound_bias
+from torchrl.envs import EnvBase
+
 from alm_torchrl.analysis.rollouts import latent_rollout
 from alm_torchrl.envs import make_env
 from alm_torchrl.experiments.tables import Group, Row
 from alm_torchrl.objectives import ALMLoss
+from alm_torchrl.runs.diagnose import bias_history
 from alm_torchrl.runs.folder import Run
-from alm_torchrl.runs.loading import checkpoint_metadata, load_loss, usable_checkpoints
+from alm_torchrl.runs.loading import load_loss
 
 __all__ = ["bias_rows", "rollout_rows"]
 
@@ -36,15 +37,10 @@ def bias_rows(groups: Sequence[Group], *, pairs: int) -> list[Row]:
     """
     rows = []
     for run, env, entries in _runs(groups):
-        for step, checkpoint in _checkpoints(run.path).items():
-            found = bound_bias(
-                env,
-                load_loss(checkpoint),
-                horizon=run.config.horizon,
-                pairs=pairs,
-                seed=run.config.seed,
-            )
-            for estimate, kinds in bias_summary(found).items():
+        measured: dict[str, Any] = {"pairs": pairs, "seed": run.config.seed}
+        measured["horizon"] = run.config.horizon
+        for step, summary in bias_history(run.path, env, **measured):
+            for estimate, kinds in summary.items():
                 bias = {name: kinds["overall", name].item() for name in ("mean", "std")}
                 own = {"training_step": step, "estimate": estimate, **bias}
                 rows.append({**entries, **own})
@@ -76,29 +72,16 @@ def rollout_rows(groups: Sequence[Group], *, steps: int) -> list[Row]:
     return rows
 
 
-def _runs(groups: Sequence[Group]) -> Iterator[tuple[Run, Any, Row]]:
+def _runs(groups: Sequence[Group]) -> Iterator[tuple[Run, EnvBase, Row]]:
     """All runs, with their environments and the first entries of their rows."""
     for group in groups:
         for run in group.runs:
             config = run.config
+            # TorchRL closes it once it is collected: an error there costs no rows.
             env = make_env(
                 config.task,
                 action_bounds=config.action_bounds,
                 dynamics_noise=config.dynamics_noise,
             )
-            yield (
-                run,
-                env,
-                {"task": group.task, "variant": group.label, "seed": config.seed},
-            )
-            env.close()
-
-
-def _checkpoints(run: Path) -> dict[int, Path]:
-    """By training step, the oldest first; those of the warm-up are alike."""
-    found = {}
-    for path in usable_checkpoints(run / "checkpoints", ("loss_module",)):
-        metadata = checkpoint_metadata(path)
-        warmup = metadata["settings"]["warmup_steps"]
-        found[max(0, metadata["collected_frames"] - warmup)] = path
-    return dict(sorted(found.items()))
+            entries = {"task": group.task, "variant": group.label, "seed": config.seed}
+            yield run, env, entries

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,11 @@ from alm_torchrl.experiments.catalogue import (
     Variant,
     plan,
 )
-from alm_torchrl.experiments.execution import is_complete, make_runs
+from alm_torchrl.experiments.execution import (
+    available_cores,
+    is_complete,
+    make_runs,
+)
 from alm_torchrl.experiments.figures import plot_bias, plot_curves, plot_rollouts
 from alm_torchrl.experiments.measures import bias_rows, rollout_rows
 from alm_torchrl.experiments.tables import (
@@ -116,7 +119,7 @@ def reproduce(name: str, options: ReproduceOptions, say: Say) -> int:
     experiment, note = EXPERIMENTS[name], SCALES[options.scale].note
     references = [reference_curve(path) for path in options.reference]
     # Fails before the training where a package is missing.
-    iqm_interval(np.ones(2))
+    iqm_interval(np.ones(1))
     planned = _planned(experiment, options)
     done = sum(is_complete(config) for _, config in planned)
     jobs = options.jobs or _default_jobs(options)
@@ -154,7 +157,7 @@ def _planned(experiment: Experiment, options: ReproduceOptions) -> list[Planned]
 def _default_jobs(options: ReproduceOptions) -> int:
     from alm_torchrl.runs.train import find_device
 
-    return 1 if find_device(options.device) == "cuda" else os.cpu_count() or 1
+    return 1 if find_device(options.device) == "cuda" else available_cores()
 
 
 def _grouped(planned: Sequence[Planned], runs: Sequence[Run]) -> list[Group]:

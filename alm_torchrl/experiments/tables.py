@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alm_torchrl.evaluation import isolated_rng
-from alm_torchrl.runs.curves import Curve
+from alm_torchrl.runs.curves import Curve, mean_curve
+from alm_torchrl.runs.diagnose import write_columns
 from alm_torchrl.runs.folder import Run, read_record
 
 __all__ = [
@@ -40,7 +40,7 @@ class Group:
     label: str
     """Label of the variant, used in legends and tables."""
     runs: list[Run]
-    """Complete runs, at least one, with the same last training step."""
+    """Complete runs, at least one."""
 
 
 def iqm_interval(
@@ -120,17 +120,18 @@ def score_rows(groups: Sequence[Group]) -> list[Row]:
 
 
 def format_scores(rows: Sequence[Row]) -> str:
-    """The rows of :func:`score_rows` as text, 80 columns wide at most."""
-    lines = [
-        f"{'task':15} {'variant':20} seeds {'mean +- std':>15}  IQM [95% interval]"
-    ]
+    """The rows of :func:`score_rows` as text."""
+    cells = [("task", "variant", "seeds", "mean +- std", "IQM [95% interval]")]
     for row in rows:
         spread = f"{row['mean']:.0f} +- {row['std']:.0f}"
-        lines.append(
-            f"{row['task'][:15]:15} {row['variant'][:20]:20} {row['seeds']:5} "
-            f"{spread:>15}  {row['iqm']:.0f} [{row['low']:.0f}, {row['high']:.0f}]"
-        )
-    return "\n".join(lines)
+        interval = f"{row['iqm']:.0f} [{row['low']:.0f}, {row['high']:.0f}]"
+        cells.append((row["task"], row["variant"], str(row["seeds"]), spread, interval))
+    columns = zip(*cells, strict=True)
+    task, variant, seeds, score, _ = (max(map(len, column)) for column in columns)
+    return "\n".join(
+        f"{a:{task}}  {b:{variant}}  {c:>{seeds}}  {d:>{score}}  {e}"
+        for a, b, c, d, e in cells
+    )
 
 
 def metric_rows(runs: Sequence[Run]) -> list[Row]:
@@ -143,22 +144,14 @@ def metric_rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def over_seeds(label: str, rows: Iterable[Row], x: str, y: str) -> Curve:
-    """Mean and sample deviation of ``y`` over seeds, at each ``x`` that all have."""
-    columns: dict[int, list[float]] = {}
+    """The curve of ``y`` over ``x``, with the rows of each ``seed``."""
+    seeds: dict[int, dict[int, float]] = {}
     for row in rows:
-        columns.setdefault(row[x], []).append(row[y])
-    seeds = max(map(len, columns.values()))
-    kept = sorted(key for key, values in columns.items() if len(values) == seeds)
-    table = np.array([columns[key] for key in kept])
-    std = table.std(axis=1, ddof=1) if seeds > 1 else None
-    return Curve(label, np.array(kept), table.mean(axis=1), std)
+        seeds.setdefault(row["seed"], {})[row[x]] = row[y]
+    return mean_curve(label, list(seeds.values()))
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> Path:
     """Writes rows with the same entries as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return write_columns(columns, path)

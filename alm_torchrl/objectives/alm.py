@@ -8,7 +8,7 @@ from types import NoneType
 from typing import Any, Literal, cast
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import (
     TensorDictModule,
     TensorDictModuleBase,
@@ -25,14 +25,10 @@ from alm_torchrl import functional
 from alm_torchrl.checks import check_choice, check_number, check_type
 from alm_torchrl.networks import NoiseSchedule
 from alm_torchrl.objectives import rollouts
-from alm_torchrl.objectives.batch import (
-    read_horizon,
-    read_slices,
-    read_transitions,
-)
+from alm_torchrl.objectives.batch import read_horizon, read_slices, read_transitions
 from alm_torchrl.objectives.binding import bind_network, tie_networks
 from alm_torchrl.objectives.latents import Encoding, Latents
-from alm_torchrl.objectives.outputs import describe, present_keys
+from alm_torchrl.objectives.outputs import describe, present_keys, read_keys
 from alm_torchrl.objectives.variants import (
     EntropyBonus,
     Logarithms,
@@ -72,13 +68,12 @@ class ALMLoss(LossModule):
     serve the one-step terms and the starts of the policy; the one-step terms take
     plain transitions ``[B]`` too. It returns ``(value, metadata)``, the metadata being
     detached means by name. ``encoded``, what :meth:`encode_transitions` returns, saves
-    the terms after the first their own run of the target encoder.
+    a term its own run of the target encoder.
 
-    The terms are written in the verbs of :attr:`latents`. They sample, whatever
-    exploration type surrounds the call; with ``deterministic_sampling_mode =
-    ExplorationType.DETERMINISTIC`` each sample is its distribution's mean. Masks are
-    found as in every TorchRL loss (``loss_mask_key``); a slice with a masked step is
-    dropped whole from ``model_loss``.
+    The terms sample, whatever exploration type surrounds the call; with
+    ``deterministic_sampling_mode = ExplorationType.DETERMINISTIC`` each sample is its
+    distribution's mean. Masks are found as in every TorchRL loss (``loss_mask_key``);
+    a slice with a masked step is dropped whole from ``model_loss``.
 
     Keyword Args:
         encoder (ProbabilisticTensorDictSequential): ``e(z | s)``, a diagonal Gaussian.
@@ -93,12 +88,10 @@ class ALMLoss(LossModule):
             Default: ``0.95``.
         classifier_coef (float): weight c of the log ratio in the policy's reward.
             Default: ``0.1``. A coefficient of zero removes its term and its cost.
-        kl_coef (float): weight of the KL in ``model_loss``. Default: ``1.0``.
-        value_coef (float): weight of the value in ``model_loss``. Default: ``1.0``.
-        reward_coef (float): weight of the reward in ``model_loss``. Default: ``1.0``.
+        kl_coef, value_coef, reward_coef (float): weights of KL, value and reward in
+            ``model_loss``. Default: ``1.0``.
         noise_clip (float, optional): clip of the action noise inside the losses, or
-            ``None``. Not used with ``entropy``, whose densities are those of noise
-            without a clip. Default: ``0.3``.
+            ``None``. Not used with ``entropy``. Default: ``0.3``.
         discount_model_loss (bool): weight step t of ``model_loss`` by gamma^t and the
             value by gamma^K, as Eq. 7 is printed; the authors' code does not.
             Default: ``False``.
@@ -108,9 +101,8 @@ class ALMLoss(LossModule):
         logarithms, model_terms, entropy, policy_objective: exchangeable parts, see
             :mod:`alm_torchrl.objectives.variants`. Default: none of them; the policy
             maximises the lower bound (Eq. 8).
-        reduction (str, optional): ``"mean"``, ``"sum"`` or ``"none"``; the last gives
-            ``[B]`` for each term (plain slices are averaged over K).
-            Default: ``None``, which is ``"mean"``.
+        reduction (str, optional): ``"mean"``, the default, ``"sum"`` or ``"none"``,
+            which gives ``[B]`` for each term (plain slices are averaged over K).
 
     Raises:
         TypeError: if a network or part is of another type, encoder or model are not
@@ -127,14 +119,15 @@ class ALMLoss(LossModule):
         ...     observation_dim=3, action_low=[-1.0], action_high=[1.0], hidden_dim=8
         ... )
         >>> updater = SoftUpdate(loss, tau=0.005)
+        >>> following = {
+        ...     "observation": torch.randn(4, 2, 3),
+        ...     "reward": torch.randn(4, 2, 1),
+        ...     "terminated": torch.zeros(4, 2, 1, dtype=torch.bool),
+        ... }
         >>> slices = TensorDict(
-        ...     {
-        ...         "observation": torch.randn(4, 2, 3),
-        ...         "action": torch.rand(4, 2, 1),
-        ...         ("next", "observation"): torch.randn(4, 2, 3),
-        ...         ("next", "reward"): torch.randn(4, 2, 1),
-        ...         ("next", "terminated"): torch.zeros(4, 2, 1, dtype=torch.bool),
-        ...     },
+        ...     observation=torch.randn(4, 2, 3),
+        ...     action=torch.rand(4, 2, 1),
+        ...     next=following,
         ...     batch_size=[4, 2],
         ... )
         >>> losses = loss(slices)
@@ -210,7 +203,8 @@ class ALMLoss(LossModule):
         reduction: Literal["mean", "sum", "none"] | None = None,
     ) -> None:
         super().__init__()
-        gamma, lmbda = _check_discount("gamma", gamma), _check_discount("lmbda", lmbda)
+        self.register_buffer("gamma", torch.tensor(_check_discount("gamma", gamma)))
+        self.register_buffer("lmbda", torch.tensor(_check_discount("lmbda", lmbda)))
         # Floats: a tensor cannot be multiplied by a large Python integer.
         self.classifier_coef = check_number("classifier_coef", classifier_coef)
         self.kl_coef = check_number("kl_coef", kl_coef)
@@ -219,6 +213,7 @@ class ALMLoss(LossModule):
         if noise_clip is not None:
             noise_clip = check_number("noise_clip", noise_clip)
         check_type("discount_model_loss", discount_model_loss, bool)
+        self.discount_model_loss = discount_model_loss
         if classifier is None and classifier_coef != 0:
             raise ValueError(
                 "classifier: expected a network with classifier_coef="
@@ -227,31 +222,21 @@ class ALMLoss(LossModule):
         if reward_transform is not None and not callable(reward_transform):
             got = type(reward_transform).__name__
             raise TypeError(f"reward_transform: expected a function, got {got}.")
-        check_type("logarithms", logarithms, (Logarithms, NoneType))
-        check_type("entropy", entropy, (EntropyBonus, NoneType))
-        check_choice("reduction", reduction, (None, "mean", "sum", "none"))
-        self.discount_model_loss = discount_model_loss
         self.reward_transform = reward_transform
-        self.logarithms = logarithms
+        self.logarithms = check_type("logarithms", logarithms, (Logarithms, NoneType))
         self.policy_objective = policy_objective
-        self.reduction = "mean" if reduction is None else reduction
-        networks = {
-            "encoder": encoder,
-            "model": model,
-            "actor": actor,
-            "qvalue": qvalue,
-            "reward": reward,
-            "classifier": classifier if classifier_coef != 0 else None,
-        }
+        check_choice("reduction", reduction, (None, "mean", "sum", "none"))
+        self.reduction = reduction or "mean"
+        classifier = classifier if classifier_coef != 0 else None
+        parts = (encoder, model, actor, qvalue, reward, classifier)
+        networks = dict(zip(PARTS, parts, strict=True))
         for name, network in networks.items():
             bind_network(self, name, network, target=name in TARGETS)
         terms = [term for term in model_terms if check_term(term).coef != 0]
         self.model_terms = nn.ModuleList(terms)  # type: ignore[arg-type]
+        self.entropy = check_type("entropy", entropy, (EntropyBonus, NoneType))
         if entropy is not None:
             entropy.check_actor(actor)
-        self.entropy = entropy
-        self.register_buffer("gamma", torch.tensor(gamma))
-        self.register_buffer("lmbda", torch.tensor(lmbda))
         self.latents = Latents(
             networks,
             self._modules,
@@ -268,9 +253,8 @@ class ALMLoss(LossModule):
         ``sum_t (kl_coef kl_t - reward_coef r(z_t, a_t)) - value_coef min Q(z_K, a_K)``
         plus the ``model_terms``; ``logarithms`` changes r and Q.
 
-        Metadata: ``kl``, ``model_reward`` and each model term (per step) and
-        ``terminal_value``; those with a coefficient of zero are absent. Raises
-        ValueError without slices ``[B, K]``.
+        Metadata, but for coefficients of zero: ``terminal_value``, and per step ``kl``,
+        ``model_reward`` and each model term. Raises ValueError without slices [B, K].
         """
         slices = read_slices(self, tensordict)
         rollout = self.model_rollout(slices.data)
@@ -291,8 +275,8 @@ class ALMLoss(LossModule):
             steps = term(self, slices.data, latent)
             loss = loss + term.coef * functional.discounted_sum(steps, gamma)
             means[term.name] = steps
-        present = {k: slices.mean(v) for k, v in means.items() if k in self.out_keys}
-        return slices.reduce(loss, self.reduction), present
+        metadata = {k: slices.mean(v) for k, v in means.items() if k in self.out_keys}
+        return slices.reduce(loss, self.reduction), metadata
 
     def reward_loss(
         self,
@@ -320,16 +304,13 @@ class ALMLoss(LossModule):
         """Cross entropy of real against imagined next latents (Eq. 9).
 
         In a random half of the rows, or where the entry ``imagined`` is true, the next
-        latent is the model's. Each row is one or the other; the paper's equation uses
-        each row as both.
+        latent is the model's; the paper's equation uses each row as both.
 
         Metadata: ``classifier_accuracy`` in [0, 1]. Raises RuntimeError without a
         classifier (``classifier_coef=0``).
         """
         if self.classifier is None:
-            raise RuntimeError(
-                "classifier_loss needs a classifier, got classifier_coef=0."
-            )
+            raise RuntimeError("classifier_loss needs one, got classifier_coef=0.")
         rows = read_transitions(self, tensordict)
         if encoded is None:
             encoded = self.encode_transitions(rows.data)
@@ -349,9 +330,8 @@ class ALMLoss(LossModule):
     ) -> tuple[Tensor, Metadata]:
         """Reward and classifier loss together, on one latent as in the authors' code.
 
-        Returns:
-            tuple: the sum, and its parts ``loss_reward`` and ``loss_classifier`` with
-            their metadata. Without a classifier it is the reward loss alone.
+        Metadata: ``loss_reward``, ``loss_classifier`` and theirs. Without a classifier
+        it is the reward loss alone.
         """
         if encoded is None:
             encoded = self.encode_transitions(tensordict)
@@ -395,18 +375,16 @@ class ALMLoss(LossModule):
         ``- mean_t gamma^t G_t`` from ``z_0 ~ e'(s)``, see :meth:`imagine`, or minus
         what the ``policy_objective`` gives.
 
-        ``horizon`` is the number of steps K; by default the length of the slices, so it
-        is needed with transitions alone (else a ValueError). Metadata, over starts and
-        steps: ``imagined_reward``, ``imagined_log_ratio``, ``imagined_value`` and
-        ``lambda_return``, or the metrics of the ``policy_objective``.
+        ``horizon`` is K, by default the length of the slices; transitions alone need it
+        (else a ValueError). Metadata, over starts and steps: ``imagined_reward``,
+        ``imagined_log_ratio``, ``imagined_value`` and ``lambda_return``, or the metrics
+        of the ``policy_objective``.
         """
         horizon = read_horizon(self, tensordict) if horizon is None else horizon
         rows = read_transitions(self, tensordict)
         latent = self.draw_latent(rows.data, encoded)
-        if self.policy_objective is None:
-            objective, metrics = rollouts.policy_bound(self, latent, horizon)
-        else:
-            objective, metrics = self.policy_objective(self, latent, horizon)
+        policy = self.policy_objective or rollouts.policy_bound
+        objective, metrics = policy(self, latent, horizon)
         means = {k: rows.mean(v.flatten(1).mean(-1)) for k, v in metrics.items()}
         return -rows.reduce(objective, self.reduction), means
 
@@ -444,11 +422,8 @@ class ALMLoss(LossModule):
         outputs = {name: value for name, (value, _) in terms.items()}
         for _, metadata in terms.values():
             outputs |= metadata
-        self._clear_weakrefs(
-            tensordict,
-            *(f"{part}_params" for part in PARTS),
-            *(f"target_{part}_params" for part in TARGETS),
-        )
+        held = (*PARTS, *(f"target_{part}" for part in TARGETS))
+        self._clear_weakrefs(tensordict, *(f"{part}_params" for part in held))
         return TensorDict(outputs, batch_size=[])
 
     # What the terms are computed from.
@@ -475,11 +450,7 @@ class ALMLoss(LossModule):
     @property
     def in_keys(self) -> list[NestedKey]:
         """Entries of plain slices; what ``forward`` takes as keyword arguments."""
-        keys = self.tensor_keys
-        observed = self.encoder.in_keys
-        following = [*observed, keys.reward, keys.terminated]
-        entries = [*observed, keys.action, *(("next", key) for key in following)]
-        return [unravel_key(entry) for entry in entries]
+        return read_keys(self)
 
     def make_value_estimator(
         self,

@@ -29,13 +29,29 @@ class Rows(NamedTuple):
     """Shape of the rows before they were flattened."""
 
     def reduce(self, loss: Tensor, reduction: str) -> Tensor:
-        """Reduces a loss of each row; ``"none"`` averages over the steps of slices."""
-        return reduce_masked(loss.reshape(self.shape), self.mask, reduction)
+        """Reduces a loss ``[N]`` over the rows that count.
+
+        ``"none"`` gives ``[B]``: averaged over the steps of slices, and zero where no
+        row counts.
+        """
+        loss, mask = loss.reshape(self.shape), self.mask
+        if mask is not None:
+            loss = loss.masked_fill(~mask, 0)
+        if reduction == "sum":
+            return loss.sum()
+        if reduction == "mean":
+            return loss.mean() if mask is None else loss.sum() / mask.sum().clamp_min(1)
+        if loss.ndim == 1:
+            return loss
+        return loss.mean(1) if mask is None else loss.sum(1) / mask.sum(1).clamp_min(1)
 
     def mean(self, values: Tensor) -> Tensor:
         """Detached mean of ``[N, *]`` over the rows that count."""
-        values = values.detach().reshape(*self.shape, *values.shape[1:])
-        return masked_mean(values, self.mask)
+        values = values.detach()
+        if self.mask is None:
+            return values.mean()
+        mask = self.mask.reshape(-1, *(1,) * (values.ndim - 1)).expand_as(values)
+        return values.masked_fill(~mask, 0).sum() / mask.sum().clamp_min(1)
 
 
 def entry_names(tensordict: TensorDictBase) -> list[NestedKey]:
@@ -113,7 +129,7 @@ def read_horizon(loss: ALMLoss, tensordict: TensorDictBase) -> int | None:
     """The length K of the slices of a batch, or ``None`` for transitions."""
     key, action_key = loss.tensor_keys.slice, loss.tensor_keys.action
     steps = read_part(tensordict, key, action_key)[action_key].shape[1:-1]
-    return steps[0] if len(steps) == 1 else None
+    return steps[0] if steps else None
 
 
 def read_transitions(loss: ALMLoss, tensordict: TensorDictBase) -> Rows:
@@ -235,36 +251,3 @@ def explain_mismatch(
             f"sizes), got: {text}"
         )
     return error
-
-
-def reduce_masked(loss: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
-    """Reduces a loss over the rows that count.
-
-    Args:
-        loss (Tensor): ``[B]`` or ``[B, K]``.
-        mask (Tensor, optional): the rows that count, of the same shape.
-        reduction (str): ``"mean"``, ``"sum"`` or ``"none"``.
-
-    Returns:
-        Tensor: a scalar, or with ``"none"`` ``[B]``: averaged over K, and zero where
-        no row counts.
-    """
-    if mask is not None:
-        loss = loss.masked_fill(~mask, 0)
-    if reduction == "sum":
-        return loss.sum()
-    if reduction == "mean":
-        return loss.mean() if mask is None else loss.sum() / mask.sum().clamp_min(1)
-    if loss.ndim == 1:
-        return loss
-    return loss.mean(1) if mask is None else loss.sum(1) / mask.sum(1).clamp_min(1)
-
-
-def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Detached mean over the rows that count, ``values`` ``[B, *]``, mask ``[B]``."""
-    values = values.detach()
-    if mask is None:
-        return values.mean()
-    mask = mask.reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
-    mask = mask.expand_as(values)
-    return values.masked_fill(~mask, 0).sum() / mask.sum().clamp_min(1)

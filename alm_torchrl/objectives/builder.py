@@ -123,22 +123,9 @@ def network_sizes(
     action_low: Tensor | Sequence[float] | None,
     action_high: Tensor | Sequence[float] | None,
 ) -> tuple[int, Tensor, Tensor]:
-    """Sizes for networks, from an environment's specs or from arguments.
+    """Size of the observation and copies of the action's bounds.
 
-    Args:
-        caller (str): the function whose arguments these are, for messages.
-        env (EnvBase, optional): environment with a flat ``"observation"`` and a
-            bounded action, or ``None`` where all others are given.
-        observation_dim (int, optional): size of the observation.
-        action_low (Tensor or sequence of float, optional): lower bounds, ``[A]``.
-        action_high (Tensor or sequence of float, optional): upper bounds, ``[A]``.
-
-    Returns:
-        tuple: size of the observation, and copies of the bounds.
-
-    Raises:
-        ValueError: if sizes are missing, given twice, or the specs do not fit.
-        TypeError: if ``env`` is no TorchRL environment.
+    The arguments and errors are those of the builder named ``caller``.
 
     Examples:
         >>> network_sizes("make_alm_loss", None, 3, [-1.0], [1.0])
@@ -154,10 +141,9 @@ def network_sizes(
     if env is not None:
         check_type("env", env, EnvBase, "make_env makes one from a Gymnasium task")
         observation_dim, action_low, action_high = _sizes(env)
-    if observation_dim is None or action_low is None or action_high is None:
-        raise ValueError("observation_dim, action_low and action_high are required.")
     observation_dim = check_integer("observation_dim", observation_dim)
-    return observation_dim, *check_bounds(action_low, action_high)
+    bounds = check_bounds(action_low, action_high)  # type: ignore[arg-type]
+    return observation_dim, *bounds
 
 
 def _sizes(env: EnvBase) -> tuple[int, Tensor, Tensor]:

@@ -1,11 +1,20 @@
-"""Which losses and metrics an ``ALMLoss`` has, and how it is printed."""
+"""The entries that an ``ALMLoss`` reads and writes, and how it is printed."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tensordict import NestedKey, unravel_key
+
 if TYPE_CHECKING:
     from alm_torchrl.objectives.alm import ALMLoss
+
+
+def read_keys(loss: ALMLoss) -> list[NestedKey]:
+    """The entries of plain slices that a loss reads."""
+    keys, observed = loss.tensor_keys, loss.encoder.in_keys
+    following = [("next", key) for key in (*observed, keys.reward, keys.terminated)]
+    return [unravel_key(key) for key in (*observed, keys.action, *following)]
 
 
 def present_keys(loss: ALMLoss) -> list[str]:
@@ -14,35 +23,35 @@ def present_keys(loss: ALMLoss) -> list[str]:
     Raises:
         ValueError: if no term of ``model_loss`` is left.
     """
-    has_classifier, has_alpha = loss.classifier is not None, loss.entropy is not None
-    terms = [str(term.name) for term in loss.model_terms]
-    present = {
-        "loss_model": True,
-        "loss_reward": True,
-        "loss_classifier": has_classifier,
-        "loss_qvalue": True,
-        "loss_actor": True,
-        "loss_alpha": has_alpha,
-        "kl": loss.kl_coef != 0,
-        "model_reward": loss.reward_coef != 0,
-        "terminal_value": loss.value_coef != 0,
-        **dict.fromkeys(terms, True),
+    coefs = {
+        "kl": loss.kl_coef,
+        "model_reward": loss.reward_coef,
+        "terminal_value": loss.value_coef,
     }
-    if not terms and not any((loss.kl_coef, loss.reward_coef, loss.value_coef)):
+    terms = [name for name, coef in coefs.items() if coef != 0]
+    terms += [str(term.name) for term in loss.model_terms]
+    if not terms:
         raise ValueError(
             "kl_coef, reward_coef, value_coef: expected one that is not 0, or "
             "model_terms, or model_loss is empty, got 0."
         )
-    present["classifier_accuracy"] = has_classifier
-    present |= dict.fromkeys(("pred_value", "target_value", "td_error"), True)
-    if loss.policy_objective is None:
-        present["imagined_reward"] = True
-        present["imagined_log_ratio"] = has_classifier
-        present |= dict.fromkeys(("imagined_value", "lambda_return"), True)
-    else:
-        present |= dict.fromkeys(loss.policy_objective.metrics, True)
-    present |= dict.fromkeys(("alpha", "entropy"), has_alpha)
-    return [name for name, here in present.items() if here]
+    bound = ("imagined_reward", "imagined_log_ratio", "imagined_value", "lambda_return")
+    policy = loss.policy_objective
+    losses = ("model", "reward", "classifier", "qvalue", "actor", "alpha")
+    keys = [
+        *(f"loss_{name}" for name in losses),
+        *terms,
+        "classifier_accuracy",
+        *("pred_value", "target_value", "td_error"),
+        *(bound if policy is None else policy.metrics),
+        *("alpha", "entropy"),
+    ]
+    absent = set()
+    if loss.classifier is None:
+        absent |= {"loss_classifier", "classifier_accuracy", "imagined_log_ratio"}
+    if loss.entropy is None:
+        absent |= {"loss_alpha", "alpha", "entropy"}
+    return [key for key in keys if key not in absent]
 
 
 def describe(loss: ALMLoss, parts: tuple[str, ...]) -> str:

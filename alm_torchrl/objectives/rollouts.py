@@ -14,7 +14,12 @@ from torchrl.envs.utils import set_exploration_type
 from alm_torchrl import functional
 from alm_torchrl.checks import check_integer
 from alm_torchrl.objectives.batch import read_column, read_entry, read_transitions
-from alm_torchrl.objectives.latents import Encoding, normal_parameters, split_dist
+from alm_torchrl.objectives.latents import (
+    Encoding,
+    Parameters,
+    normal_parameters,
+    split_dist,
+)
 
 if TYPE_CHECKING:
     from alm_torchrl.objectives.alm import ALMLoss
@@ -38,8 +43,7 @@ def encode_transitions(loss: ALMLoss, tensordict: TensorDictBase) -> Encoding:
     """Runs the target encoder once for all one-step terms and the policy's.
 
     Returns:
-        Encoding: the distributions of the latents before and after each
-        transition. Valid until a target network moves.
+        Encoding: the distributions of the latents before and after each transition.
     """
     transitions = read_transitions(loss, tensordict).data
     seen = [
@@ -56,10 +60,10 @@ def draw_latent(
     loss: ALMLoss, tensordict: TensorDictBase, encoded: Encoding | None = None
 ) -> Tensor:
     """Draws ``z ~ e'(s)`` for transitions, ``[N, L]``, without gradient."""
-    if encoded is None:
-        encoded_now = loss.latents.encode(read_transitions(loss, tensordict).data)
-        return loss.latents.sample(encoded_now)
-    return loss.latents.sample(encoded.now)
+    if encoded is not None:
+        return loss.latents.sample(encoded.now)
+    rows = read_transitions(loss, tensordict)
+    return loss.latents.sample(loss.latents.encode(rows.data))
 
 
 @sampling
@@ -158,13 +162,7 @@ def td_target(
     following = read_entry(transitions, "next")
     dist = loss.latents.encode(following) if encoded is None else encoded.next
     latent = loss.latents.sample(dist)
-    if loss.entropy is None:
-        action = loss.latents.act(latent)
-        value = loss.latents.state_action_value(latent, action, "target").amin(-1)
-    else:
-        action, log_prob = loss.latents.act_and_score(latent)
-        value = loss.latents.state_action_value(latent, action, "target").amin(-1)
-        value = loss.entropy.add(value, log_prob)
+    value = policy_value(loss, latent, "frozen", "target")
     reward = loss.recorded_reward(transitions, value)
     terminated = read_column(following, loss.tensor_keys.terminated, value)
     discount = loss.gamma * (1 - terminated.to(value.dtype))
@@ -237,6 +235,18 @@ def policy_bound(
     names = ["reward", "value"] + ["log_ratio"] * (loss.classifier is not None)
     metrics = {f"imagined_{name}": rollout[name] for name in names}
     return objective, metrics | {"lambda_return": rollout["lambda_return"]}
+
+
+def policy_value(
+    loss: ALMLoss, latent: Tensor, actor: Parameters, critics: Parameters
+) -> Tensor:
+    """The critics' smallest value of the policy's action, with its bonus, ``[*]``."""
+    if loss.entropy is None:
+        action = loss.latents.act(latent, actor)
+        return loss.latents.state_action_value(latent, action, critics).amin(-1)
+    action, log_prob = loss.latents.act_and_score(latent, actor)
+    value = loss.latents.state_action_value(latent, action, critics).amin(-1)
+    return loss.entropy.add(value, log_prob)
 
 
 def recorded_reward(loss: ALMLoss, transitions: TensorDictBase, like: Tensor) -> Tensor:

@@ -1,20 +1,10 @@
-"""Exchangeable parts of :class:`~alm_torchrl.ALMLoss`: one small class each.
+"""Exchangeable parts of :class:`~alm_torchrl.ALMLoss`, by its arguments.
 
-=========================== ============================= ========================
-part                        what it changes               argument of ``ALMLoss``
-=========================== ============================= ========================
-:class:`Reconstruction`     adds a decoder's error to the ``model_terms``
-                            objective of encoder and
-                            model (Fig. 15)
-:class:`ValuePrediction`    adds the critics' TD error to ``model_terms``
-                            it (Fig. 18, 19)
-:class:`Logarithms`         takes logarithms of reward    ``logarithms``
-                            and value (Fig. 12, Eq. 6)
-:class:`EntropyBonus`       rewards the policy's entropy  ``entropy``
-                            (Table 5)
-:class:`QValueObjective`    the policy maximises the      ``policy_objective``
-                            critics' value (Fig. 5c)
-=========================== ============================= ========================
+- ``model_terms``: :class:`Reconstruction` (Fig. 15), :class:`ValuePrediction`
+  (Fig. 18, 19)
+- ``logarithms``: :class:`Logarithms` (Fig. 12, Eq. 6)
+- ``entropy``: :class:`EntropyBonus` (Table 5)
+- ``policy_objective``: :class:`QValueObjective` (Fig. 5c)
 
 Parts combine. A part of your own is a class with the same methods; it reads the loss
 through its verbs, ``loss.latents``.
@@ -35,6 +25,7 @@ from alm_torchrl import functional
 from alm_torchrl.checks import LARGEST_FLOAT, check_choice, check_number, check_type
 from alm_torchrl.networks import NoiseSchedule
 from alm_torchrl.objectives.batch import explain_mismatch, read_entry
+from alm_torchrl.objectives.rollouts import policy_value
 
 if TYPE_CHECKING:
     from alm_torchrl.objectives.alm import ALMLoss
@@ -124,15 +115,10 @@ class Reconstruction(nn.Module):
 
     def forward(self, loss: ALMLoss, slices: TensorDictBase, latent: Tensor) -> Tensor:
         """Error of ``s_0`` to ``s_K`` decoded from the latents, ``[B, K+1]``."""
-        observe = loss.latents.observations
-        states = (observe(slices)[:, :1], observe(read_entry(slices, "next")))
-        observed = torch.cat(
-            [
-                torch.cat([rows.get(key) for key in loss.encoder.in_keys], -1)
-                for rows in states
-            ],
-            1,
-        )
+        observe, keys = loss.latents.observations, loss.encoder.in_keys
+        first, following = observe(slices)[:, :1], observe(read_entry(slices, "next"))
+        states = [torch.cat([first.get(key), following.get(key)], 1) for key in keys]
+        observed = torch.cat(states, -1)
         decoded = self.decode(loss, latent)
         if decoded.shape != observed.shape:
             raise ValueError(
@@ -255,8 +241,7 @@ class EntropyBonus(nn.Module):
 
     The paper's ALM-ENT (Table 5) rewards the policy's entropy; its loss was not
     published. Here the bonus enters wherever the reward or value of an action enters
-    the policy's return or the critics' target, so the critics' values contain all later
-    bonuses. :meth:`alpha_loss` tunes ``alpha`` (https://arxiv.org/abs/1812.05905).
+    the policy's return or the critics' target. :meth:`alpha_loss` tunes ``alpha`` (https://arxiv.org/abs/1812.05905).
 
     The actor must learn its noise: :func:`~alm_torchrl.make_stochastic_actor` makes
     one, and any reparameterised distribution with a density will do, such as
@@ -349,12 +334,7 @@ class QValueObjective:
         self, loss: ALMLoss, latent: Tensor, horizon: int | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The value of each start ``[N, L]``, ``[N]``, and no metrics."""
-        if loss.entropy is None:
-            action = loss.latents.act(latent, "live")
-            return loss.latents.state_action_value(latent, action).amin(-1), {}
-        action, log_prob = loss.latents.act_and_score(latent, "live")
-        value = loss.latents.state_action_value(latent, action).amin(-1)
-        return loss.entropy.add(value, log_prob), {}
+        return policy_value(loss, latent, "live", "frozen"), {}
 
     def __repr__(self) -> str:
         return "QValueObjective()"

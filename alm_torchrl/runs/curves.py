@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,21 +11,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alm_torchrl.analysis.figures import panels, save, steps_axis
 from alm_torchrl.runs.folder import CHANGEABLE, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = [
     "Curve",
     "curve_of",
     "curves_of",
     "draw_curves",
-    "panels",
+    "mean_curve",
     "plot_runs",
     "reference_curve",
-    "save",
 ]
 
 # They say how a run is made and kept, not what is trained.
@@ -38,30 +37,44 @@ class Curve:
 
     label: str
     """Its text in the legend."""
-    steps: NDArray[np.int64]
-    """Training steps at which every seed was evaluated, shape [N]."""
+    steps: NDArray[np.int64 | np.float64]
+    """Training steps at which a seed was evaluated, shape [N]."""
     mean: NDArray[np.float64]
-    """Mean over seeds of the mean return, shape [N]."""
+    """Mean over the seeds that have a step, shape [N]."""
     std: NDArray[np.float64] | None
-    """Standard deviation over seeds (n - 1), shape [N]; None for one seed."""
+    """Their standard deviation (n - 1; NaN for one), shape [N]; None for one seed."""
 
 
-def curve_of(label: str, runs: Sequence[Run]) -> Curve:
-    """The curve of runs of one setting, over the steps that all were evaluated at.
+def mean_curve(label: str, seeds: Sequence[Mapping[int, float]]) -> Curve:
+    """Mean and deviation over seeds, at each step over those that have it.
 
-    Raises:
-        ValueError: if they share no training step.
+    Args:
+        label: its text in the legend, which also tells numbers of seeds that differ.
+        seeds: of each seed the value by step.
+
+    Examples:
+        >>> curve = mean_curve("ALM", [{0: 1.0, 5: 2.0}, {0: 3.0}])
+        >>> curve.label, curve.steps.tolist(), curve.mean.tolist()
+        ('ALM (1 to 2 seeds at each step)', [0, 5], [2.0, 2.0])
     """
-    returns = [
-        {row["training_step"]: row["mean_return"] for row in run.metrics}
-        for run in runs
-    ]
-    steps = sorted(set.intersection(*(set(values) for values in returns)))
-    if not steps:
-        raise ValueError(f"runs: those of '{label}' share no training step")
-    table = np.array([[values[step] for step in steps] for values in returns])
-    std = table.std(axis=0, ddof=1) if len(runs) > 1 else None
-    return Curve(label, np.array(steps), table.mean(axis=0), std)
+    steps = sorted(set().union(*seeds))
+    table = np.array([[seed.get(step, np.nan) for step in steps] for seed in seeds])
+    has = np.array([[step in seed for step in steps] for seed in seeds])
+    counts, std = has.sum(axis=0), None
+    if counts.min() < counts.max():
+        label += f" ({counts.min()} to {counts.max()} seeds at each step)"
+    if len(seeds) > 1:
+        std, several = np.full(len(steps), np.nan), counts > 1
+        std[several] = table[:, several].std(axis=0, ddof=1, where=has[:, several])
+    return Curve(label, np.array(steps), table.mean(axis=0, where=has), std)
+
+
+def curve_of(label: str, runs: Sequence[Run], column: str = "mean_return") -> Curve:
+    """The curve of runs of one setting, of a column of their metrics."""
+    return mean_curve(
+        label,
+        [{row["training_step"]: row[column] for row in run.metrics} for run in runs],
+    )
 
 
 def curves_of(runs: Sequence[Run]) -> list[Curve]:
@@ -72,8 +85,7 @@ def curves_of(runs: Sequence[Run]) -> list[Curve]:
     their settings first appear.
 
     Raises:
-        ValueError: if a run has no evaluation, a seed appears twice in a group, or
-            the runs of a group share no training step.
+        ValueError: if a run has no evaluation, or a seed appears twice in a group.
     """
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
@@ -157,7 +169,7 @@ def plot_runs(
     """
     curves = curves_of(runs)
     height = 3.8 + 0.22 * (len(curves) + len(references))
-    figure, (axes,) = panels(1, 1, size=(6.4, height))
+    figure, (axes,) = panels(1, 1, (6.4, height))
     draw_curves(axes, curves, references)
     title = ", ".join(sorted({run.config.task for run in runs}))
     if any(curve.std is not None for curve in [*curves, *references]):
@@ -168,31 +180,11 @@ def plot_runs(
     return save(figure, output)
 
 
-def panels(
-    rows: int, columns: int, *, size: tuple[float, float]
-) -> tuple[Figure, list[Axes]]:
-    """An empty figure, its size in inches, and its panels, row by row.
-
-    Raises:
-        ImportError: if Matplotlib is missing.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "plots need Matplotlib: pip install 'alm_torchrl[cli]'"
-        ) from error
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
-
-
 def draw_curves(
     axes: Axes, curves: Sequence[Curve], references: Sequence[Curve] = ()
 ) -> None:
     """Draws curves with their deviation into a panel, and labels its axes."""
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+    from matplotlib.ticker import StrMethodFormatter
 
     last = max(curve.steps[-1] for curve in curves)
     grays = ("0.3", "0.5", "0.7")
@@ -203,27 +195,15 @@ def draw_curves(
         _draw(axes, within, color=grays[index % len(grays)], linestyle="--")
     for curve in curves:
         _draw(axes, curve, marker="o" if len(curve.steps) <= 12 else None)
-    axes.set_xlabel("training steps")
+    steps_axis(axes, "training steps")
     axes.set_ylabel("return of an episode, no action noise")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
-    axes.grid(alpha=0.3)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
 
 
 def _draw(axes: Axes, curve: Curve, **style: Any) -> None:
-    (line,) = axes.plot(
-        curve.steps, curve.mean, label=curve.label, markersize=4, **style
-    )
+    style |= {"label": curve.label, "markersize": 4}
+    (line,) = axes.plot(curve.steps, curve.mean, **style)
     if curve.std is not None:
         low, high = curve.mean - curve.std, curve.mean + curve.std
-        axes.fill_between(
-            curve.steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0
-        )
-
-
-def save(figure: Figure, output: Path) -> Path:
-    """Writes a figure, and makes its folder if it is missing."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output)
-    return output
+        band: dict[str, Any] = {"color": line.get_color(), "alpha": 0.2, "linewidth": 0}
+        axes.fill_between(curve.steps, low, high, **band)

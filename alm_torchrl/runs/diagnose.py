@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,7 +23,13 @@ from alm_torchrl.runs.loading import (
     usable_checkpoints,
 )
 
-__all__ = ["DiagnoseOptions", "read_logged", "run_diagnose"]
+__all__ = [
+    "DiagnoseOptions",
+    "bias_history",
+    "read_logged",
+    "run_diagnose",
+    "write_columns",
+]
 
 Section = Literal["bias", "history", "rollout", "statistics", "terms"]
 MakeEnv = Callable[[dict[str, Any]], EnvBase]
@@ -103,8 +109,8 @@ def run_diagnose(options: DiagnoseOptions, make_env: MakeEnv, say: Say) -> list[
     }
     for section in options.which:
         sections[section]()
-    diagnosis.env.close()
     say("\nWritten\n" + "\n".join(f"  {path}" for path in diagnosis.written))
+    diagnosis.env.close()
     return diagnosis.written
 
 
@@ -139,9 +145,15 @@ class _Diagnosis:
         self.title = f"{self.task}{noisy}, training step {self.step:,}"
         say(f"{self.title}\n{self.checkpoint}")
         self.env = make_env(self.settings)
+        self.measured: dict[str, Any] = {
+            "env": self.env,
+            "horizon": self.settings["horizon"],
+            "pairs": options.pairs,
+            "seed": options.seed,
+        }
 
     def bias(self) -> None:
-        pairs = self._pairs(self.loss)
+        pairs = analysis.bound_bias(loss=self.loss, **self.measured)
         summary, labels = analysis.bias_summary(pairs), figures.estimate_labels(pairs)
         episodes, missing = int(pairs["episode"].max()) + 1, pairs["missing"]
         rows = {"mean and deviation": labels.values()} | {
@@ -158,6 +170,8 @@ class _Diagnosis:
             "Weight of what the time limit cuts off:\n"
             f"  mean {missing.mean():.4f}, largest {missing.max():.4f}."
         )
+        for note in _notes(self.loss):
+            self.say(f"  {note}")
         columns = ("episode", "step", "monte_carlo", *labels, "missing")
         self._write("bias.csv", {name: pairs[name].tolist() for name in columns})
         self._write_summaries("bias_summary.csv", {self.step: summary})
@@ -166,16 +180,9 @@ class _Diagnosis:
 
     def history(self) -> None:
         self.say("\nBias over training: estimate - return, over |mean return|")
-        kept = self.options.checkpoint / "checkpoints"
-        # All checkpoints of the warm-up are alike; the oldest, which comes last, stays.
-        by_step = {
-            _training_step(checkpoint_metadata(path)): path
-            for path in usable_checkpoints(kept, ("loss_module",))
-        }
         summaries = {}
-        for step, path in sorted(by_step.items()):
-            pairs = self._pairs(load_loss(path))
-            summaries[step] = summary = analysis.bias_summary(pairs)
+        for step, summary in bias_history(self.options.checkpoint, **self.measured):
+            summaries[step] = summary
             labels = figures.estimate_labels(summary)
             cells = (f"{text} {_cell(summary, name)}" for name, text in labels.items())
             self.say(f"  training step {step:>9,}   " + "   ".join(cells))
@@ -255,23 +262,8 @@ class _Diagnosis:
             title = f"{self.task}: terms of the objective"
             self._draw(figures.plot_terms, logged, title, "terms.png")
 
-    def _pairs(self, loss: Any) -> TensorDict:  # noqa: ANN401
-        return analysis.bound_bias(
-            self.env,
-            loss,
-            horizon=self.settings["horizon"],
-            pairs=self.options.pairs,
-            seed=self.options.seed,
-        )
-
     def _write(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
-        path = self.options.output / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows(zip(*columns.values(), strict=True))
-        self.written.append(path)
+        self.written.append(write_columns(columns, self.options.output / name))
 
     def _write_summaries(self, name: str, summaries: dict[int, TensorDict]) -> None:
         rows = [
@@ -287,6 +279,45 @@ class _Diagnosis:
         self, plot: Callable[..., Path], shown: object, title: str, name: str
     ) -> None:
         self.written.append(plot(shown, title, self.options.output / name))
+
+
+def bias_history(
+    run: Path, env: EnvBase, *, horizon: int, pairs: int, seed: int
+) -> Iterator[tuple[int, TensorDict]]:
+    """Measures the bias at each checkpoint that a run kept, the oldest first.
+
+    Args:
+        run: the run folder.
+        env: as for :func:`~alm_torchrl.analysis.bound_bias`.
+
+    Keyword Args:
+        horizon: steps K of ALM's bound.
+        pairs: smallest number of pairs.
+        seed: seed of the environment and of the latent samples.
+
+    Yields:
+        tuple: the training step, and the ``bias_summary``.
+    """
+    # All checkpoints of the warm-up are alike; the oldest, which comes last, stays.
+    by_step = {
+        _training_step(checkpoint_metadata(path)): path
+        for path in usable_checkpoints(run / "checkpoints", ("loss_module",))
+    }
+    for step, path in sorted(by_step.items()):
+        found = analysis.bound_bias(
+            env, load_loss(path), horizon=horizon, pairs=pairs, seed=seed
+        )
+        yield step, analysis.bias_summary(found)
+
+
+def write_columns(columns: Mapping[str, Sequence[Any]], path: Path) -> Path:
+    """Writes columns of one length as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    return path
 
 
 def read_logged(run: Path) -> dict[str, TensorDict]:
@@ -331,6 +362,16 @@ def _training_step(metadata: Mapping[str, Any]) -> int:
     """Updates before a checkpoint; the run's best checkpoint has another entry."""
     frames = metadata.get("environment_step", metadata.get("collected_frames"))
     return max(frames - metadata["settings"]["warmup_steps"], 0)
+
+
+def _notes(loss: Any) -> Iterator[str]:  # noqa: ANN401
+    """What is compared, where it is not the sum of rewards and the bound itself."""
+    if transform := getattr(loss, "reward_transform", None):
+        name = transform.__name__
+        yield f"Returns: of rewards after {name}, as the agent learns them."
+    logarithms = getattr(loss, "logarithms", None)
+    if logarithms is not None and logarithms.where == "bound":
+        yield "The bound of logarithms L stands as exp(L) / (1 - gamma) (Theorem 3.1)."
 
 
 def _cell(summary: TensorDictBase, name: str, kind: str = "overall") -> str:

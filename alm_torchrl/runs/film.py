@@ -89,7 +89,7 @@ def film_policy(
 
     Raises:
         ValueError: if the file has another ending, the environment draws no
-            pictures, or ``max_steps`` is not positive.
+            pictures or others than RGB(A), or ``max_steps`` is not positive.
         ImportError: if a package that writes films is missing.
     """
     check_film_name(output)
@@ -111,13 +111,13 @@ def film_policy(
         nonlocal steps, total
         env.set_seed(seed)
         data = env.reset()
-        yield gym_env.render()
+        yield _rgb(gym_env.render())
         while True:
             data = env.step(policy(data))
             steps += 1
             total += data["next", "reward"].item()
             if steps % stride == 0:
-                yield gym_env.render()
+                yield _rgb(gym_env.render())
             if data["next", "done"].item() or steps == max_steps:
                 return
             data = env.step_mdp(data)
@@ -128,6 +128,17 @@ def film_policy(
         torch.manual_seed(seed)
         count = writer(output, frames(), rate / stride)
     return Film(output, count, rate / stride, steps, total)
+
+
+def _rgb(picture: Any) -> Frame:  # noqa: ANN401
+    """A frame of a task without its transparency."""
+    frame = np.asarray(picture)
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] not in (3, 4):
+        raise ValueError(
+            "env: expected frames [height, width, 3 or 4] of uint8, got "
+            f"{list(frame.shape)} of {frame.dtype}"
+        )
+    return np.ascontiguousarray(frame[..., :3])
 
 
 def _follow(task: Any) -> None:  # noqa: ANN401
@@ -175,7 +186,7 @@ def _write_mp4(path: Path, frames: Iterator[Frame], fps: float) -> int:
     writer.send(None)
     count = 0
     for frame in itertools.chain([first], frames):
-        writer.send(np.ascontiguousarray(frame))
+        writer.send(frame)
         count += 1
     writer.close()
     return count

@@ -23,6 +23,7 @@ from alm_torchrl.analysis import (
     record_transitions,
     reliability,
 )
+from alm_torchrl.objectives.variants import Logarithms
 from tests.line_agent import (
     GAMMA,
     QVALUE,
@@ -133,6 +134,27 @@ def test_normalised_in_both_ways():
     summary = bias_summary(pairs)
     assert_close(summary["qvalue", "bias", "mean"], -16 / 3)
     assert_close(summary["qvalue", "overall", "std"], np.std([-4.0, 0.0, -12.0]) / 8)
+
+
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_a_bound_of_logarithms_stands_in_units_of_the_return(horizon):
+    loss = make_line_loss(logarithms=Logarithms("bound"))
+    found = bound_bias(make_line(limit=6), loss, horizon=horizon, pairs=6)
+    for bound, step in zip(found["bound"].tolist(), range(6), strict=True):
+        x = 0.8 ** np.arange(step, step + horizon + 1)
+        logs = (1 - GAMMA) * np.log(1.6 * x[:-1]) @ GAMMA ** np.arange(horizon)
+        logs += GAMMA**horizon * np.log((1 - GAMMA) * VALUE * x[-1])
+        assert bound == pytest.approx(np.exp(logs) / (1 - GAMMA), rel=1e-5)
+    assert (found["bound"] < found["qvalue"]).all()
+    exact = bound_bias(make_line(limit=6), make_line_loss(), pairs=6)
+    for name in ("monte_carlo", "qvalue"):
+        assert torch.equal(found[name], exact[name])
+
+
+def test_returns_are_of_the_rewards_that_the_agent_learns():
+    loss = make_line_loss(reward_transform=lambda reward: 3 * reward - 1)
+    found = bound_bias(make_line(limit=2), loss, pairs=2)["monte_carlo"]
+    assert_close(found, [3.8 + GAMMA * (3 * 1.28 - 1), 3 * 1.28 - 1])
 
 
 # Open-loop rollouts

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
+from torchrl.envs import TransformedEnv
 
 from alm_torchrl.cli import main
-from alm_torchrl.experiments import execution, figures
+from alm_torchrl.experiments import execution, figures, reproduce
 from alm_torchrl.experiments.catalogue import EXPERIMENTS, SCALES, plan
 from alm_torchrl.experiments.execution import is_complete, make_runs
-from alm_torchrl.experiments.tables import format_scores, iqm_interval, over_seeds
+from alm_torchrl.experiments.reproduce import ReproduceOptions
+from alm_torchrl.experiments.tables import (
+    Group,
+    format_scores,
+    iqm_interval,
+    over_seeds,
+)
 from alm_torchrl.runs.curves import reference_curve
-from alm_torchrl.runs.folder import METRICS_FIELDS
+from alm_torchrl.runs.folder import METRICS_FIELDS, Run
 from alm_torchrl.runs.settings import UserError
+from tests.experiments.killed import train_killed
 
 TASK = "InvertedPendulum-v5"
+ONCE = ("--scale", "smoke", "--jobs", 1)
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +48,20 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+# One of each kind; the first and the last share runs.
+KINDS = ("table1", "fig4", "fig7")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in KINDS else pytest.mark.slow)
+        for name in EXPERIMENTS
+    ],
+)
 def test_smoke(name, folder, capsys):
     experiment = EXPERIMENTS[name]
-    assert command(folder, name, "--scale", "smoke", "--jobs", 1) == 0
+    assert command(folder, name, *ONCE) == 0
     printed = capsys.readouterr().out
     assert SCALES["smoke"].note in printed
     assert max(map(len, printed.replace(str(folder), "").splitlines())) <= 80
@@ -67,7 +87,7 @@ def test_smoke(name, folder, capsys):
             *(("REDQ", "qvalue"), ("SAC", "qvalue")),
         ]
         steps = [row["training_step"] for row in detail if row["variant"] == "SAC"]
-        assert steps == ["0", "3", "6"] * 2
+        assert steps == ["0", "6"] * 2
 
 
 def test_a_line_for_each_variant_and_estimate(tmp_path, monkeypatch):
@@ -103,6 +123,27 @@ def test_a_line_for_each_variant_and_estimate(tmp_path, monkeypatch):
             assert curves[label].tolist() == expected
 
 
+def test_timed_curves_are_drawn_over_minutes_too(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, output: drawn.append(figure))
+    names = ("training_step", "mean_return", "wall_time")
+    rows = [
+        [dict(zip(names, row, strict=True)) for row in ((0, 1, 60), (5, 3, 120))],
+        [dict(zip(names, row, strict=True)) for row in ((0, 5, 180),)],
+    ]
+    config = plan(EXPERIMENTS["fig3"], "smoke")[0][1]
+    runs = [Run(tmp_path, config, metrics) for metrics in rows]
+    group = Group(TASK, "alm", "ALM(3)", runs)
+    figures.plot_curves(EXPERIMENTS["fig3"], "a note", [group], tmp_path / "a.png")
+    figures.plot_curves(EXPERIMENTS["fig4"], "a note", [group], tmp_path / "a.png")
+    timed, plain = drawn
+    lines = [panel.get_lines()[0] for panel in timed.axes]
+    assert [line.get_xdata().tolist() for line in lines] == [[0, 5], [2, 2]]
+    assert [line.get_ydata().tolist() for line in lines] == [[3, 3], [3, 3]]
+    assert lines[0].get_label() == "ALM(3) (1 to 2 seeds at each step)"
+    assert len(plain.axes) == 1
+
+
 def test_the_tasks_of_all_scales_are_registered():
     tasks = {task for one in EXPERIMENTS.values() for task in one.tasks}
     tasks |= {task for scale in SCALES.values() for task in scale.tasks or ()}
@@ -111,19 +152,24 @@ def test_the_tasks_of_all_scales_are_registered():
 
 
 def test_complete_runs_are_not_made_again(folder, monkeypatch):
-    command(folder, "fig15", "--scale", "smoke", "--jobs", 1)
-    before = (folder / "results" / "fig15-smoke.csv").read_text()
+    command(folder, "fig7", *ONCE)
+    before = (folder / "results" / "fig7-smoke.csv").read_text()
 
     def never(config):
         raise AssertionError(config.run_path)
 
+    def fails(env, **kwargs):
+        raise RuntimeError("the simulator hangs")
+
     monkeypatch.setattr(execution, "_train", never)
-    assert command(folder, "fig15", "--scale", "smoke", "--jobs", 1) == 0
-    assert (folder / "results" / "fig15-smoke.csv").read_text() == before
+    # An error in closing costs no measurement.
+    monkeypatch.setattr(TransformedEnv, "close", fails)
+    assert command(folder, "fig7", *ONCE) == 0
+    assert (folder / "results" / "fig7-smoke.csv").read_text() == before
 
 
 def test_a_bias_needs_checkpoints(folder, tmp_path, capsys):
-    words = ("--scale", "smoke", "--jobs", 1, "--seeds", 1)
+    words = (*ONCE, "--seeds", 1)
     command(folder, "fig4", *words)
     shutil.copytree(folder / "runs", tmp_path / "runs")
     for checkpoints in (tmp_path / "runs").glob("*/checkpoints"):
@@ -159,24 +205,46 @@ def test_runs_that_were_interrupted_are_continued(tmp_path, monkeypatch):
     assert len(begun) == 1
 
 
-def test_a_run_that_fails_is_named_and_the_others_are_drawn(
-    folder, monkeypatch, capsys
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (UserError("training diverged"), "training diverged"),
+        (RuntimeError("no memory"), "RuntimeError: no memory (see "),
+    ],
+)
+def test_the_reason_of_a_failure_is_given(error, reason, folder, tmp_path, monkeypatch):
+    def fails(config):
+        raise error
+
+    make_runs(in_folder("table1", folder / "runs"), jobs=1)
+    monkeypatch.setattr("alm_torchrl.runs.train.train", fails)
+    complete, _ = in_folder("table1", folder / "runs")
+    failing, _ = in_folder("table1", tmp_path)
+    runs, failures = make_runs([complete, failing], jobs=1)
+    assert [run.path for run in runs] == [complete.run_path]
+    assert failures[failing.run_path].startswith(reason)
+
+
+def test_a_run_that_is_killed_is_named_and_the_others_are_drawn(
+    folder, tmp_path, monkeypatch, capsys
 ):
-    from alm_torchrl.runs import train as training
+    make_runs(in_folder("table1", folder / "runs"), jobs=1)
+    killed, complete = in_folder("table1", tmp_path / "runs")
+    shutil.copytree(folder / "runs" / complete.run_name, complete.run_path)
+    monkeypatch.setattr(execution, "_train", train_killed)
+    assert command(tmp_path, "table1", "--scale", "smoke", "--jobs", 2) == 1
+    printed = capsys.readouterr().out
+    assert f"Failed: {killed.run_path}: its process was killed" in printed
+    (row,) = read(tmp_path / "results" / "table1-smoke.csv")
+    assert row["seeds"] == "1"
 
-    real = training.train
 
-    def fails_once(config):
-        if config.log_reward == "plain" and config.seed == 1:
-            raise UserError("training diverged")
-        return real(config)
-
-    monkeypatch.setattr(training, "train", fails_once)
-    words = ("fig12", "--scale", "smoke", "--jobs", 1, "--steps", 4)
-    assert command(folder, *words) == 1
-    assert "training diverged" in capsys.readouterr().out
-    table = read(folder / "results" / "fig12-smoke.csv")
-    assert [row["seeds"] for row in table] == ["2", "1", "2", "2"]
+def test_jobs_are_the_cores_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 8}, raising=False)
+    assert reproduce._default_jobs(ReproduceOptions(device="cpu")) == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert reproduce._default_jobs(ReproduceOptions(device="cpu")) == 64
 
 
 @pytest.mark.slow
@@ -247,23 +315,27 @@ def test_interval_of_the_interquartile_mean():
     assert iqm_interval(np.array([5.0]))[0] == 5.0
 
 
-def test_table_is_aligned():
+def test_table_is_aligned_and_cuts_no_name():
     row = {"task": "Task-v0", "variant": "a variant", "seeds": 3, "mean": 1.0}
     row |= {"std": 2.0, "iqm": 3.0, "low": 4.0, "high": 5.0}
-    head, line = format_scores([row]).splitlines()
-    assert line.index("3 [4, 5]") == head.index("IQM")
+    long = {"task": "A-task-with-a-long-name-v0", "variant": "a variant of many words"}
+    head, *lines = format_scores([row, row | long]).splitlines()
+    for line in lines:
+        assert line.index("3 [4, 5]") == head.index("IQM")
+    assert all(name in lines[1] for name in long.values())
 
 
 def test_mean_and_deviation_over_seeds():
     rows = [
-        {"x": x, "y": y}
-        for values in ([1.0, 2.0], [3.0, 6.0, 9.0])
+        {"seed": seed, "x": x, "y": y}
+        for seed, values in enumerate(([1.0, 2.0], [3.0, 6.0, 9.0]))
         for x, y in enumerate(values)
     ]
     curve = over_seeds("a line", rows, "x", "y")
-    assert curve.steps.tolist() == [0, 1]
-    assert curve.mean.tolist() == [2.0, 4.0]
-    assert curve.std.tolist() == pytest.approx([2**0.5, 8**0.5])
+    assert curve.label == "a line (1 to 2 seeds at each step)"
+    assert curve.steps.tolist() == [0, 1, 2]
+    assert curve.mean.tolist() == [2.0, 4.0, 9.0]
+    np.testing.assert_allclose(curve.std, [2**0.5, 8**0.5, np.nan])
     assert over_seeds("a line", rows[:2], "x", "y").std is None
 
 
@@ -294,11 +366,12 @@ class TestReferenceCurve:
 
 
 def test_plot_draws_published_curves(tmp_path, folder):
-    command(folder, "table1", "--scale", "smoke", "--jobs", 1)
-    run = next(path for path in (folder / "runs").iterdir() if "-alm-" in path.name)
+    configs = in_folder("table1", folder / "runs")
+    make_runs(configs, jobs=1)
     published = tmp_path / "published.csv"
     published.write_text("Step,r,r\n3,10,12\n6,20,30\n900,1,1\n")
     plain, other = tmp_path / "plain.png", tmp_path / "other.png"
-    main(["plot", str(run), "--output", str(plain)])
-    main(["plot", str(run), "--output", str(other), "--reference", str(published)])
+    words = ["plot", str(configs[0].run_path), "--output"]
+    main([*words, str(plain)])
+    main([*words, str(other), "--reference", str(published)])
     assert plain.read_bytes() != other.read_bytes()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
-from tensordict import TensorDict
 from torch.testing import assert_close
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
@@ -19,32 +16,17 @@ from tests.helpers import (
     OBSERVATION,
     PARTS,
     B,
-    K,
-    alternate,
     make_batch,
     make_loss,
     make_rows,
     network,
     part_of,
-    targets,
     variant,
 )
 
-equal = partial(assert_close, rtol=0, atol=0)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def batch():
-    return make_batch()
-
 
 class TestTerms:
-    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
     def test_each_alone_is_the_same(self, batch, reduction):
         loss = make_loss(deterministic=True, reduction=reduction)
         values, encoded = loss(batch), loss.encode_transitions(batch)
@@ -54,18 +36,18 @@ class TestTerms:
             assert_close(getattr(loss, method)(batch)[0], values[term])
             extra = (encoded,) if term != "loss_model" else ()
             value, metadata = getattr(loss, method)(batch, *extra)
-            equal(value, values[term])
+            assert torch.equal(value, values[term])
             found |= set(metadata)
             for key, metric in metadata.items():
                 assert not metric.requires_grad
-                equal(metric, values[key])
+                assert torch.equal(metric, values[key])
         assert found == set(loss.out_keys)
 
     def test_reward_and_classifier_together(self, batch):
         loss = make_loss(deterministic=True)
         values, encoded = loss(batch), loss.encode_transitions(batch)
         value, metadata = loss.reward_classifier_loss(batch, encoded)
-        equal(value, values["loss_reward"] + values["loss_classifier"])
+        assert torch.equal(value, values["loss_reward"] + values["loss_classifier"])
         assert set(metadata) == {
             "loss_reward",
             "loss_classifier",
@@ -73,20 +55,9 @@ class TestTerms:
         }
         assert not any(metric.requires_grad for metric in metadata.values())
         bare = variant(loss, classifier_coef=0.0)
-        equal(bare.reward_classifier_loss(batch, encoded)[0], values["loss_reward"])
-
-    def test_a_batch_used_again_follows_the_targets(self, batch):
-        loss = make_loss(deterministic=True)
-        before, copied = loss(batch), batch.clone()
-        for target in targets(loss).values():
-            target.data.add_(0.1 * torch.randn_like(target))
-        other = variant(loss)
-        equal(loss(batch).to_dict(), other(copied).to_dict())
-        for term, method in METHODS.items():
-            value, _ = getattr(loss, method)(batch)
-            assert_close(value, other(copied)[term])
-        assert (loss(batch)["loss_qvalue"] != before["loss_qvalue"]).all()
-        assert set(batch.keys(True, True)) == set(copied.keys(True, True))
+        assert torch.equal(
+            bare.reward_classifier_loss(batch, encoded)[0], values["loss_reward"]
+        )
 
     @pytest.mark.parametrize("term", METHODS)
     def test_a_subclass_may_have_a_term_of_its_own(self, batch, term):
@@ -100,21 +71,15 @@ class TestTerms:
         plain, encoded = loss(batch), loss.encode_transitions(batch)
         together, parts = loss.reward_classifier_loss(batch, encoded)
         loss.__class__ = type("Own", (ALMLoss,), {method: doubled})
-        equal(loss(batch)[term], 2 * plain[term])
-        equal(loss(batch)["own"], plain[term])
+        assert torch.equal(loss(batch)[term], 2 * plain[term])
+        assert torch.equal(loss(batch)["own"], plain[term])
         if term in parts:
             changed, seen = loss.reward_classifier_loss(batch, encoded)
             assert_close(changed, together + plain[term])
-            equal(seen["own"], plain[term])
+            assert torch.equal(seen["own"], plain[term])
 
-    def test_plain_slices_are_windows_and_all_their_transitions(self):
-        loss = make_loss(deterministic=True)
-        slices = alternate(make_rows(B, K))
-        two = TensorDict(slice=slices, transition=slices.reshape(-1))
-        assert_close(loss(slices).to_dict(), loss(two).to_dict())
-
-    @pytest.mark.parametrize("horizon", [1, 2, 4])
-    def test_horizon_is_the_length_of_the_slices(self, horizon, monkeypatch):
+    def test_horizon_is_the_length_of_the_slices(self, monkeypatch):
+        horizon = 4
         loss = make_loss(deterministic=True)
         seen = []
         imagine = loss.imagine
@@ -126,7 +91,7 @@ class TestTerms:
         loss(make_rows(B, horizon))
         value, _ = loss.actor_loss(batch)
         transition = batch["transition"]
-        equal(loss.actor_loss(transition, horizon=horizon)[0], value)
+        assert torch.equal(loss.actor_loss(transition, horizon=horizon)[0], value)
         assert seen == [horizon] * 4
         loss.actor_loss(batch, horizon=horizon + 1)
         assert seen[-1] == horizon + 1
@@ -142,7 +107,10 @@ def test_lower_bound_acts_with_the_mean_not_clamped():
     logits = latents.classify(z, a, after)
     reward = latents.predict_reward(z, a) + 0.5 * (logits[:, 1] - logits[:, 0])
     value = latents.state_action_value(after, mean).amin(-1)
-    assert_close(loss.lower_bound(rows, 1), (reward + 0.8 * value).detach())
+    a.requires_grad_()
+    bound = loss.lower_bound(rows, 1)
+    assert_close(bound, (reward + 0.8 * value).detach())
+    assert not bound.requires_grad
 
 
 class TestClassifier:
@@ -178,7 +146,7 @@ class TestClassifier:
         rows = batch["transition"]
         value, _ = loss.classifier_loss(rows)
         column = rows.copy().set("imagined", rows["imagined"].unsqueeze(1))
-        equal(loss.classifier_loss(column)[0], value)
+        assert torch.equal(loss.classifier_loss(column)[0], value)
         other = rows.copy().set("imagined", ~rows["imagined"])
         assert loss.classifier_loss(other)[0] != value
 

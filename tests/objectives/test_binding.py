@@ -10,8 +10,9 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictParams
 from torch import nn
 
+from alm_torchrl.objectives import latents
 from alm_torchrl.objectives.binding import can_swap, swapped_params
-from tests.helpers import make_batch, make_loss
+from tests.helpers import TRAINS, gradients, make_batch, make_loss, part_of, seeded
 
 
 def make_net() -> nn.Module:
@@ -87,3 +88,14 @@ def test_a_functional_call_of_the_loss_replaces_live_frozen_and_target_alike(ter
         assert torch.equal(value(loss), wanted)
     assert torch.equal(value(loss), own)
     assert all(torch.equal(loss.state_dict()[k], v) for k, v in before.items())
+
+
+def test_networks_that_cannot_be_lent_give_the_same_gradients(monkeypatch, batch):
+    loss = make_loss()
+    lent = seeded(loss, batch)
+    monkeypatch.setattr(latents, "can_swap", lambda _: False)
+    loss = copy.deepcopy(loss)
+    bound = seeded(loss, batch)
+    for term, parts in TRAINS.items():
+        assert torch.equal(bound[term], lent[term])
+        assert {part_of(name) for name in gradients(bound[term], loss)} == parts

@@ -23,11 +23,6 @@ SIZES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def linear_sizes(module):
     """Inputs and outputs of each linear layer, in order."""
     return [

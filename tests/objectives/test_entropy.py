@@ -7,8 +7,6 @@ import math
 
 import pytest
 import torch
-from tensordict import TensorDict
-from torch import nn
 from torch.distributions import Normal
 from torch.testing import assert_close
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -18,7 +16,6 @@ from alm_torchrl import (
     ALMOptimizationStepper,
     ClampedNormal,
     NoiseSchedule,
-    NonFiniteError,
     functional,
     make_alm_loss,
     make_stochastic_actor,
@@ -44,11 +41,6 @@ from tests.helpers import (
 ALPHA = 0.7
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def entropy_loss(alpha_init=ALPHA, target_entropy=None, **kwargs):
     bonus = EntropyBonus(alpha_init=alpha_init, target_entropy=target_entropy)
     return make_loss(entropy=bonus, **kwargs)
@@ -70,28 +62,6 @@ def actor_output(loss, latent):
 
 
 class TestStochasticActor:
-    def test_mean_and_scale(self):
-        actor = make_stochastic_actor([-0.4] * 2, [0.4] * 2, latent_dim=3, hidden_dim=8)
-        z = torch.randn(B, 3)
-        layers = [m for m in actor.modules() if isinstance(m, nn.Linear)]
-        sizes = [(layer.in_features, layer.out_features) for layer in layers]
-        assert sizes == [(3, 8), (8, 8), (8, 4)]
-        low, high = math.exp(-5), math.exp(2)
-        for std in (5.0, 1000.0):
-            nn.init.normal_(layers[-1].bias, std=std)
-            hidden = z
-            for layer in layers[:-1]:
-                hidden = nn.functional.elu(layer(hidden))
-            loc, raw = layers[-1](hidden).split(2, 1)
-            scale = high - nn.functional.softplus(high - raw)
-            scale = low + nn.functional.softplus(scale - low)
-            dist = actor.get_dist(TensorDict(latent=z, batch_size=[B]))
-            assert isinstance(dist, ClampedNormal)
-            assert_close(dist.loc, loc.tanh())
-            assert_close(dist.scale, scale)
-        assert_close(dist.low, torch.full([B, 2], -0.4))
-        assert_close(dist.high, torch.full([B, 2], 0.4))
-
     def test_acts_with_its_own_noise(self):
         loss = entropy_loss(bound=100.0)
         assert loss.noise_schedule is None
@@ -105,7 +75,8 @@ class TestStochasticActor:
         mean, _ = actor_output(loss, z)
         assert (loss.latents.act(z) - mean).abs().max() > 1
         plain = make_loss(actor=loss.actor)
-        assert (plain.latents.act(z) - mean).abs().max() < 0.301
+        for action in (plain.latents.act(z), plain.latents.act_and_score(z)[0]):
+            assert 0.299 < (action - mean).abs().max() < 0.301
 
     def test_bad_arguments(self):
         with pytest.raises(ValueError, match="action_low and action_high"):
@@ -177,12 +148,13 @@ class TestOtherActors:
         assert_close(rollout["log_prob"], expected, rtol=1e-3, atol=1e-3)
 
     @pytest.mark.parametrize("deterministic", [False, True])
-    @pytest.mark.parametrize("distribution", [TanhNormal, IndependentNormal])
-    def test_terms(self, distribution, deterministic):
-        actor = self.actor(distribution)
+    def test_terms(self, batch, deterministic):
+        actor = self.actor(TanhNormal)
         loss = entropy_loss(actor=actor, deterministic=deterministic)
-        losses = loss(make_batch())
+        losses, other = (seeded(loss, batch, seed=seed) for seed in (1, 2))
         assert all(value.isfinite() for value in losses.values())
+        assert (losses["loss_actor"] == other["loss_actor"]) == deterministic
+        assert (losses["loss_alpha"] == other["loss_alpha"]) == deterministic
         grads = gradients(losses["loss_actor"], loss)
         assert {part_of(name) for name in grads} == {"actor"}
 
@@ -329,15 +301,6 @@ def test_its_step_moves_the_temperature_alone(target):
     assert loss.entropy.log_alpha.item() == pytest.approx(expected, abs=1e-4)
     assert metrics["grad_norm_alpha"] > 0
     assert_close(metrics["alpha"], torch.tensor(ALPHA))
-
-
-def test_a_bad_temperature_stops_the_update():
-    loss = entropy_loss(updater=False)
-    stepper = ALMOptimizationStepper(loss)
-    loss.entropy.log_alpha.data.fill_(float("nan"))
-    with pytest.raises(NonFiniteError) as error:
-        stepper.step(None, make_batch())
-    assert error.value.term == "loss_qvalue"
 
 
 def test_bf16_keeps_densities_in_full_precision():

@@ -24,6 +24,7 @@ FEW = st.integers(1, 6)
 UNIT = st.floats(0, 1)
 SEEDS = st.integers(0, 2**31)
 MODEST = st.floats(-10, 10)
+few = settings(max_examples=30)
 
 
 def normal(seed, *shape):
@@ -47,6 +48,7 @@ def same(actual, expected, **tolerance):
 # -- KL ------------------------------------------------------------------------------
 
 
+@few
 @given(SEEDS, FEW, FEW)
 def test_kl_equals_a_loop_and_torch(seed, rows, size):
     loc_p, scale_p, loc_q, scale_q = gaussians(seed, rows, size)
@@ -64,6 +66,7 @@ def test_kl_equals_a_loop_and_torch(seed, rows, size):
     same(actual, library)
 
 
+@few
 @given(SEEDS, FEW)
 def test_kl_is_positive_between_two_and_zero_on_itself(seed, size):
     loc_p, scale_p, loc_q, scale_q = gaussians(seed, 8, size)
@@ -72,6 +75,7 @@ def test_kl_is_positive_between_two_and_zero_on_itself(seed, size):
     assert torch.equal(itself, torch.zeros(8, dtype=torch.float64))
 
 
+@few
 @given(SEEDS, FEW, MODEST, st.floats(0.1, 10))
 def test_kl_does_not_change_with_the_origin_or_the_unit(seed, size, shift, unit):
     loc_p, scale_p, loc_q, scale_q = gaussians(seed, 4, size)
@@ -101,6 +105,7 @@ def lambda_return_loop(reward, value, gamma, lmbda):
     return returns
 
 
+@few
 @given(SEEDS, FEW, FEW, UNIT, UNIT)
 def test_lambda_return_is_the_average_of_all_horizons(
     seed, rows, horizon, gamma, lmbda
@@ -120,6 +125,7 @@ def test_lambda_return_is_the_average_of_all_horizons(
     same(actual, library.squeeze(-1))
 
 
+@few
 @given(SEEDS, FEW, FEW, UNIT)
 def test_lambda_zero_is_one_step_and_lambda_one_the_whole_horizon(
     seed, rows, horizon, gamma
@@ -133,6 +139,7 @@ def test_lambda_zero_is_one_step_and_lambda_one_the_whole_horizon(
         same(whole[:, t], bound)
 
 
+@few
 @given(SEEDS, FEW, FEW, UNIT)
 def test_sums_over_the_horizon_equal_a_loop(seed, rows, horizon, gamma):
     reward, terminal = normal(seed, rows, horizon), normal(seed + 1, rows)
@@ -143,6 +150,7 @@ def test_sums_over_the_horizon_equal_a_loop(seed, rows, horizon, gamma):
     same(functional.discounted_mean(reward, gamma), sums / horizon)
 
 
+@few
 @given(SEEDS, FEW, FEW, UNIT, UNIT, MODEST)
 def test_a_constant_on_all_rewards_shifts_the_returns(
     seed, rows, horizon, gamma, lmbda, shift
@@ -156,6 +164,7 @@ def test_a_constant_on_all_rewards_shifts_the_returns(
         same(after[:, t], before[:, t] + moved)
 
 
+@few
 @given(SEEDS, FEW, UNIT, UNIT, MODEST)
 def test_a_constant_value_and_fitting_rewards_are_a_fixed_point(
     seed, horizon, gamma, lmbda, level
@@ -166,6 +175,7 @@ def test_a_constant_value_and_fitting_rewards_are_a_fixed_point(
     same(functional.k_step_bound(reward, value[:, 0], gamma), value[:, 0])
 
 
+@few
 @given(SEEDS, FEW, FEW, UNIT)
 def test_model_objective_equals_a_loop_with_both_discountings(
     seed, rows, horizon, gamma
@@ -192,6 +202,7 @@ SORTED = st.lists(st.floats(-100, 100), min_size=2, max_size=20).map(
 )
 
 
+@few
 @given(SORTED, st.floats(0.5, 50))
 def test_bound_loc_is_odd_increasing_and_bounded(raw, limit):
     bounded = functional.bound_loc(raw, limit)
@@ -203,6 +214,7 @@ def test_bound_loc_is_odd_increasing_and_bounded(raw, limit):
     same(functional.bound_loc(near, limit), near, rtol=1e-6, atol=0)
 
 
+@few
 @given(SORTED, st.floats(0.01, 1), st.floats(2, 20))
 def test_bound_scale_increases_between_its_bounds(raw, low, high):
     bounded = functional.bound_scale(raw, low, high)
@@ -229,6 +241,7 @@ def clamped_normal(loc, scale, bound, size=64):
     return ClampedNormal(loc, scale, -bound, bound)
 
 
+@few
 @given(SEEDS, LOC, SCALE, BOUND, CLIP)
 def test_samples_stay_inside_the_bounds(seed, loc, scale, bound, clip):
     torch.manual_seed(seed)
@@ -238,6 +251,7 @@ def test_samples_stay_inside_the_bounds(seed, loc, scale, bound, clip):
         assert (sample.abs() < bound).all()
 
 
+@few
 @given(SEEDS, LOC, SCALE, BOUND, CLIP)
 def test_the_gradient_ignores_the_clamp(seed, loc, scale, bound, clip):
     """d/d loc is one; d/d scale is eps, or zero where the noise is clipped."""
@@ -252,6 +266,7 @@ def test_the_gradient_ignores_the_clamp(seed, loc, scale, bound, clip):
     same(dist.scale.grad, eps)
 
 
+@few
 @given(SEEDS, st.floats(-0.5, 0.5), SCALE, st.floats(0.0, 0.4))
 def test_noise_clip_bounds_the_distance_to_the_mean(seed, loc, scale, clip):
     torch.manual_seed(seed)
@@ -262,6 +277,7 @@ def test_noise_clip_bounds_the_distance_to_the_mean(seed, loc, scale, clip):
         assert (distance >= clip - 1e-12).any()
 
 
+@few
 @given(LOC, SCALE, BOUND)
 def test_without_noise_a_sample_is_the_clamped_mean_and_the_mode_is_not(
     loc, scale, bound
@@ -294,6 +310,7 @@ def test_far_from_the_bounds_it_is_a_normal(seed, loc, scale):
 # -- the noise schedule --------------------------------------------------------------
 
 
+@few
 @given(st.floats(0, 2), st.floats(0, 2), st.integers(1, 50), st.integers(0, 60))
 def test_the_schedule_is_linear_and_then_constant(initial, final, steps, n):
     at_once, one_by_one = (NoiseSchedule(initial, final, steps) for _ in range(2))
@@ -309,7 +326,7 @@ def test_the_schedule_is_linear_and_then_constant(initial, final, steps, n):
 # -- the loss ------------------------------------------------------------------------
 
 
-@settings(max_examples=25)
+@settings(max_examples=8)
 @given(problem_sizes(), SEEDS)
 def test_rollouts_have_the_documented_shapes(sizes, seed):
     loss, batch = make_loss(sizes), make_two_draw_batch(sizes, seed=seed)
@@ -328,7 +345,7 @@ def test_rollouts_have_the_documented_shapes(sizes, seed):
     assert loss.lower_bound(batch["transition"], horizon).shape == (rows,)
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(problem_sizes(), SEEDS)
 def test_the_td_target_equals_a_loop(sizes, seed):
     """A termination stops the value, a time limit does not."""

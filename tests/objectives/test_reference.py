@@ -42,7 +42,6 @@ CASES = {
     "default": ({}, 3, "two-draw"),
     "one step": ({}, 1, "two-draw"),
     "discounted": ({"discount_model_loss": True}, 3, "two-draw"),
-    "discounted, one step": ({"discount_model_loss": True}, 1, "two-draw"),
     "coefficients": (
         {
             "kl_coef": 0.5,

@@ -28,11 +28,6 @@ ENCODER_STD, MODEL_STD = 0.7, 0.5
 ROWS = 20_000
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 class Constant(nn.Module):
     """The same numbers for every row."""
 

@@ -167,7 +167,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch, tmp_path):
         patch.delitem(sys.modules, "alm_torchrl.cli")
         with pytest.raises(ImportError, match=re.escape(extra)):
             importlib.import_module("alm_torchrl.cli")
-    for name in ("matplotlib.backends.backend_agg", "PIL", "imageio_ffmpeg"):
+    for name in ("matplotlib.figure", "PIL", "imageio_ffmpeg"):
         monkeypatch.setitem(sys.modules, name, None)
     run = Run(
         tmp_path, preset_config("quick"), [{"training_step": 0, "mean_return": 1.0}]

@@ -23,14 +23,14 @@ def test_curves_group_seeds_and_nothing_else():
     runs = [
         run([0.0, 100.0, 300.0], seed=0),
         run([10.0, 200.0, 500.0], seed=1, threads=1, compile=True, log_interval=7),
-        run([20.0, 600.0, 700.0], seed=2, steps=(0, 1000, 3000)),
+        run([20.0, 600.0, 700.0], seed=2),
         run([1.0, 2.0, 3.0], seed=0, lr=3e-4),
     ]
     seeds, changed = curves_of(runs)
     assert seeds.label == "quick, lr=0.001, 3 seeds"
-    np.testing.assert_array_equal(seeds.steps, [0, 1000])
-    np.testing.assert_allclose(seeds.mean, [10.0, 300.0])
-    np.testing.assert_allclose(seeds.std, [10.0, np.sqrt(70000.0)])  # n - 1
+    np.testing.assert_array_equal(seeds.steps, [0, 1000, 2000])
+    np.testing.assert_allclose(seeds.mean, [10.0, 300.0, 500.0])
+    np.testing.assert_allclose(seeds.std, [10.0, np.sqrt(70000.0), 200.0])  # n - 1
     assert changed.label == "quick, lr=0.0003, seed 0"
     assert changed.std is None
     others = [run([0, 1, 2], task="Ant-v5"), run([0, 1, 2], agent="sac", lr=3e-4)]
@@ -44,11 +44,24 @@ def test_curves_group_seeds_and_nothing_else():
     assert curves_of(runs[3:])[0].label == "quick, seed 0"
 
 
+def test_each_step_is_the_mean_of_the_seeds_that_have_it():
+    runs = [
+        run([0.0, 100.0, 300.0, 7.0], (0, 1000, 2000, 3000), seed=0),
+        run([10.0, 200.0, 500.0], seed=1),
+        run([20.0, 600.0], (0, 1500), seed=2),
+    ]
+    (curve,) = curves_of(runs)
+    assert curve.label == "quick, 3 seeds (1 to 3 seeds at each step)"
+    assert curve.steps.tolist() == [0, 1000, 1500, 2000, 3000]
+    assert curve.mean.tolist() == [10.0, 150.0, 600.0, 400.0, 7.0]
+    deviations = [10.0, np.sqrt(5000.0), np.nan, np.sqrt(20000.0), np.nan]
+    np.testing.assert_allclose(curve.std, deviations)
+
+
 @pytest.mark.parametrize(
     ("runs", "message"),
     [
         ([run([0, 1, 2]), run([0, 1, 2])], "appears twice"),
-        ([run([0, 1], (0, 1)), run([0], (2,), seed=1)], "share no training step"),
         ([run([], steps=())], "no evaluation yet"),
     ],
 )

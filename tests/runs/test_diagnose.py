@@ -11,6 +11,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch.utils.tensorboard import SummaryWriter
+from torchrl.envs import TransformedEnv
 
 from alm_torchrl.analysis import (
     bias_summary,
@@ -22,6 +23,9 @@ from alm_torchrl.analysis import (
 from alm_torchrl.analysis.figures import TERMS, plot_bias
 from alm_torchrl.cli import main
 from alm_torchrl.envs import make_env
+from alm_torchrl.functional import floored_log
+from alm_torchrl.objectives.variants import Logarithms
+from alm_torchrl.runs import diagnose as diagnosing
 from alm_torchrl.runs import loading
 from alm_torchrl.runs.diagnose import read_logged
 
@@ -190,6 +194,29 @@ def test_what_is_logged_again_replaces(tmp_path):
     (logged,) = read_logged(tmp_path).values()
     assert logged["step"].tolist() == [*range(8)]
     assert logged["value"].tolist() == [0, 1, 2, 3, 4, 10, 12, 14]
+
+
+def test_what_is_compared_is_said(run, tmp_path, capsys, monkeypatch):
+    def changed(path):
+        loss = loading.load_loss(path)
+        loss.logarithms, loss.reward_transform = Logarithms("bound"), floored_log
+        return loss
+
+    monkeypatch.setattr(diagnosing, "load_loss", changed)
+    assert diagnose(run, tmp_path, "--which", "bias", "--pairs", "2") == 0
+    text = capsys.readouterr().out
+    assert "Returns: of rewards after floored_log, as the agent learns them." in text
+    assert "The bound of logarithms L stands as exp(L) / (1 - gamma)" in text
+
+
+def test_an_error_in_closing_costs_nothing(run, tmp_path, capsys, monkeypatch):
+    def fails(env, **kwargs):
+        raise RuntimeError("the simulator hangs")
+
+    monkeypatch.setattr(TransformedEnv, "close", fails)
+    with pytest.raises(RuntimeError, match="the simulator hangs"):
+        diagnose(run, tmp_path, "--which", "bias", "--pairs", "2")
+    assert str(tmp_path / "bias.png") in capsys.readouterr().out
 
 
 def test_returns_of_zero_can_be_drawn(tmp_path):

@@ -30,7 +30,7 @@ def test_pendulum_is_swung_up(seed):
     trainer = make_trainer(
         env,
         loss,
-        total_steps=1500,
+        total_steps=2500,
         warmup_steps=500,
         batch_size=128,
         lr=1e-3,
