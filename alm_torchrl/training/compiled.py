@@ -100,6 +100,8 @@ class CompiledUpdate:
                 differs from the eager update.
         """
         tensors = list(self.tensors())
+        if self._graph is not None:
+            check_entries(batch, self._entries, "compile")
         if self._graph is None or self._circumstances != self._describe(tensors):
             self._compile(batch)
             tensors = list(self.tensors())
@@ -111,7 +113,6 @@ class CompiledUpdate:
         return self._run(batch, tensors)
 
     def _run(self, batch: TensorDictBase, tensors: list[Tensor]) -> dict[str, Tensor]:
-        check_entries(batch, self._entries, "compile")
         for name, rate in self._rates.items():
             rate.fill_(self.optimizers[name].param_groups[0]["lr"])
         inputs = [tensors[x] if isinstance(x, int) else x for x in self._inputs]
@@ -147,7 +148,7 @@ class CompiledUpdate:
             # NaN in both is no difference.
             if (difference > tolerance * (1 + eager.abs())).any():
                 raise RuntimeError(
-                    f"compile: the graph does not do what the eager update does: "
+                    f"compile: the graph differs from the eager update: "
                     f"{name} is {compiled.item():g} instead of {eager.item():g}. A "
                     "network may change numbers in Python or draw from NumPy, which "
                     "a graph does not follow; compile=False runs it as it is."

@@ -11,6 +11,7 @@ import torch
 
 from alm_torchrl import NonFiniteError
 from alm_torchrl.training import capture as capturing
+from alm_torchrl.training.capture import CapturedUpdate
 from tests.helpers import B, K, make_batch, make_rows
 from tests.training.stepping import (
     bad_batch,
@@ -45,7 +46,7 @@ def stand_in(monkeypatch):
     class Capture:
         def __init__(self, graph, stream):
             assert isinstance(stream, Stream)
-            self.without_effect = capturing._restored(self.tensors)
+            self.without_effect = capturing.restored(self.tensors)
 
         def tensors(self):
             return stepper_now[0]._update.tensors()
@@ -76,7 +77,8 @@ def stand_in(monkeypatch):
         def capture(stepper):
             stepper.cudagraph = True
             stepper_now[0] = stepper
-            Graph.captured = stepper._captured
+            Graph.captured = stepper._run = CapturedUpdate(stepper._update)
+            stepper._modes = [stepper._run]
             return stepper
 
         yield capture
@@ -106,11 +108,11 @@ def test_captured_updates_go_on_from_a_loaded_state(monkeypatch):
     other = make_stepper(lr=1e-2)
     with stand_in(monkeypatch) as capture:
         run_updates(capture(other), range(1))
-        graph = other._captured._graph
+        graph = other._run._graph
         other.loss.load_state_dict(states[0])
         other.load_state_dict(states[1])
         run_updates(other, range(2, 4))
-        assert other._captured._graph not in (None, graph)
+        assert other._run._graph not in (None, graph)
     run_updates(uninterrupted, range(2, 4))
     assert changed(values_of(uninterrupted), values_of(other)) == set()
     assert other.optimizer_step_count == 4
@@ -135,9 +137,9 @@ def test_a_capture_takes_batches_of_one_kind(monkeypatch):
         for batch, match in (
             (
                 make_batch(B + 1),
-                r"'action'\) as it was captured, \(\(6, 3, 2\), .* got",
+                r"'action'\) as in the first batch, \(\(6, 3, 2\), .* got",
             ),
-            (make_rows(B, K), r"'observation'\) as it was captured, None, got"),
+            (make_rows(B, K), r"'observation'\) as in the first batch, None, got"),
         ):
             with pytest.raises(ValueError, match=match):
                 stepper.step(None, batch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from itertools import pairwise
 
 import pytest
@@ -25,14 +24,8 @@ from tests.helpers import (
     make_rows,
 )
 from tests.training.stepping import (
-    PARTS,
-    assert_same,
-    changed,
     make_stepper,
-    run_updates,
-    values_of,
 )
-from tests.training.trainer_runs import counter_trainer
 
 
 @pytest.fixture(autouse=True)
@@ -184,89 +177,3 @@ def test_matrix_products_in_tf32_are_limited_to_the_update():
     assert torch.get_float32_matmul_precision() == before
     with steppers._matrix_products("fp32"):
         assert torch.get_float32_matmul_precision() == before
-
-
-# -- compiled --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def compiled_calls(monkeypatch):
-    """Has terms counted where they would be compiled."""
-    calls = []
-
-    def counted(method):
-        def term(*args):
-            calls.append(method.__name__)
-            return method(*args)
-
-        return term
-
-    monkeypatch.setattr(steppers, "compile_term", counted)
-    return calls
-
-
-def test_compiled_terms_replace_those_of_the_loss(compiled_calls):
-    eager = make_stepper(lr=1e-2)
-    torch.manual_seed(0)
-    compiled = make_stepper(lr=1e-2, compile=True)
-    runs = [run_updates(stepper, range(2)) for stepper in (eager, compiled)]
-    for left, right in zip(*runs, strict=True):
-        assert (left == right).all()
-    first, *others = PARTS
-    assert compiled_calls == 2 * [first, "encode_transitions", *others]
-    assert changed(values_of(eager), values_of(compiled)) == set()
-
-
-def test_make_trainer_compiles(compiled_calls):
-    trainer = counter_trainer(compile=True)
-    trainer.train()
-    assert trainer.optimization_stepper.compile
-    updates = trainer.optimization_stepper.optimizer_step_count
-    assert len(compiled_calls) == 5 * updates
-    assert not counter_trainer().optimization_stepper.compile
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_a_process_can_compile_any_number_of_losses(monkeypatch):
-    compile = torch.compile
-    monkeypatch.setattr(
-        torch,
-        "compile",
-        lambda term, *, options, **kwargs: compile(term, backend="eager", **kwargs),
-    )
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=1):
-        # A loss that is gone would not count.
-        losses = [make_loss(updater=False) for _ in range(3)]
-        for method in (losses[0].qvalue_loss, *(loss.reward_loss for loss in losses)):
-            value, _ = steppers.compile_term(method)(make_batch())
-            assert value.requires_grad
-    torch._dynamo.reset()
-
-
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize(
-    "precision",
-    [
-        pytest.param("fp32", marks=pytest.mark.slow),
-        pytest.param("bf16", marks=pytest.mark.exhaustive),
-    ],
-)
-def test_compiled_updates_equal_eager_ones(precision):
-    """With the compiler that is used, and the noise of the eager update."""
-    eager = make_stepper(lr=1e-3, precision=precision)
-    torch.manual_seed(0)
-    compiled = make_stepper(lr=1e-3, precision=precision, compile=True)
-    runs = [run_updates(stepper, range(3)) for stepper in (eager, compiled)]
-    # In bf16 the compiler keeps fp32 between operations that it fuses.
-    atol = 1e-4 if precision == "fp32" else 0.05
-    for left, right in zip(*runs, strict=True):
-        assert_same(dict(left.items()), dict(right.items()), atol)
-    assert_same(values_of(eager), values_of(compiled), atol)
-    # A saved state goes on in the other mode.
-    eager.loss.load_state_dict(compiled.loss.state_dict())
-    eager.load_state_dict(copy.deepcopy(compiled.state_dict()))
-    left, right = (run_updates(s, [3])[0] for s in (eager, compiled))
-    assert_same(dict(left.items()), dict(right.items()), atol)
-    torch._dynamo.reset()

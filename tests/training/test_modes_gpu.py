@@ -59,7 +59,7 @@ def test_the_warm_up_leaves_no_trace(compile):
     before = values_of(stepper)
     buffers = [buffer.clone() for buffer in stepper.loss.buffers()]
     states = torch.get_rng_state(), torch.cuda.get_rng_state()
-    stepper._captured._capture(batch)
+    stepper._run._capture(batch)
     after = values_of(stepper)
     assert changed(before, {name: after[name] for name in before}) == set()
     assert all(not after[name].any() for name in after if name not in before)
