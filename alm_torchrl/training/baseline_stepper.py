@@ -13,7 +13,7 @@ from torchrl.trainers import OptimizationStepper, Trainer
 
 from alm_torchrl.baselines.losses import BaselineLoss
 from alm_torchrl.checks import check_number, check_type
-from alm_torchrl.training.state_checks import check_optimizers, check_state
+from alm_torchrl.training.state_checks import check_stepper
 from alm_torchrl.training.stepper import NonFiniteError, deepcopy_stepper
 
 __all__ = ["BaselineOptimizationStepper"]
@@ -173,25 +173,11 @@ class BaselineOptimizationStepper(OptimizationStepper):
         }
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compares a state with optimizers and parameters, and changes nothing.
-
-        Raises:
-            ValueError: naming the first entry or parameter that does not fit.
-        """
-        own = {**self.state_dict(), "optimizers": {}, "metrics": {}}
-        check_state(state_dict, own, "stepper")
-        check_optimizers(state_dict["optimizers"], self.optimizers, self.loss)
-        for name, value in state_dict["metrics"].items():
-            if not isinstance(value, Tensor) or value.ndim:
-                raise ValueError(f"stepper.metrics.{name}: expected a scalar tensor")
+        """Raises ``ValueError`` where a state does not fit, and changes nothing."""
+        check_stepper(state_dict, self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` saved.
-
-        Raises:
-            ValueError: naming the first parameter or entry that does not fit; then
-                nothing is changed.
-        """
+        """Restores what :meth:`state_dict` saved, if all of it fits."""
         self.check_state_dict(state_dict)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state_dict["optimizers"][name])

@@ -221,7 +221,12 @@ class VerifiedCheckpoint(Checkpoint):
         if (kwargs.get("strict") or self.strict) == "error":
             for name in names:
                 self._check_fit(source, manifest, name, kwargs.get("map_location"))
-        result = super().load(source, components=components, **kwargs)
+        try:
+            result = super().load(source, components=components, **kwargs)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{source}: {' '.join(str(error).split())}", error.result
+            ) from (error.__cause__ or error)
         files = manifest[_SECTION]["files"]
         self._files = {source / name: record for name, record in files.items()}
         return result

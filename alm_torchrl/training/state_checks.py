@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-__all__ = ["check_adam", "check_names", "check_optimizers", "check_state"]
+__all__ = ["check_adam", "check_names", "check_state", "check_stepper"]
 
 
 def check_state(saved: Any, own: Any, place: str) -> None:  # noqa: ANN401
@@ -68,20 +68,23 @@ def check_names(saved: Mapping[Any, Any], own: Mapping[Any, Any], place: str) ->
         )
 
 
-def check_optimizers(
-    saved: Any,  # noqa: ANN401
-    optimizers: Mapping[str, torch.optim.Adam],
-    loss: nn.Module,
-) -> None:
-    """Compares the saved states of a stepper's optimizers with their parameters.
+def check_stepper(saved: Any, stepper: Any) -> None:  # noqa: ANN401
+    """Compares the saved state of a stepper with its optimizers and its loss.
 
     Raises:
-        ValueError: naming the first parameter whose state does not fit.
+        ValueError: naming the first entry or parameter that does not fit.
     """
-    check_state(saved, {name: {} for name in optimizers}, "optimizers")
-    names: dict[Tensor, str] = {p: name for name, p in loss.named_parameters()}
+    own, optimizers = stepper.state_dict(), stepper.optimizers
+    own["optimizers"] = {name: {} for name in optimizers}
+    check_state(saved, {**own, "metrics": {}} if "metrics" in own else own, "stepper")
+    names: dict[Tensor, str] = {p: name for name, p in stepper.loss.named_parameters()}
     for name, optimizer in optimizers.items():
-        check_adam(saved[name], optimizer, f"optimizers.{name}", names)
+        check_adam(saved["optimizers"][name], optimizer, f"optimizers.{name}", names)
+    for name, value in saved.get("metrics", {}).items():
+        if not isinstance(value, Tensor) or value.ndim:
+            raise ValueError(f"stepper.metrics.{name}: expected a scalar tensor")
+    if "failure" in saved and saved["failure"][1] not in range(len(saved["terms"]) + 1):
+        raise ValueError("stepper.failure: expected the position of one of the terms")
 
 
 def check_adam(

@@ -17,7 +17,7 @@ from torchrl.trainers import OptimizationStepper, Trainer
 from alm_torchrl.checks import check_choice, check_number, check_type
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training.capture import CapturedUpdate
-from alm_torchrl.training.state_checks import check_optimizers, check_state
+from alm_torchrl.training.state_checks import check_stepper
 
 __all__ = ["ALMOptimizationStepper", "NonFiniteError", "deepcopy_stepper"]
 
@@ -439,27 +439,11 @@ class ALMOptimizationStepper(OptimizationStepper):
         }
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compares a state with optimizers and parameters, and changes nothing.
-
-        Raises:
-            ValueError: naming the first entry or parameter that does not fit.
-        """
-        own = {**self.state_dict(), "optimizers": {}}
-        check_state(state_dict, own, "stepper")
-        check_optimizers(state_dict["optimizers"], self.optimizers, self.loss)
-        position, terms = int(state_dict["failure"][1]), state_dict["terms"]
-        if not 0 <= position <= len(terms):
-            raise ValueError(
-                f"stepper.failure: expected one of {len(terms)} terms, got {position}"
-            )
+        """Raises ``ValueError`` where a state does not fit, and changes nothing."""
+        check_stepper(state_dict, self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` saved.
-
-        Raises:
-            ValueError: naming the first parameter or entry that does not fit; then
-                nothing is changed.
-        """
+        """Restores what :meth:`state_dict` saved, if all of it fits."""
         self.check_state_dict(state_dict)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state_dict["optimizers"][name])
