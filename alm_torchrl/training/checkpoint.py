@@ -22,6 +22,7 @@ from torchrl.checkpoint import (
     GlobalRNGState,
 )
 from torchrl.data import ReplayBuffer
+from torchrl.record.loggers import Logger
 
 from alm_torchrl.training.files import (
     file_digest,
@@ -81,7 +82,7 @@ class StateAdapter(CheckpointAdapter):
             component.check_state_dict(state)
         elif isinstance(component, torch.optim.Adam):
             check_adam(state, component, "state")
-        else:
+        elif not isinstance(component, Logger):  # which may be of another kind now
             own = component.state_dict()
             check_state(state, own, "state")
             if isinstance(component, nn.Module):
@@ -209,7 +210,8 @@ class VerifiedCheckpoint(Checkpoint):
             path: the checkpoint.
 
         Keyword Args:
-            components: names of the components. Default: ``None``, all registered.
+            components: names of the components. Default: ``None``, all registered,
+                besides a logger that the checkpoint lacks.
             **kwargs: as in :meth:`torchrl.checkpoint.Checkpoint.load`.
 
         Returns:
@@ -218,11 +220,18 @@ class VerifiedCheckpoint(Checkpoint):
         source = Path(path).expanduser().absolute()
         names = sorted(self.components if components is None else components)
         manifest = self.verify(source, components=names)
+        if components is None:  # A run may continue with a logger, after none.
+            names = [
+                name
+                for name in names
+                if name in manifest["components"]
+                or not isinstance(self.components[name], Logger)
+            ]
         if (kwargs.get("strict") or self.strict) == "error":
             for name in names:
                 self._check_fit(source, manifest, name, kwargs.get("map_location"))
         try:
-            result = super().load(source, components=components, **kwargs)
+            result = super().load(source, components=names, **kwargs)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{source}: {' '.join(str(error).split())}", error.result
@@ -335,7 +344,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         Checkpoint.manifest(path)
         _check_layout(manifest)
-    except (CheckpointError, ValueError, AttributeError) as error:
+    except Exception as error:
         raise CheckpointError(f"{file} is malformed: {one_line(error)}") from error
     return manifest
 
@@ -452,11 +461,8 @@ def _check_layout(manifest: Mapping[str, Any]) -> None:
         outside = path.is_absolute() or ".." in path.parts or "\\" in name
         if outside or path.as_posix() != name:
             raise ValueError(f"{name!r} is no place in a checkpoint")
-        match record:
-            case [int(), str()]:
-                pass
-            case _:
-                raise ValueError(f"{name}: expected size and digest, got {record!r}")
+        if not isinstance(record, list) or [*map(type, record)] != [int, str]:
+            raise ValueError(f"{name}: expected size and digest, got {record!r}")
     inventory = [
         f"{record['path']}/{file}"
         for record in manifest["components"].values()

@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torchrl.checkpoint import CheckpointError
+from torchrl.record.loggers import CSVLogger
+from torchrl.record.loggers.tensorboard import TensorboardLogger
 
 from alm_torchrl import ALMOptimizationStepper, make_alm_loss, make_replay_buffer
 from alm_torchrl.baselines.builders import make_sac_loss
@@ -186,7 +188,7 @@ def _error_of(function, path):
     return None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     changes=CHANGES,
     length=st.one_of(st.just(1.0), st.floats(0, 1)),
@@ -365,6 +367,25 @@ def test_one_component_that_does_not_fit_leaves_the_others(tmp_path):
     result = VerifiedCheckpoint(a=fits, b=other).load(path, strict="ignore")
     assert result.loaded == {"a"}
     assert torch.equal(fits.weight, saved["a"].weight)
+
+
+def test_a_logger_may_be_another_one(tmp_path):
+    loggers = [
+        CSVLogger("x", log_dir=str(tmp_path / "csv")),
+        TensorboardLogger("x", log_dir=str(tmp_path / "tensorboard")),
+    ]
+    loggers[0].log_scalar("a", 1.0, step=1)
+    net = torch.nn.Linear(2, 1)
+    for one in (None, *loggers):
+        for other in (None, *loggers):
+            names = {"logger": one} if one else {}
+            checkpoint = VerifiedCheckpoint(net=net, **names)
+            path = checkpoint.save(tmp_path / f"{type(one)}-{type(other)}")
+            names = {"logger": other} if other else {}
+            result = VerifiedCheckpoint(net=torch.nn.Linear(2, 1), **names).load(path)
+            assert "net" in result.loaded
+    with pytest.raises(CheckpointError, match="has no component 'other'"):
+        VerifiedCheckpoint(net=net, other=net).load(path)
 
 
 def test_a_component_may_judge_its_state_itself(tmp_path):
