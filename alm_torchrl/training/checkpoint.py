@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +253,24 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+# Merge: the checkpoint's own branch has this function; take that one.
+def inspect_checkpoint(path: Path) -> Iterator[tuple[str, str | None]]:
+    """Each file of a checkpoint, and what is wrong with it, if anything."""
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError as error:
+        yield _MANIFEST, str(error)
+        return
+    yield _MANIFEST, None
+    for file, recorded in manifest[_SECTION]["files"].items():
+        try:
+            _check(path / file, recorded)
+        except CheckpointError as error:
+            yield file, str(error)
+        else:
+            yield file, None
+
+
 def clear_leftovers(directory: Path) -> None:
     """Removes what killed saves left in a directory of checkpoints.
 
@@ -274,9 +292,9 @@ def clear_leftovers(directory: Path) -> None:
     for path in sorted(directory.glob(".?*.*-*")):
         name, _, rest = path.name[1:].rpartition(".")
         kind = rest.partition("-")[0]
-        if kind == "backup" and not (directory / name).exists():
+        if kind == "backup" and path.is_dir() and not (directory / name).exists():
             os.replace(path, directory / name)
-        elif kind in ("stage", "backup", "delete"):
+        elif kind in ("stage", "backup", "delete") and path.is_dir():
             shutil.rmtree(path)
 
 

@@ -73,7 +73,7 @@ class ALMTrainer(Trainer):
     env: EpisodeEnv
     stop_requested = False
     """Whether :meth:`request_stop` was called."""
-    whole_at: int | None = None
+    whole_at: int | None = 0
     """Steps of the running episode between two training steps, ``None`` in one."""
 
     def train(self) -> None:
