@@ -52,6 +52,8 @@ Curves = Annotated[
     tyro.conf.arg(metavar="CSV...", help_behavior_hint="(default: none)"),
 ]
 Checkpoint = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
+Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+Trust = tyro.conf.FlagCreatePairsOff[bool]
 
 
 def _say(text: str) -> None:
@@ -78,7 +80,7 @@ class Train(TrainConfig):
     """Start anew; a run that is in the folder is moved aside, not deleted."""
     fresh_episode: bool = False
     """Continue with a fresh episode, not the one that was running."""
-    trust: bool = False
+    trust: Trust = False
     """Import the module that the run to resume names in its task."""
 
     def run(self) -> int:
@@ -114,7 +116,7 @@ class Evaluate:
     """Whole episodes to run."""
     seed: Count = 0
     """Seed of the episodes and of the latent samples."""
-    trust: bool = False
+    trust: Trust = False
     """Import the module that the run names in its task."""
 
     def run(self) -> int:
@@ -147,7 +149,7 @@ class Diagnose(DiagnoseOptions):
 
     checkpoint: Checkpoint
     """A run folder (its newest checkpoint) or one of its checkpoints."""
-    trust: bool = False
+    trust: Trust = False
     """Import the module that the run names in its task."""
 
     def run(self) -> int:
@@ -188,15 +190,15 @@ class Plot:
 class Render:
     """Film one episode of a trained agent; no display is needed."""
 
-    checkpoint: Checkpoint
+    checkpoint: Run
     """A run folder (its newest checkpoint) or one of its checkpoints."""
-    output: Path = Path("film.gif")
+    output: Annotated[Path, tyro.conf.arg(metavar="F")] = Path("film.gif")
     """Film to write, .gif or .mp4."""
     seed: Count = 0
     """Seed of the episode and of the latent samples."""
     steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Environment steps to show; None shows the whole episode."""
-    trust: bool = False
+    trust: Trust = False
     """Import the module that the run names in its task."""
 
     def run(self) -> int:
@@ -231,8 +233,8 @@ class Render:
 class Verify:
     """Check each file of the checkpoints of a run against its digest."""
 
-    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """A run folder, or one checkpoint."""
+    path: Run
+    """A run folder (all its checkpoints, also best and those set aside), or one."""
 
     def run(self) -> int:
         """Verifies; 1 if anything is damaged."""

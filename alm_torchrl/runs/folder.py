@@ -28,10 +28,11 @@
   ``versions``, ``commit`` and ``hardware`` of then.
 
 ``metrics.csv`` has a header line; numbers are written so that reading them gives
-the same float. The whole file is replaced with each row. Its columns are ``seed``; ``training_step`` (updates so far, the
-warm-up not counted, first row 0); ``environment_step`` (warm-up included);
-``mean_return`` and ``mean_length`` over whole episodes; ``wall_time`` in seconds
-that the run took (pauses left out); and ``task``, whose id ends in its version.
+the same float. The whole file is replaced with each row. Its columns are ``seed``;
+``training_step`` (updates so far, the warm-up not counted, first row 0);
+``environment_step`` (warm-up included); ``mean_return`` and ``mean_length`` over whole
+episodes; ``wall_time`` in seconds that the run took (pauses left out); and ``task``,
+whose id ends in its version.
 """
 
 from __future__ import annotations

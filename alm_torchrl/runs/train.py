@@ -116,7 +116,8 @@ def train(
             start = next(starts)
             if _is_complete(config, start):
                 done = start.step - config.warmup_steps
-                where = start.checkpoint if start.elsewhere else path
+                where = start.checkpoint or path
+                where = where if start.elsewhere else path
                 print(
                     f"The run in {where} is complete: {done:,} training steps. To "
                     "train longer:\n  "
@@ -241,7 +242,6 @@ def _open_folder(
     config: TrainConfig, device: str, start: Start, trainer: ALMTrainer
 ) -> MetricsWriter:
     """Sets aside what the run leaves behind, and notes that it starts."""
-    path, metrics = config.run_path, config.run_path / "metrics.csv"
     aside = [trainer.checkpoint_rotation.set_newer_aside(start.step)]
     write_config(config, device, start.checkpoint, start.step)
     rows: Rows = []
@@ -249,7 +249,7 @@ def _open_folder(
         source = run_of(start.checkpoint)
         if source is not None and (source / "metrics.csv").exists():
             rows = read_metrics(source / "metrics.csv")
-    writer = MetricsWriter(metrics, start.step, rows)
+    writer = MetricsWriter(config.run_path / "metrics.csv", start.step, rows)
     if start.elsewhere:
         # From here on the folder needs no other one.
         trainer.save_trainer(force_save=True)
@@ -270,9 +270,9 @@ def _run_trainer(
     """Trains; an error that ends the run becomes one line that says how to go on."""
     path = config.run_path
     try:
-        if start.step >= 0 and not _has_row(rows, start.step):
-            # It was stopped in the evaluation of this step.
-            trainer.evaluation(None)
+        if not _has_row(rows, start.step):
+            # It may have been stopped in the evaluation of this step.
+            trainer.evaluate()
         trainer.train()
     except NonFiniteError as error:
         _plot(path, rows)
@@ -287,9 +287,10 @@ def _run_trainer(
     except Exception as error:
         if trainer.whole_at is None:
             raise
+        how = _how_to_continue(config, trainer)
         raise UserError(
             f"the environment or an evaluation raised {type(error).__name__}: {error}. "
-            f"{_saved(trainer)} Once that is solved, {_how_to_continue(config, trainer)}"
+            f"{_saved(trainer)} Once that is solved, {how}"
         ) from error
 
 

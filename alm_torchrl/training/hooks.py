@@ -122,7 +122,7 @@ class EvaluationHook(Hook):
         self.seed = seed
         self.on_evaluation = on_evaluation
 
-    def __call__(self, batch: TensorDictBase) -> None:
+    def __call__(self, batch: TensorDictBase | None) -> None:
         """Evaluates if it is time."""
         frames = self.trainer.collected_frames
         step = frames - self.warmup_steps
@@ -187,7 +187,12 @@ def _stoppable(policy: Policy, trainer: Trainer) -> Iterator[Policy]:
         finally:
             handle.remove()
     else:
-        yield lambda tensordict: (check(), policy(tensordict))[1]
+
+        def checked(tensordict: TensorDictBase) -> TensorDictBase:
+            check()
+            return policy(tensordict)
+
+        yield checked
 
 
 class EpisodeLog(Hook):

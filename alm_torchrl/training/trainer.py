@@ -124,6 +124,14 @@ class ALMTrainer(Trainer):
             if self.bar is not None:
                 self.bar.close()
 
+    def evaluate(self) -> None:
+        """Evaluates now, if an evaluation is due at the step where the training is.
+
+        A run that was stopped in an evaluation was saved without its result.
+        """
+        if self.evaluation is not None:
+            self.evaluation(None)
+
     def request_stop(self, reason: str | None = None) -> None:
         """Stops the training after its current step, which is saved.
 
@@ -232,7 +240,8 @@ def make_trainer(
             Default: ``1000``.
         checkpoint_dir (str or Path, optional): where checkpoints go, and in ``best``
             the networks that scored best in an evaluation; what killed saves left
-            there is removed, and what is of later steps is set aside. Default: ``None``, no checkpoints.
+            there is removed, and what is of later steps is set aside.
+            Default: ``None``, no checkpoints.
         checkpoint_interval (int): environment steps between them, besides the one at
             the end. Default: ``5000``.
         keep_checkpoints (int): how many of the latest to keep. Default: ``2``.
