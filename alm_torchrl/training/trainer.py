@@ -47,6 +47,24 @@ from alm_torchrl.training.stepper import ALMOptimizationStepper, NonFiniteError
 __all__ = ["ALMTrainer", "make_trainer"]
 
 
+class _OpenCollector(Collector):
+    """A collector that its trainer closes: an error shall not, before all is saved."""
+
+    def shutdown(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing; see :meth:`close`."""
+
+    def close(self) -> None:
+        """Closes the environment; what that raises becomes a warning."""
+        try:
+            super().shutdown()
+        except Exception as error:
+            warnings.warn(
+                f"closing the environment raised {type(error).__name__}: {error}",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
 class ALMTrainer(Trainer):
     """A :class:`torchrl.trainers.Trainer` that leaves order behind when it ends.
 
@@ -88,7 +106,8 @@ class ALMTrainer(Trainer):
                 the horizon, or none ended and the task names no time limit.
 
         Warns:
-            UserWarning: if checkpoints of later steps are set aside.
+            UserWarning: if checkpoints of later steps are set aside, or if the
+                environment raises when it is closed.
         """
         rotation = self.checkpoint_rotation
         if rotation is not None and (
@@ -104,6 +123,7 @@ class ALMTrainer(Trainer):
         try:
             if self.collected_frames < self.total_frames:
                 super().train()
+                self.collector.close()
         except NonFiniteError as error:
             raise NonFiniteError(
                 error.term,
@@ -323,7 +343,7 @@ def make_trainer(
     env.set_seed(seed)
     policy = loss.acting_policy()
     device = next(loss.parameters()).device
-    collector = Collector(
+    collector = _OpenCollector(
         env,
         policy,
         frames_per_batch=1,

@@ -1,4 +1,4 @@
-"""What ends a run, or should not: signals, errors, endless tasks, a folder that goes."""
+"""What ends a run, or should not: signals, errors, endless tasks, a lost folder."""
 
 from __future__ import annotations
 
@@ -125,6 +125,17 @@ def test_an_error_in_the_middle_of_a_reset_saves_nothing(tmp_path, capsys, monke
         assert steps_saved(folder)[-1] == 24
         assert command("train", "--resume", folder) == 0
     assert steps_saved(folder)[-1] == 26
+
+
+def test_a_close_that_raises_costs_nothing(tmp_path, whole, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    with scripted_task(**FAR) as task:
+        monkeypatch.setattr(Scripted, "close", lambda env: fail("it hangs")())
+        with pytest.warns(UserWarning, match="closing the environment raised.*hangs"):
+            assert run(folder, task=[task]) == 0
+    assert "trained agent" in capsys.readouterr().out
+    assert (folder / "learning_curve.png").is_file()
+    assert same_end(folder, whole)
 
 
 def test_a_return_that_is_not_finite_ends_the_run(tmp_path, capsys):
