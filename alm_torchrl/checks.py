@@ -7,15 +7,16 @@ import os
 from collections.abc import Iterable
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
 # Larger numbers overflow somewhere inside PyTorch.
 LARGEST = 2**63 - 1
-LARGEST_FLOAT = torch.finfo(torch.float32).max
+LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # Of float32.
 
 
 def check_integer(name: str, value: object, low: int = 1, high: float = LARGEST) -> int:
@@ -118,6 +119,8 @@ def check_device(name: str, value: object) -> torch.device:
     >>> check_device("device", "cpu")
     device(type='cpu')
     """
+    import torch
+
     try:
         device = torch.device(value)  # type: ignore[call-overload]
     except (RuntimeError, TypeError) as error:

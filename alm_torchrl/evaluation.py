@@ -16,10 +16,21 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import RandomPolicy
 
 from alm_torchrl.checks import check_integer, check_type
+from alm_torchrl.envs.normalizers import Normalizers
 
-__all__ = ["evaluate_policy", "isolated_rng", "random_policy", "zero_policy"]
+__all__ = [
+    "EvaluationStopped",
+    "evaluate_policy",
+    "isolated_rng",
+    "random_policy",
+    "zero_policy",
+]
 
 Policy = Callable[[TensorDictBase], TensorDictBase]
+
+
+class EvaluationStopped(Exception):
+    """An evaluation ended before its episodes did, as ``should_stop`` asked for."""
 
 
 def evaluate_policy(
@@ -29,12 +40,15 @@ def evaluate_policy(
     episodes: int = 5,
     seed: int = 0,
     exploration_type: ExplorationType = ExplorationType.DETERMINISTIC,
+    should_stop: Callable[[], bool] | None = None,
 ) -> TensorDict:
     """Runs whole episodes and returns the score of each.
 
     The scores depend on ``env``, ``policy`` and ``seed`` alone. A training run is
     bit-equal with and without evaluations, because :func:`isolated_rng` restores all
-    state. The environment is reset and stepped: use one that collects no data.
+    state. The environment is reset and stepped: use one that collects no data. The
+    moments of Gymnasium's normalising wrappers in it (:class:`Normalizers`) do not
+    move; other state of it that outlives resets does.
 
     Args:
         env: environment without batch dimensions whose episodes end. Time limits of
@@ -48,6 +62,8 @@ def evaluate_policy(
             starts from another state. Default: ``0``.
         exploration_type: how the policy draws actions. ALM's encoder samples its
             latent in any case. Default: ``ExplorationType.DETERMINISTIC``.
+        should_stop: asked before each step; ``True`` ends the evaluation without
+            scores. Default: ``None``, never.
 
     Returns:
         TensorDict: ``[episodes]``, on the CPU. ``"return"`` (float32) is the sum of
@@ -58,6 +74,7 @@ def evaluate_policy(
         KeyError: if ``policy`` reads an entry that ``env`` lacks, or writes no action.
         ValueError: if ``episodes`` or ``seed`` is out of range, ``env`` has batch
             dimensions, or its reward is not a single number.
+        EvaluationStopped: if ``should_stop`` asked for it.
 
     Example:
         >>> from alm_torchrl.envs import make_env
@@ -83,9 +100,14 @@ def evaluate_policy(
             f"policy: expected in_keys among {available}, which env gives, got {needed}"
         )
     policy_on_env = _with_transfers(policy, env)
-    with isolated_rng(policy, seed=seed, exploration_type=exploration_type):
+    with (
+        isolated_rng(policy, seed=seed, exploration_type=exploration_type),
+        Normalizers(env).frozen(),
+    ):
         env.set_seed(seed)
-        scores = [_run_episode(env, policy_on_env) for _ in range(episodes)]
+        scores = [
+            _run_episode(env, policy_on_env, should_stop) for _ in range(episodes)
+        ]
     returns, lengths = zip(*scores, strict=True)
     return TensorDict(
         {
@@ -206,12 +228,16 @@ def zero_policy(env: EnvBase) -> TensorDictModule:
     return TensorDictModule(action.clone, in_keys=[], out_keys=[env.action_key])
 
 
-def _run_episode(env: EnvBase, policy: Policy) -> tuple[float, int]:
+def _run_episode(
+    env: EnvBase, policy: Policy, should_stop: Callable[[], bool] | None
+) -> tuple[float, int]:
     """Return and length of one episode."""
     reward_key, done_keys = env.reward_key, env.done_keys
     total, length = 0.0, 0
     tensordict = env.reset()
     while True:
+        if should_stop is not None and should_stop():
+            raise EvaluationStopped("the evaluation was asked to stop")
         acted = policy(tensordict)
         if acted.get(env.action_key, default=None) is None:
             raise KeyError(

@@ -62,15 +62,15 @@ def _split(data: TensorDictBase, horizon: int) -> tuple[TensorDictBase, TensorDi
 
 
 class UniformWindowSampler(Sampler):
-    """Draws windows of consecutive steps and single rows, both uniformly.
+    """Draws windows of consecutive steps uniformly.
 
     A window is ``horizon`` consecutive rows of one ``("collector", "traj_ids")``
     (where that key is stored), of which only the last may have ``("next", "done")``
     set. So it never crosses an episode's end, a time limit, the place where the ring
     is being overwritten, or a resume that starts a fresh episode. Every valid window is
-    equally likely, and so is, independently, every stored row.
-    (`torchrl.data.SliceSampler` draws trajectories uniformly, which favours steps of
-    short ones.)
+    equally likely. (`torchrl.data.SliceSampler` draws trajectories uniformly, which
+    favours steps of short ones.) In the buffer of `make_replay_buffer` it draws single
+    rows, too: every stored row is equally likely, and independent of the windows.
 
     A queue holds the rows at which a window may start, oldest first. A write appends
     new starts and drops overwritten ones, so the cost of a draw does not grow with what
@@ -97,15 +97,16 @@ class UniformWindowSampler(Sampler):
         ... )
         >>> done = torch.tensor([[False], [True], [False], [True]])
         >>> _ = buffer.extend(TensorDict({"next": {"done": done}}, [4]))
-        >>> index = buffer.sample()["index"]  # two steps of a window, one single row
+        >>> index = buffer.sample()["index"]
         >>> index.shape
-        torch.Size([8, 3])
+        torch.Size([8, 2])
         >>> set(index[:, 0].tolist()) <= {0, 2}
         True
     """
 
     def __init__(self, horizon: int) -> None:
         self.horizon = check_integer("horizon", horizon)
+        self.single_rows = False  # set by the buffer that can tell them from windows
         self._last_row: int | None = None
         self._revision = -1  # of the storage, after the writes that were seen
         self._pending = 0  # rows written since the last draw
@@ -136,21 +137,21 @@ class UniformWindowSampler(Sampler):
     def sample(
         self, storage: Storage, batch_size: int
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Draws windows and, independently, single rows.
+        """Draws windows.
 
         Args:
             storage (Storage): the buffer's storage.
-            batch_size (int): windows to draw, and rows to draw, B.
+            batch_size (int): windows to draw, B.
 
         Returns:
-            The index [B, K + 1], windows ``[:, :K]`` and single rows ``[:, K]``, and
-            an empty dictionary.
+            The index [B, K], or [B, K + 1] with single rows in the last column, and an
+            empty dictionary.
 
         Raises:
             RuntimeError: if no valid window is stored.
             ValueError: if ``batch_size`` is not a positive integer.
         """
-        check_integer("batch_size", batch_size)
+        batch_size = check_integer("batch_size", batch_size)
         self._settle(storage)
         stored, capacity = len(storage), storage.max_size
         if self._count == 0:
@@ -158,16 +159,18 @@ class UniformWindowSampler(Sampler):
                 f"No valid window among the {stored} stored rows: horizon "
                 f"{self.horizon} needs {self.horizon} consecutive steps of one episode."
             )
-        device = "cpu" if self._rng is None else self._rng.device
-        rank, row = (
-            torch.randint(n, (batch_size,), generator=self._rng, device=device)
-            for n in (self._count, stored)
-        )
-        starts = self._starts[(self._head + rank.cpu().numpy()) % capacity]
-        index = np.empty((batch_size, self.horizon + 1), dtype=np.int64)
-        index[:, :-1] = (starts[:, None] + np.arange(self.horizon)) % capacity
-        index[:, -1] = row.cpu().numpy()
+        rank = self._draw(self._count, batch_size)
+        starts = self._starts[(self._head + rank) % capacity]
+        index = (starts[:, None] + np.arange(self.horizon)) % capacity
+        if self.single_rows:
+            row = self._draw(stored, batch_size)
+            index = np.concatenate((index, row[:, None]), axis=1)
         return torch.from_numpy(index), {}
+
+    def _draw(self, high: int, size: int) -> np.ndarray:
+        device = "cpu" if self._rng is None else self._rng.device
+        drawn = torch.randint(high, (size,), generator=self._rng, device=device)
+        return drawn.cpu().numpy()
 
     def _settle(self, storage: Storage) -> None:
         """Brings the queue of starts up to date with the storage."""
@@ -275,6 +278,10 @@ class WindowReplayBuffer(TensorDictReplayBuffer):
 
     `make_replay_buffer` makes and documents it.
     """
+
+    def __init__(self, *, sampler: UniformWindowSampler, **kwargs: Any) -> None:
+        sampler.single_rows = True
+        super().__init__(sampler=sampler, **kwargs)
 
     def extend(
         self, tensordicts: TensorDictBase, *, update_priority: bool | None = None

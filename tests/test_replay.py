@@ -297,7 +297,9 @@ def test_sampler_serves_other_buffers_and_filled_storages():
         )
 
     dataset = make_reader(TensorStorage(data), 3)
-    assert dataset.sample()["observation"].shape == (16, 4, 1)
+    batch = dataset.sample()
+    assert batch["observation"].shape == (16, 3, 1)
+    assert (batch["observation"].diff(dim=1) == 1).all()
     assert starts(dataset) == [0, 1, 4, 5, 6]
     owner = make_replay_buffer(6, horizon=3)
     reader = make_reader(owner.storage, 2)

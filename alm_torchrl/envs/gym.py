@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import warnings
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, SupportsFloat
 
 import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.wrappers import RescaleAction, TransformAction, TransformObservation
+from gymnasium.utils import RecordConstructorArgs
+from gymnasium.wrappers import RescaleAction
 from torchrl.envs import GymWrapper, TransformedEnv
 
 from alm_torchrl.checks import (
@@ -40,7 +41,9 @@ def make_env(
     """Makes a TorchRL environment from a Gymnasium task.
 
     Observations, actions and rewards are float32 whatever the task's own precision.
-    The environment has no transforms yet: append what you need.
+    The task gets copies of actions, clipped to its own bounds, and what it returns is
+    copied: it may write into both. The environment has no transforms yet: append what
+    you need.
 
     Args:
         task: Gymnasium id with its version, such as ``"HalfCheetah-v5"``. Prefix it
@@ -68,8 +71,9 @@ def make_env(
 
     Raises:
         ValueError: if the task is unknown, has observations other than vectors of
-            floats, actions other than bounded vectors, or cannot have the noise; or if
-            another argument is out of range or unknown to the task.
+            numbers, actions other than vectors of floats with bounds that differ, or
+            cannot have the noise; or if another argument is out of range or unknown to
+            the task.
         ImportError: if the task cannot be built here, as MuJoCo tasks of version 2.
 
     Warns:
@@ -93,11 +97,11 @@ def make_env(
     try:
         if dynamics_noise:
             gym_env = DynamicsNoise(gym_env, dynamics_noise)
-        gym_env = _cast_observations(task, gym_env)
-        gym_env = _cast_actions(task, gym_env)
+        _check_spaces(task, gym_env.observation_space, gym_env.action_space)
     except ValueError:
         gym_env.close()
         raise
+    gym_env = _Float32Copies(gym_env)
     if action_bounds == "rescale":
         gym_env = RescaleAction(gym_env, np.float32(-1.0), np.float32(1.0))
     else:
@@ -150,53 +154,69 @@ def _make_gym_env(task: str, gym_kwargs: dict[str, Any]) -> gymnasium.Env[Any, A
         ) from error
 
 
-def _cast_observations(
-    task: str, env: gymnasium.Env[Any, Any]
-) -> gymnasium.Env[Any, Any]:
-    """Casts observations to float32, in NumPy, which costs less than a transform."""
-    space = env.observation_space
-    if not _is_vector_of_floats(space):
+class _Float32Copies(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
+    """Shares no memory with a task, whose observations and actions become float32."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
+        RecordConstructorArgs.__init__(self)
+        gymnasium.Wrapper.__init__(self, env)
+        self._own: spaces.Box = env.action_space  # type: ignore[assignment]
+        self.observation_space = _as_float32(env.observation_space)
+        self.action_space = _as_float32(env.action_space)
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        observation, info = self.env.reset(**kwargs)
+        return np.array(observation, np.float32), info
+
+    def step(
+        self, action: np.ndarray
+    ) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
+        own = self._own
+        # Rounding to float32 may have moved the action across a bound.
+        clipped = np.clip(action.astype(own.dtype), own.low, own.high)
+        observation, reward, terminated, truncated, info = self.env.step(clipped)
+        copied = np.array(observation, np.float32)
+        return copied, reward, terminated, truncated, info
+
+
+def _check_spaces(
+    task: str, observations: spaces.Space[Any], actions: spaces.Space[Any]
+) -> None:
+    if not _is_vector(observations, np.number, np.bool_):
         raise ValueError(
-            "task: expected observations that are vectors of floats (a Box space with "
-            f"one dimension), got {space} from {task}. "
+            "task: expected observations that are vectors of numbers (a Box space with "
+            f"one dimension), got {observations} from {task}. "
             "gymnasium.wrappers.FlattenObservation makes vectors of dictionaries, "
             "tuples and discrete spaces; images need an encoder for images."
         )
-    if space.dtype == np.float32:
-        return env
-    return TransformObservation(env, _to_float32, _as_float32(space))
-
-
-def _cast_actions(task: str, env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:
-    """Casts float32 actions to the task's own type."""
-    space = env.action_space
-    if not _is_vector_of_floats(space):
+    if not _is_vector(actions, np.floating):
         raise ValueError(
             "task: expected actions that are vectors of floats (a Box space with one "
-            f"dimension), got {space} from {task}."
+            f"dimension), got {actions} from {task}."
         )
-    if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
+    bounds = _as_float32(actions)
+    with np.errstate(over="ignore", invalid="ignore"):
+        width = bounds.high - bounds.low
+    if not (np.isfinite(width) & (width > 0)).all():
         raise ValueError(
-            f"task: expected actions with finite bounds, got {space} from {task}."
+            "task: expected actions whose lower bounds are below their upper bounds, "
+            f"both finite as float32, got {actions} from {task}."
         )
-    dtype = space.dtype
-    if dtype == np.float32:
-        return env
-    return TransformAction(env, lambda action: action.astype(dtype), _as_float32(space))
 
 
-def _is_vector_of_floats(space: spaces.Space[Any]) -> TypeGuard[spaces.Box]:
+def _is_vector(space: spaces.Space[Any], *kinds: type) -> bool:
     return (
         isinstance(space, spaces.Box)
         and len(space.shape) == 1
-        and np.issubdtype(space.dtype, np.floating)
+        and space.shape[0] > 0
+        and any(np.issubdtype(space.dtype, kind) for kind in kinds)
     )
 
 
-def _to_float32(array: np.ndarray) -> np.ndarray:
-    return array.astype(np.float32)
-
-
-def _as_float32(space: spaces.Box) -> spaces.Box:
-    low, high = _to_float32(space.low), _to_float32(space.high)
+def _as_float32(space: spaces.Space[Any]) -> spaces.Box:
+    with np.errstate(over="ignore"):
+        low, high = (
+            np.asarray(bound).astype(np.float32)
+            for bound in (space.low, space.high)  # type: ignore[attr-defined]
+        )
     return spaces.Box(low, high, dtype=np.float32)

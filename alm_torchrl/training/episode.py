@@ -25,10 +25,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import gymnasium
 import torch
 from gymnasium.wrappers import NormalizeObservation, NormalizeReward
-from gymnasium.wrappers.utils import RunningMeanStd
 from tensordict import TensorDict, TensorDictBase
 from torchrl.checkpoint import CheckpointError
 from torchrl.collectors import Collector
@@ -36,11 +34,11 @@ from torchrl.envs import EnvBase, GymWrapper, SerialEnv, TransformedEnv
 
 from alm_torchrl.compat import (
     get_carrier,
-    gymnasium_env,
     serial_workers,
     set_carrier,
     set_trajectories,
 )
+from alm_torchrl.envs.normalizers import env_layers, load_moments, moments_of
 from alm_torchrl.evaluation import isolated_rng
 from alm_torchrl.training.state_checks import check_names, check_state
 
@@ -221,14 +219,14 @@ class EpisodeEnv(TransformedEnv):
                 kwargs["seed"] = self._seed
             else:
                 self.base_env.set_seed(self._seed)
-            first = super()._reset(tensordict, **kwargs)
+            first = super()._reset(tensordict, **kwargs).clone()
         self._actions, self._digests = [], bytearray(self._digest(first))
         return first
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        # Copied: the environment may write into its action.
         actions = [tensordict.get(key).clone() for key in self.action_keys]
-        following = super()._step(tensordict)
+        # Copies: the environment may write into what it was given and what it gave.
+        following = super()._step(tensordict.clone()).clone()
         self._actions.append(actions)
         self._digests += self._digest(following)
         return following
@@ -377,12 +375,7 @@ def _episode_envs(env: EnvBase) -> list[EpisodeEnv]:
 
 def _layers(env: EnvBase) -> Iterator[Any]:
     """An environment and what it wraps, where state may outlive resets."""
-    layers: list[Any] = [env]
-    if isinstance(env, GymWrapper):
-        layers.append(gymnasium_env(env))
-        while isinstance(layers[-1], gymnasium.Wrapper):
-            layers.append(layers[-1].env)
-    for layer in layers:
+    for layer in env_layers(env):
         # On the class: a GymWrapper forwards unknown attributes.
         offered = [hasattr(type(layer), name) for name in _PROTOCOL]
         if any(offered) and not all(offered):
@@ -396,26 +389,13 @@ def _layers(env: EnvBase) -> Iterator[Any]:
 
 def _lasting(layer: Any) -> Any:  # noqa: ANN401
     """What of a layer outlives resets."""
-    if isinstance(layer, NormalizeObservation):
-        return _moments(layer.obs_rms)
-    if isinstance(layer, NormalizeReward):
-        return [_moments(layer.return_rms), layer.discounted_reward]
+    if isinstance(layer, NormalizeObservation | NormalizeReward):
+        return moments_of(layer)
     return layer.checkpoint_state()
 
 
 def _load_lasting(layer: Any, state: Any) -> None:  # noqa: ANN401
-    if isinstance(layer, NormalizeObservation):
-        _load_moments(layer.obs_rms, state)
-    elif isinstance(layer, NormalizeReward):
-        moments, layer.discounted_reward = state
-        _load_moments(layer.return_rms, moments)
+    if isinstance(layer, NormalizeObservation | NormalizeReward):
+        load_moments(layer, state)
     else:
         layer.load_checkpoint_state(state)
-
-
-def _moments(running: RunningMeanStd) -> list[Any]:
-    return [running.mean, running.var, running.count]
-
-
-def _load_moments(running: RunningMeanStd, moments: list[Any]) -> None:
-    running.mean, running.var, running.count = moments

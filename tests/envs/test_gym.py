@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.wrappers import FlattenObservation
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from alm_torchrl.envs import make_env
 
@@ -128,14 +131,21 @@ def test_clamp_keeps_the_bounds_and_warns_beyond_one():
     ("observation_space", "action_space", "message"),
     [
         (spaces.Box(0, 255, (8, 8, 3), np.uint8), UNIT, r"vectors of .*uint8.*images"),
-        (spaces.Box(0, 255, (8,), np.uint8), UNIT, r"vectors of floats.*uint8"),
+        (spaces.Box(0.0, 1.0, (0,)), UNIT, r"vectors of .*\(0,\)"),
         (spaces.Box(-1.0, 1.0, (2, 2)), UNIT, r"one dimension.*\(2, 2\)"),
         (spaces.Dict(a=UNIT), UNIT, r"Dict\('a'.*FlattenObservation"),
         (spaces.Discrete(4), UNIT, r"Discrete\(4\).*FlattenObservation"),
         (FLAT, spaces.Discrete(3), r"actions that are vectors .*Discrete\(3\)"),
         (FLAT, spaces.Box(0, 3, (2,), np.int64), r"actions .* of floats.*int64"),
         (FLAT, spaces.Box(-1.0, 1.0, (2, 2)), r"actions .*one dimension.*\(2, 2\)"),
-        (FLAT, spaces.Box(np.float32([-1, -np.inf]), np.float32([1, 1])), "finite bou"),
+        (
+            FLAT,
+            spaces.Box(np.float32([-1, -np.inf]), np.float32([1, 1])),
+            "both finite",
+        ),
+        (FLAT, spaces.Box(-1e39, 1e39, (2,), np.float64), "both finite as float32"),
+        (FLAT, spaces.Box(-3e38, 3e38, (2,), np.float32), "both finite as float32"),
+        (FLAT, spaces.Box(np.float32([-1, 2]), np.float32([1, 2])), "below their upp"),
     ],
 )
 def test_unsupported_spaces(register, observation_space, action_space, message):
@@ -144,6 +154,48 @@ def test_unsupported_spaces(register, observation_space, action_space, message):
         with pytest.raises(ValueError, match=f"^task: expected .*{message}") as error:
             make_env(task, action_bounds=action_bounds)
         assert task in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.bool_, np.float16])
+def test_vectors_of_other_numbers_become_float32(register, dtype):
+    env = make_env(register(spaces.Box(0, 1, (3,), dtype), UNIT))
+    first = env.reset()["observation"]
+    assert first.dtype == torch.float32
+    assert env.observation_spec["observation"].is_in(first)
+
+
+@pytest.mark.parametrize(
+    "space", [spaces.Dict(a=UNIT, b=spaces.Discrete(3)), spaces.Discrete(4)]
+)
+def test_the_advice_to_flatten_works(register, space):
+    task = register(space, UNIT)
+    with pytest.raises(ValueError, match="FlattenObservation"):
+        make_env(task)
+    spec = gymnasium.spec(task)
+    spec.additional_wrappers = (FlattenObservation.wrapper_spec(),)
+    assert make_env(task).rollout(3)["observation"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("action_bounds", ["clamp", "rescale"])
+@pytest.mark.filterwarnings("ignore:task. the actions")
+@settings(max_examples=25)
+@given(bounds=st.tuples(*2 * [st.floats(-1e6, 1e6)]), share=st.floats(0, 1))
+def test_every_action_in_the_spec_is_in_the_tasks_space(
+    dtype, action_bounds, bounds, share
+):
+    low, high = (dtype(bound) for bound in sorted(bounds))
+    assume(np.float32(low) < np.float32(high))
+    own = spaces.Box(np.array([low]), np.array([high]), dtype=dtype)
+    gymnasium.register("Bounded-v0", lambda: Spaces(FLAT, own))
+    try:
+        env = make_env("Bounded-v0", action_bounds=action_bounds)
+    finally:
+        del gymnasium.registry["Bounded-v0"]
+    spec = env.action_spec.space
+    for action in (spec.low, spec.high, torch.lerp(spec.low, spec.high, share)):
+        env.step(env.reset().set("action", action.clamp(spec.low, spec.high)))
+        assert own.contains(env.unwrapped.action)
 
 
 def test_a_colon_imports_the_module_first(tmp_path, monkeypatch):
