@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensordict import TensorDictBase
-from torch import nn
 from torchrl.envs import EnvBase
 from torchrl.objectives import LossModule
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import TrainerHookBase
 
-from alm_torchrl.evaluation import Policy, evaluate_policy
+from alm_torchrl.evaluation import EvaluationStopped, Policy, evaluate_policy
 from alm_torchrl.training.baseline_stepper import BaselineOptimizationStepper
 from alm_torchrl.training.checkpoint import VerifiedCheckpoint
 from alm_torchrl.training.stepper import ALMOptimizationStepper
@@ -52,10 +50,6 @@ class Hook(TrainerHookBase):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores nothing."""
-
-
-class _StopRequestedError(Exception):
-    """Ends an evaluation for a stop that was requested."""
 
 
 class EvaluationHook(Hook):
@@ -133,14 +127,14 @@ class EvaluationHook(Hook):
     def evaluate(self, step: int) -> None:
         """Evaluates now; ``step`` is the training step and part of the seed."""
         try:
-            with _stoppable(self.policy, self.trainer) as policy:
-                scores = evaluate_policy(
-                    self.env,
-                    policy,
-                    episodes=self.episodes,
-                    seed=(self.seed * 1_000_003 + step + 1) % 2**31,
-                )
-        except _StopRequestedError:
+            scores = evaluate_policy(
+                self.env,
+                self.policy,
+                episodes=self.episodes,
+                seed=(self.seed * 1_000_003 + step + 1) % 2**31,
+                should_stop=lambda: getattr(self.trainer, "stop_requested", False),
+            )
+        except EvaluationStopped:
             return
         returns, lengths = scores["return"], scores["length"].to(scores["return"])
         row = {
@@ -170,29 +164,6 @@ class EvaluationHook(Hook):
                 UserWarning,
                 stacklevel=2,
             )
-
-
-@contextmanager
-def _stoppable(policy: Policy, trainer: Trainer) -> Iterator[Policy]:
-    """The policy, raising once a stop of the trainer is requested."""
-
-    def check(*_: object) -> None:
-        if getattr(trainer, "stop_requested", False):
-            raise _StopRequestedError
-
-    if isinstance(policy, nn.Module):
-        handle = policy.register_forward_pre_hook(check)
-        try:
-            yield policy
-        finally:
-            handle.remove()
-    else:
-
-        def checked(tensordict: TensorDictBase) -> TensorDictBase:
-            check()
-            return policy(tensordict)
-
-        yield checked
 
 
 class EpisodeLog(Hook):

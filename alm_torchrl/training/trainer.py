@@ -12,7 +12,6 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.checkpoint import CheckpointError
-from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.record.loggers import Logger
@@ -29,6 +28,7 @@ from alm_torchrl.training.checkpoint import (
     VerifiedCheckpoint,
     clear_leftovers,
 )
+from alm_torchrl.training.collector import OpenCollector
 from alm_torchrl.training.episode import CollectorState, EpisodeEnv
 from alm_torchrl.training.episode_length import (
     EpisodeLengthCheck,
@@ -45,24 +45,6 @@ from alm_torchrl.training.rotation import MilestoneRotation
 from alm_torchrl.training.stepper import ALMOptimizationStepper, NonFiniteError
 
 __all__ = ["ALMTrainer", "make_trainer"]
-
-
-class _OpenCollector(Collector):
-    """A collector that its trainer closes: an error shall not, before all is saved."""
-
-    def shutdown(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing; see :meth:`close`."""
-
-    def close(self) -> None:
-        """Closes the environment; what that raises becomes a warning."""
-        try:
-            super().shutdown()
-        except Exception as error:
-            warnings.warn(
-                f"closing the environment raised {type(error).__name__}: {error}",
-                UserWarning,
-                stacklevel=3,
-            )
 
 
 class ALMTrainer(Trainer):
@@ -343,7 +325,7 @@ def make_trainer(
     env.set_seed(seed)
     policy = loss.acting_policy()
     device = next(loss.parameters()).device
-    collector = _OpenCollector(
+    collector = OpenCollector(
         env,
         policy,
         frames_per_batch=1,
