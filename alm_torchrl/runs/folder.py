@@ -100,6 +100,7 @@ CHANGEABLE = frozenset(
         "preset",
         "threads",
         "total_steps",
+        "eval_interval",
         "log_interval",
         "checkpoint_interval",
         "keep_checkpoints",
