@@ -136,7 +136,7 @@ class MetricsWriter:
         path: the file. Of the rows that it has, those after ``until`` are moved to a
             file ``metrics-TIME.csv`` beside it first.
         until: environment step of the last row to keep. Default: ``-1``, none.
-        rows: to begin with, in a new file. Default: none.
+        rows: to begin with, in a new file. Default: ``()``.
 
     Raises:
         ValueError: if the file exists and does not have the documented form.

@@ -107,7 +107,7 @@ def train(
     path = config.run_path
     with ExitStack() as stack:
         with user_errors():
-            env = build_env(config.to_dict(), trust=True)
+            envs = _build_envs(config)
             _check_logger(config.logger)
             stack.enter_context(lock_run(path))
             if fresh and holds_run(path):
@@ -124,9 +124,20 @@ def train(
                     f"{_resume_command(config, where)} --total-steps {2 * done}"
                 )
                 if not start.elsewhere:
-                    _print_folder(config, env)
+                    _print_folder(config, envs[1])
                 return 0
-        return _train_in_folder(config, device, chain([start], starts), fresh_episode)
+        return _train_in_folder(
+            config, device, chain([start], starts), envs, fresh_episode
+        )
+
+
+def _build_envs(config: TrainConfig) -> tuple[TransformedEnv, TransformedEnv]:
+    """The environments of training and evaluation."""
+    settings = config.to_dict()
+    return (
+        build_env(settings, trust=True, seed=config.seed),
+        build_env(settings, trust=True),
+    )
 
 
 def _is_complete(config: TrainConfig, start: Start) -> bool:
@@ -143,18 +154,22 @@ def _has_row(rows: Rows, step: int) -> bool:
 
 
 def _train_in_folder(
-    config: TrainConfig, device: str, starts: Iterator[Start], fresh_episode: bool
+    config: TrainConfig,
+    device: str,
+    starts: Iterator[Start],
+    envs: tuple[TransformedEnv, TransformedEnv],
+    fresh_episode: bool,
 ) -> int:
     path, settings = config.run_path, config.to_dict()
-    watch = watch_folder(path)
+    watch, made = watch_folder(path), [envs]
     print(f"Task    {config.task}: {config.warmup_steps:,} random environment steps,")
     print(f"        then {config.total_steps:,} training steps")
     print(f"Device  {device}, CPU threads: {torch.get_num_threads()}")
     print(f"Folder  {path}", flush=True)
 
     def make(start: Start) -> tuple[ALMTrainer, TransformedEnv]:
-        env = build_env(settings, trust=True, seed=config.seed)
-        eval_env = build_env(settings, trust=True)
+        # Those that were built first serve once.
+        env, eval_env = made.pop() if made else _build_envs(config)
         spaces = describe_spaces(env)
         torch.manual_seed(config.seed)
         loss = build_loss(settings, spaces).to(device)
@@ -199,7 +214,13 @@ def _train_in_folder(
         print(trainer.loss_module, flush=True)
         writer = _open_folder(config, device, start, trainer)
     with _stop_on_signal(trainer) as signals:
-        _run_trainer(config, trainer, start, signals, writer.rows)
+        try:
+            _run_trainer(config, trainer, start, signals, writer.rows)
+        except UserError:
+            # A writer may have failed because the folder is gone.
+            with user_errors():
+                watch()
+            raise
     _plot(path, writer.rows)
     if signals:
         # The terminal may be gone, which is what SIGHUP says.

@@ -14,7 +14,7 @@ class Scripted(gymnasium.Env):
     """Episodes of ``length`` steps; ``script`` maps (instance, step) to a function.
 
     Instances and their steps count from 0. The function may raise; the reward is what
-    it returns. A command makes instance 0 to look at, 1 to train in, 2 to evaluate in.
+    it returns. The command trains in instance 0 and evaluates in instance 1.
     """
 
     script: ClassVar[dict] = {}

@@ -21,7 +21,7 @@ from tests.runs.small_runs import (
 )
 
 SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"]
-TRAIN, EVALUATE = 1, 2  # instances of the environment
+TRAIN, EVALUATE = 0, 1  # instances of the environment
 FAR = {"max_episode_steps": 10**6}
 
 
@@ -81,7 +81,7 @@ def test_a_stop_is_obeyed_in_an_evaluation_which_is_made_up_for(tmp_path, whole,
     folder = tmp_path / "run"
     with scripted_task({(EVALUATE, step): send(signal.SIGTERM)}, **FAR) as task:
         assert run(folder, task=[task]) == 143
-        assert Scripted.made == 3
+        assert Scripted.made == 2
         evaluations = step // 5
         metrics = read_metrics(folder / "metrics.csv")
         assert len(metrics) == evaluations
@@ -204,6 +204,16 @@ def test_a_folder_that_goes_in_mid_run_ends_it(tmp_path, capsys, act, instance, 
             Scripted.script = {}
             assert command("train", "--resume", other) == 0
             assert rows_of(other / "metrics.csv").keys() == {20, 23, 26}
+
+
+def test_a_folder_that_goes_under_tensorboard_ends_it(tmp_path, capsys):
+    folder, other = tmp_path / "run", tmp_path / "other"
+    words = ["--logger", "tensorboard", "--log-interval", 1]
+    act = {(TRAIN, 21): lambda: folder.rename(other)}
+    with scripted_task(act, **FAR) as task:
+        message = refused(capsys, run, folder, *words, task=[task])
+    assert f"{folder} was renamed or deleted" in message
+    assert not folder.exists()
 
 
 def test_checkpoints_deleted_in_mid_run_are_written_again(tmp_path, whole):
