@@ -7,6 +7,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Union
 
@@ -24,10 +25,17 @@ from alm_torchrl.runs.agents import build_env
 from alm_torchrl.runs.curves import plot_runs, reference_curve
 from alm_torchrl.runs.diagnose import DiagnoseOptions, run_diagnose
 from alm_torchrl.runs.film import check_film_name, film_policy, render_headless
-from alm_torchrl.runs.folder import holds_run, read_record, read_run
-from alm_torchrl.runs.loading import checkpoint_metadata, find_checkpoint, load_policy
+from alm_torchrl.runs.folder import read_run
+from alm_torchrl.runs.loading import (
+    all_checkpoints,
+    checkpoint_metadata,
+    find_checkpoint,
+    load_policy,
+)
 from alm_torchrl.runs.settings import PRESETS, Preset, TrainConfig, UserError
+from alm_torchrl.runs.start import resumed_config
 from alm_torchrl.runs.train import train, user_errors
+from alm_torchrl.training.checkpoint import inspect_checkpoint
 
 try:
     import tyro
@@ -44,6 +52,8 @@ Curves = Annotated[
     tyro.conf.arg(metavar="CSV...", help_behavior_hint="(default: none)"),
 ]
 Checkpoint = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
+Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+Trust = tyro.conf.FlagCreatePairsOff[bool]
 
 
 def _say(text: str) -> None:
@@ -70,6 +80,8 @@ class Train(TrainConfig):
     """Start anew; a run that is in the folder is moved aside, not deleted."""
     fresh_episode: bool = False
     """Continue with a fresh episode, not the one that was running."""
+    trust: Trust = False
+    """Import the module that the run to resume names in its task."""
 
     def run(self) -> int:
         """Trains."""
@@ -77,6 +89,11 @@ class Train(TrainConfig):
             raise UserError(
                 f"the preset {self.preset!r} needs a task, for example: "
                 f"alm-torchrl train HalfCheetah-v5 --preset {self.preset}"
+            )
+        if self.resume is not None and ":" in self.task and not self.trust:
+            raise UserError(
+                f"--resume: expected --trust too, as {self.resume} names the task "
+                f"{self.task!r}, which imports and runs a module"
             )
         settings = {
             field.name: getattr(self, field.name) for field in fields(TrainConfig)
@@ -99,6 +116,8 @@ class Evaluate:
     """Whole episodes to run."""
     seed: Count = 0
     """Seed of the episodes and of the latent samples."""
+    trust: Trust = False
+    """Import the module that the run names in its task."""
 
     def run(self) -> int:
         """Evaluates, and prints the scores."""
@@ -106,7 +125,7 @@ class Evaluate:
             file = find_checkpoint(self.checkpoint)
             config = TrainConfig.from_dict(checkpoint_metadata(file)["settings"])
             scores = evaluate_policy(
-                build_env(config.to_dict()),
+                build_env(config.to_dict(), trust=self.trust),
                 load_policy(file),
                 episodes=self.episodes,
                 seed=self.seed,
@@ -130,12 +149,14 @@ class Diagnose(DiagnoseOptions):
 
     checkpoint: Checkpoint
     """A run folder (its newest checkpoint) or one of its checkpoints."""
+    trust: Trust = False
+    """Import the module that the run names in its task."""
 
     def run(self) -> int:
         """Diagnoses."""
         with user_errors():
             check_output("output", self.output)
-            run_diagnose(self, build_env, _say)
+            run_diagnose(self, partial(build_env, trust=self.trust), _say)
         return 0
 
 
@@ -169,14 +190,16 @@ class Plot:
 class Render:
     """Film one episode of a trained agent; no display is needed."""
 
-    checkpoint: Checkpoint
+    checkpoint: Run
     """A run folder (its newest checkpoint) or one of its checkpoints."""
-    output: Path = Path("film.gif")
+    output: Annotated[Path, tyro.conf.arg(metavar="F")] = Path("film.gif")
     """Film to write, .gif or .mp4."""
     seed: Count = 0
     """Seed of the episode and of the latent samples."""
     steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Environment steps to show; None shows the whole episode."""
+    trust: Trust = False
+    """Import the module that the run names in its task."""
 
     def run(self) -> int:
         """Renders."""
@@ -189,7 +212,7 @@ class Render:
             file = find_checkpoint(self.checkpoint)
             settings = checkpoint_metadata(file)["settings"]
             try:
-                env = build_env(settings, render_mode="rgb_array")
+                env = build_env(settings, trust=self.trust, render_mode="rgb_array")
             except ValueError as error:
                 raise ValueError(
                     f"{settings['task']} cannot be filmed: {error}"
@@ -204,6 +227,25 @@ class Render:
             f"{film.steps} steps, return {film.episode_return:.1f}"
         )
         return 0
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check each file of the checkpoints of a run against its digest."""
+
+    path: Run
+    """A run folder (all its checkpoints, also best and those set aside), or one."""
+
+    def run(self) -> int:
+        """Verifies; 1 if anything is damaged."""
+        with user_errors():
+            damaged = 0
+            for checkpoint in all_checkpoints(self.path):
+                for file, wrong in inspect_checkpoint(checkpoint):
+                    damaged += wrong is not None
+                    print(f"{checkpoint / file}: {wrong or 'ok'}")
+        print(f"{damaged} damaged" if damaged else "All is well.")
+        return int(damaged > 0)
 
 
 @dataclass(frozen=True)
@@ -266,6 +308,7 @@ COMMANDS: dict[str, type] = {
     "diagnose": Diagnose,
     "plot": Plot,
     "render": Render,
+    "verify": Verify,
     "tasks": Tasks,
     "reproduce": Reproduce,
 }
@@ -280,7 +323,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             Default: ``None``, those of ``sys.argv``.
 
     Returns:
-        int: 0, 130 after Ctrl-C, 143 after SIGTERM, or 1 if a run failed.
+        int: 0, 1 if a run failed or a checkpoint is damaged, or 128 and the number
+        of the signal that stopped it, such as 130 after Ctrl-C.
 
     Raises:
         SystemExit: with code 2 after a user's mistake, explained on standard error;
@@ -323,12 +367,12 @@ def _train_defaults(arguments: Sequence[str]) -> Train:
     """The flags' defaults: those of the run to resume, or else of the preset."""
     resumed = _value_of("--resume", arguments)
     if resumed is not None:
-        # A run folder, or a checkpoint in one.
-        for folder in (Path(resumed), *Path(resumed).absolute().parents[1:2]):
-            if holds_run(folder):
-                with user_errors():
-                    config = TrainConfig.from_dict(read_record(folder)["settings"])
-                return Train(**{**vars(config), "run_dir": folder})
+        with user_errors():
+            config = resumed_config(Path(resumed))
+        if config is not None:
+            # Who names the task on the command line trusts its module.
+            trust = config.task in arguments
+            return Train(**vars(config), trust=trust)
     # tyro refuses an unknown name: it knows the choices.
     preset: Preset = "quick"
     if _value_of("--preset", arguments) == "paper":

@@ -79,6 +79,8 @@ class TrainConfig:
     """Bounds other than +-1: clamp actions to them, or rescale [-1, 1] to them."""
     dynamics_noise: Weight = 0.0
     """Noise on the joint velocities before each step of a MuJoCo task (Fig. 17)."""
+    max_episode_steps: Count | None = None
+    """Time limit of an episode in steps; None: the one that the task names."""
     total_steps: Count = 300_000
     """Training steps (updates), one per environment step after the warm-up."""
     warmup_steps: Count = 5000
@@ -162,6 +164,8 @@ class TrainConfig:
     """Environment steps between checkpoints; there is always one at the end."""
     keep_checkpoints: Count = 2
     """Newest checkpoints that are kept."""
+    keep_every: Count | None = None
+    """Environment steps between checkpoints that stay for good; None: none do."""
     logger: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where losses and returns go besides metrics.csv."""
     run_dir: Path | None = None
@@ -266,7 +270,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
 # The first four are in the name of the run.
 _NOT_HASHED = {
     *("task", "agent", "preset", "seed"),
-    *("device", "threads", "logger", "run_dir"),
+    *("device", "threads", "logger", "keep_every", "run_dir"),
 }
 
 
