@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
+import io
 import logging
+import os
+import signal
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Union
-
-from torchrl import torchrl_logger
+from typing import Annotated, Any
 
 from alm_torchrl.checks import check_integer, check_output
-from alm_torchrl.envs import TASKS
-from alm_torchrl.evaluation import evaluate_policy
-from alm_torchrl.experiments.reproduce import (
-    ReproduceOptions,
-    describe_experiments,
-    reproduce,
+from alm_torchrl.runs.options import DiagnoseOptions, ReproduceOptions
+from alm_torchrl.runs.settings import (
+    PRESETS,
+    Preset,
+    TrainConfig,
+    UserError,
+    user_errors,
 )
-from alm_torchrl.runs.agents import build_env
-from alm_torchrl.runs.curves import plot_runs, reference_curve
-from alm_torchrl.runs.diagnose import DiagnoseOptions, run_diagnose
-from alm_torchrl.runs.film import check_film_name, film_policy, render_headless
-from alm_torchrl.runs.folder import read_run
-from alm_torchrl.runs.loading import (
-    all_checkpoints,
-    checkpoint_metadata,
-    find_checkpoint,
-    load_policy,
-)
-from alm_torchrl.runs.settings import PRESETS, Preset, TrainConfig, UserError
-from alm_torchrl.runs.start import resumed_config
-from alm_torchrl.runs.train import train, user_errors
-from alm_torchrl.training.checkpoint import inspect_checkpoint
 
 try:
     import tyro
@@ -85,6 +74,8 @@ class Train(TrainConfig):
 
     def run(self) -> int:
         """Trains."""
+        from alm_torchrl.runs.train import train
+
         if not self.task:
             raise UserError(
                 f"the preset {self.preset!r} needs a task, for example: "
@@ -121,6 +112,14 @@ class Evaluate:
 
     def run(self) -> int:
         """Evaluates, and prints the scores."""
+        from alm_torchrl.evaluation import evaluate_policy
+        from alm_torchrl.runs.agents import build_env
+        from alm_torchrl.runs.loading import (
+            checkpoint_metadata,
+            find_checkpoint,
+            load_policy,
+        )
+
         with user_errors():
             file = find_checkpoint(self.checkpoint)
             config = TrainConfig.from_dict(checkpoint_metadata(file)["settings"])
@@ -154,6 +153,9 @@ class Diagnose(DiagnoseOptions):
 
     def run(self) -> int:
         """Diagnoses."""
+        from alm_torchrl.runs.agents import build_env
+        from alm_torchrl.runs.diagnose import run_diagnose
+
         with user_errors():
             check_output("output", self.output)
             run_diagnose(self, partial(build_env, trust=self.trust), _say)
@@ -176,6 +178,9 @@ class Plot:
 
     def run(self) -> int:
         """Plots."""
+        from alm_torchrl.runs.curves import plot_runs, reference_curve
+        from alm_torchrl.runs.folder import read_run
+
         with user_errors():
             if not self.runs:
                 raise ValueError("plot needs at least one run folder")
@@ -203,6 +208,14 @@ class Render:
 
     def run(self) -> int:
         """Renders."""
+        from alm_torchrl.runs.agents import build_env
+        from alm_torchrl.runs.film import check_film_name, film_policy, render_headless
+        from alm_torchrl.runs.loading import (
+            checkpoint_metadata,
+            find_checkpoint,
+            load_policy,
+        )
+
         render_headless()
         with user_errors():
             check_film_name(self.output)
@@ -238,6 +251,9 @@ class Verify:
 
     def run(self) -> int:
         """Verifies; 1 if anything is damaged."""
+        from alm_torchrl.runs.loading import all_checkpoints
+        from alm_torchrl.training.checkpoint import inspect_checkpoint
+
         with user_errors():
             damaged = 0
             for checkpoint in all_checkpoints(self.path):
@@ -254,6 +270,8 @@ class Tasks:
 
     def run(self) -> int:
         """Lists them."""
+        from alm_torchrl.envs import TASKS
+
         print(f"{'task':15} {'observation':>11} {'action':>6} {'steps':>5}  note")
         for task in TASKS:
             sizes = f"{task.observation_dim:11} {task.action_dim:6}"
@@ -289,6 +307,10 @@ class Reproduce(ReproduceOptions):
 
     def run(self) -> int:
         """Reproduces."""
+        from torchrl import torchrl_logger
+
+        from alm_torchrl.experiments.reproduce import describe_experiments, reproduce
+
         if self.list:
             print(describe_experiments())
             return 0
@@ -333,40 +355,82 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "" not in sys.path:
         sys.path.append("")  # a task's module may be in the working directory
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    format_before = warnings.formatwarning
+    warnings.formatwarning = _format_warning
     try:
-        command = tyro.cli(
-            _command_line(_train_defaults(arguments)),
-            args=arguments,
-            prog="alm-torchrl",
-            description="Aligned Latent Models: train agents, look into them, rerun "
-            "the paper.",
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-        )
-        return int(command.run())
+        code = _run(arguments)
+        sys.stdout.flush()
     except UserError as error:
         message = " ".join(str(error).split())
         print(f"alm-torchrl: error: {message}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # What reads the output has closed it; Python would fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    finally:
+        warnings.formatwarning = format_before
+    return code
 
 
-def _command_line(defaults: Train) -> Any:  # noqa: ANN401
-    """The union of the commands, as tyro reads it."""
-    options: dict[str, Any] = {"train": {"default": defaults}}
-    return Union[  # noqa: UP007
-        tuple(
-            Annotated[command, tyro.conf.subcommand(name, **options.get(name, {}))]
-            for name, command in COMMANDS.items()
+def _run(arguments: Sequence[str]) -> int:
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS)
+        meant = f" (did you mean {' or '.join(near)}?)" if near else ""
+        raise UserError(
+            f"expected a command, one of {', '.join(COMMANDS)}, got {name!r}{meant}"
         )
+    options: dict[str, Any] = {}
+    if name == "train":
+        options["default"] = _train_defaults(rest)
+    command = tyro.cli(
+        COMMANDS[name],
+        args=rest,
+        prog=f"alm-torchrl {name}",
+        config=(tyro.conf.OmitArgPrefixes,),
+        **options,
+    )
+    return int(command.run())
+
+
+def _help() -> str:
+    """What the commands are for: the first sentence of each."""
+    lines = [
+        "usage: alm-torchrl COMMAND [options]",
+        "",
+        "Aligned Latent Models: train agents, look into them, rerun the paper.",
+        "",
     ]
+    for name, command in COMMANDS.items():
+        text = str(command.__doc__).partition("\n")[0]
+        lines.append(
+            textwrap.fill(
+                text, 80, initial_indent=f"  {name:11}", subsequent_indent=" " * 13
+            )
+        )
+    return "\n".join([*lines, "", "alm-torchrl COMMAND --help explains its options."])
+
+
+def _format_warning(message: Warning | str, *_: object, **__: object) -> str:
+    return f"alm-torchrl: warning: {' '.join(str(message).split())}\n"
 
 
 def _train_defaults(arguments: Sequence[str]) -> Train:
     """The flags' defaults: those of the run to resume, or else of the preset."""
     resumed = _value_of("--resume", arguments)
     if resumed is not None:
+        from alm_torchrl.runs.start import resumed_config
+
         with user_errors():
             config = resumed_config(Path(resumed))
         if config is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import mujoco
 import torch
 from torchrl.envs import EnvBase, TransformedEnv
 
@@ -40,7 +42,7 @@ def build_env(
 
     Keyword Args:
         trust: import the module of a task ``"module:Task-v0"``, which runs what is in
-            it. Default: ``False``, as the settings may come from somebody's folder.
+            it. Default: ``False``, as the settings may come from another person.
         **kwargs: further arguments of :func:`~alm_torchrl.make_env`, such as ``seed``.
 
     Returns:
@@ -53,6 +55,7 @@ def build_env(
         >>> build_env({"task": "Pendulum-v1", "action_bounds": "rescale"}).batch_size
         torch.Size([])
     """
+    mujoco.set_mju_user_warning(_warn_of_mujoco)
     config = TrainConfig.from_dict(settings)
     module, colon, _ = config.task.rpartition(":")
     if colon and not trust:
@@ -171,3 +174,9 @@ def _build_alm(
         model_terms=terms,
         **parts,
     )
+
+
+def _warn_of_mujoco(text: str) -> None:
+    """MuJoCo itself prints a warning and writes it into the working directory."""
+    kind = DeprecationWarning if "deprecated" in text else UserWarning
+    warnings.warn(f"MuJoCo: {text}", kind, stacklevel=1)

@@ -12,7 +12,8 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,14 @@ from alm_torchrl.checks import (
     check_steps,
 )
 
-__all__ = ["PRESETS", "Preset", "TrainConfig", "UserError", "preset_config"]
+__all__ = [
+    "PRESETS",
+    "Preset",
+    "TrainConfig",
+    "UserError",
+    "preset_config",
+    "user_errors",
+]
 
 Preset = Literal["quick", "paper"]
 
@@ -41,6 +49,26 @@ Discount = Annotated[float, partial(check_number, high=1.0, open_high=True)]
 
 class UserError(Exception):
     """A mistake in what was asked for; the command line shows it as one line."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns errors that users can cause into :class:`UserError`."""
+    from gymnasium.error import Error as GymnasiumError
+    from torchrl.checkpoint import CheckpointError
+
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        GymnasiumError,
+        CheckpointError,
+    ) as error:
+        raise UserError(str(error)) from error
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from gymnasium.error import Error as GymnasiumError
 from torchrl import torchrl_logger
 from torchrl.checkpoint import CheckpointError
 from torchrl.envs import TransformedEnv
@@ -41,31 +40,16 @@ from alm_torchrl.runs.folder import (
     watch_folder,
     write_config,
 )
-from alm_torchrl.runs.settings import TrainConfig, UserError
+from alm_torchrl.runs.settings import TrainConfig, UserError, user_errors
 from alm_torchrl.runs.start import Start, find_starts
 from alm_torchrl.training.episode import EpisodeError
 from alm_torchrl.training.episode_length import EpisodeLengthError, time_limit
 from alm_torchrl.training.stepper import NonFiniteError
 from alm_torchrl.training.trainer import ALMTrainer, make_trainer
 
-__all__ = ["find_device", "train", "user_errors"]
+__all__ = ["find_device", "train"]
 
 Rows = list[dict[str, Any]]
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Turns errors that users can cause into :class:`UserError`."""
-    try:
-        yield
-    except (
-        OSError,
-        ValueError,
-        ImportError,
-        GymnasiumError,
-        CheckpointError,
-    ) as error:
-        raise UserError(str(error)) from error
 
 
 def train(
@@ -78,7 +62,7 @@ def train(
 
     :mod:`alm_torchrl.runs.start` says what each state of the folder leads to. In the
     main thread, SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 stop the training once
-    the current step is done and saved, unless somebody else handles them.
+    the current step is done and saved, unless they have another handler.
 
     Args:
         config: the settings; ``config.run_path`` is the folder.
