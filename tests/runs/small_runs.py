@@ -16,7 +16,10 @@ TINY = [
     *("--device", "cpu", "--threads", "1", "--logger", "none"),
     *("--checkpoint-interval", "2", "--eval-interval", "3"),
 ]
-PENDULUM = ["Pendulum-v1", "--action-bounds", "rescale"]
+# Short episodes, for quick evaluations.
+PENDULUM = [
+    *("Pendulum-v1", "--action-bounds", "rescale", "--max-episode-steps", "20"),
+]
 
 
 def command(*words):
