@@ -118,13 +118,16 @@ class Evaluate:
             checkpoint_metadata,
             find_checkpoint,
             load_policy,
+            use_moments,
         )
 
         with user_errors():
             file = find_checkpoint(self.checkpoint)
             config = TrainConfig.from_dict(checkpoint_metadata(file)["settings"])
+            env = build_env(config.to_dict(), trust=self.trust)
+            use_moments(env, file)
             scores = evaluate_policy(
-                build_env(config.to_dict(), trust=self.trust),
+                env,
                 load_policy(file),
                 episodes=self.episodes,
                 seed=self.seed,
@@ -214,6 +217,7 @@ class Render:
             checkpoint_metadata,
             find_checkpoint,
             load_policy,
+            use_moments,
         )
 
         render_headless()
@@ -230,6 +234,7 @@ class Render:
                 raise ValueError(
                     f"{settings['task']} cannot be filmed: {error}"
                 ) from error
+            use_moments(env, file)
             policy = load_policy(file)
             _say(f"Filming {file}")
             film = film_policy(

@@ -19,6 +19,7 @@ from alm_torchrl.runs.loading import (
     find_checkpoint,
     load_loss,
     usable_checkpoints,
+    use_moments,
 )
 from alm_torchrl.runs.options import DiagnoseOptions
 
@@ -113,6 +114,7 @@ class _Diagnosis:
         self.title = f"{self.task}{noisy}, training step {self.step:,}"
         say(f"{self.title}\n{self.checkpoint}")
         self.env = make_env(self.settings)
+        use_moments(self.env, self.checkpoint)
         self.measured: dict[str, Any] = {
             "env": self.env,
             "horizon": self.settings["horizon"],
@@ -154,6 +156,7 @@ class _Diagnosis:
             labels = figures.estimate_labels(summary)
             cells = (f"{text} {_cell(summary, name)}" for name, text in labels.items())
             self.say(f"  training step {step:>9,}   " + "   ".join(cells))
+        use_moments(self.env, self.checkpoint)
         self._write_summaries("bias_history.csv", summaries)
         title = f"{self.task}, {self.estimator}"
         self._draw(figures.plot_history, summaries, title, "bias_history.png")
@@ -272,6 +275,7 @@ def bias_history(
         for path in usable_checkpoints(run / "checkpoints", ("loss_module",))
     }
     for step, path in sorted(by_step.items()):
+        use_moments(env, path)
         found = analysis.bound_bias(
             env, load_loss(path), horizon=horizon, pairs=pairs, seed=seed
         )

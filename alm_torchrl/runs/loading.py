@@ -11,10 +11,12 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.checkpoint import CheckpointError
+from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import SoftUpdate
 
 from alm_torchrl.baselines.losses import BaselineLoss
+from alm_torchrl.envs import Normalizers
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.runs.agents import build_loss
 from alm_torchrl.training.checkpoint import VerifiedCheckpoint, read_manifest
@@ -28,6 +30,7 @@ __all__ = [
     "load_loss",
     "load_policy",
     "usable_checkpoints",
+    "use_moments",
 ]
 
 
@@ -188,6 +191,8 @@ class ActingPolicy(TensorDictModuleBase):
 
     Keyword Args:
         deterministic: take the mode of the policy's action, or else draw it.
+        bounds: smallest and largest action, ``[action_dim]`` each, to clamp to: the
+            mean of ALM's actor is not clamped. Default: ``None``, as they come.
 
     Example:
         >>> from tensordict import TensorDict
@@ -200,10 +205,17 @@ class ActingPolicy(TensorDictModuleBase):
         torch.Size([1])
     """
 
-    def __init__(self, policy: TensorDictModuleBase, *, deterministic: bool) -> None:
+    def __init__(
+        self,
+        policy: TensorDictModuleBase,
+        *,
+        deterministic: bool,
+        bounds: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.policy = policy
         self.deterministic = deterministic
+        self.bounds = bounds
         self.in_keys = policy.in_keys
         self.out_keys = policy.out_keys
 
@@ -212,7 +224,12 @@ class ActingPolicy(TensorDictModuleBase):
         """Writes the action."""
         types = (ExplorationType.RANDOM, ExplorationType.DETERMINISTIC)
         with set_exploration_type(types[self.deterministic]):
-            return self.policy(tensordict)
+            acted = self.policy(tensordict)
+        if self.bounds is not None:
+            action = acted.get("action")
+            low, high = (bound.to(action) for bound in self.bounds)
+            acted.set("action", action.clamp(low, high))
+        return acted
 
 
 def load_policy(
@@ -269,8 +286,11 @@ def load_policy(
         >>> policy(TensorDict(observation=torch.zeros(3)))["action"].shape
         torch.Size([1])
     """
-    policy = load_loss(path, device=device).acting_policy()
-    return ActingPolicy(policy, deterministic=deterministic)
+    checkpoint = find_checkpoint(path)
+    spaces = checkpoint_metadata(checkpoint)["spaces"]
+    low, high = (torch.tensor(spaces[f"action_{side}"]) for side in ("low", "high"))
+    policy = load_loss(checkpoint, device=device).acting_policy()
+    return ActingPolicy(policy, deterministic=deterministic, bounds=(low, high))
 
 
 def load_loss(
@@ -309,3 +329,22 @@ def load_loss(
     SoftUpdate(loss, tau=0.005)
     VerifiedCheckpoint(loss_module=loss).load(checkpoint, map_location=device)
     return loss
+
+
+def use_moments(env: EnvBase, checkpoint: Path) -> None:
+    """Gives an environment the moments with which an agent was trained.
+
+    Those of Gymnasium's normalising wrappers in it; they move no more. Without such
+    wrappers nothing happens.
+
+    Args:
+        env: an environment of the agent's task.
+        checkpoint: the agent's.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged, or has no such moments.
+    """
+    normalizers = Normalizers(env)
+    if normalizers.names:
+        VerifiedCheckpoint(normalizers=normalizers).load(checkpoint)
+        normalizers.freeze()

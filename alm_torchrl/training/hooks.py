@@ -15,6 +15,7 @@ from torchrl.objectives import LossModule
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import TrainerHookBase
 
+from alm_torchrl.envs import Normalizers
 from alm_torchrl.evaluation import EvaluationStopped, Policy, evaluate_policy
 from alm_torchrl.training.baseline_stepper import BaselineOptimizationStepper
 from alm_torchrl.training.checkpoint import VerifiedCheckpoint
@@ -71,6 +72,8 @@ class EvaluationHook(Hook):
         seed (int): seed of the run. Default: ``0``.
         on_evaluation (callable, optional): receives a dictionary of plain numbers,
             see :func:`~alm_torchrl.make_trainer`. Default: ``None``.
+        normalizers (Normalizers, optional): those of the training environment, whose
+            moments ``env`` takes over. Default: ``None``, it has its own.
 
     Warns:
         UserWarning: if a return is not finite, with its episode and training step.
@@ -107,6 +110,7 @@ class EvaluationHook(Hook):
         episodes: int = 5,
         seed: int = 0,
         on_evaluation: Callable[[dict[str, Any]], None] | None = None,
+        normalizers: Normalizers | None = None,
     ) -> None:
         self.env = env
         self.policy = policy
@@ -115,6 +119,7 @@ class EvaluationHook(Hook):
         self.episodes = episodes
         self.seed = seed
         self.on_evaluation = on_evaluation
+        self.normalizers = normalizers
 
     def __call__(self, batch: TensorDictBase | None) -> None:
         """Evaluates if it is time."""
@@ -126,6 +131,8 @@ class EvaluationHook(Hook):
 
     def evaluate(self, step: int) -> None:
         """Evaluates now; ``step`` is the training step and part of the seed."""
+        if self.normalizers is not None:
+            Normalizers(self.env).load_state_dict(self.normalizers.state_dict())
         try:
             scores = evaluate_policy(
                 self.env,
@@ -239,6 +246,7 @@ class BestCheckpoint:
 
     Keyword Args:
         metadata (callable): gives what the manifest says besides score and progress.
+        **components: what is saved beside the networks.
 
     Examples:
         >>> import tempfile
@@ -255,11 +263,16 @@ class BestCheckpoint:
     """
 
     def __init__(
-        self, loss: LossModule, path: Path, *, metadata: Callable[[], dict[str, Any]]
+        self,
+        loss: LossModule,
+        path: Path,
+        *,
+        metadata: Callable[[], dict[str, Any]],
+        **components: Any,
     ) -> None:
         self.path = path
         self.metadata = metadata
-        self._checkpoint = VerifiedCheckpoint(loss_module=loss)
+        self._checkpoint = VerifiedCheckpoint(loss_module=loss, **components)
         self._best: float | None = None
 
     def __call__(self, row: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torchrl.trainers import OptimizationStepper, Trainer
 
 from alm_torchrl.checks import check_choice, check_number, check_type
 from alm_torchrl.objectives import ALMLoss
+from alm_torchrl.objectives.batch import check_batch
 from alm_torchrl.training.capture import CapturedUpdate
 from alm_torchrl.training.state_checks import check_stepper
 
@@ -401,11 +402,14 @@ class ALMOptimizationStepper(OptimizationStepper):
             ``grad_norm_*`` before clipping.
 
         Raises:
+            KeyError or ValueError: if the batch lacks an entry, or one does not fit;
+                nothing has changed then.
             NonFiniteError: on a CPU, if a loss or gradient norm is not finite.
             RuntimeError: if the update is to be a CUDA graph and cannot be captured:
                 its networks must neither read values from the device nor copy any to
                 it.
         """
+        check_batch(self.loss, sub_batch)
         self._count += 1
         self._update.count.fill_(self._count)
         metrics = (self._captured if self.cudagraph else self._update)(sub_batch)

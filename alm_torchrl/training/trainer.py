@@ -10,16 +10,15 @@ from typing import Any, Literal, cast
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor
 from torchrl.checkpoint import CheckpointError
 from torchrl.envs import EnvBase
-from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.record.loggers import Logger
 from torchrl.trainers import Trainer
 
 from alm_torchrl.baselines.losses import BaselineLoss
 from alm_torchrl.checks import check_integer, check_steps, check_type
 from alm_torchrl.compat import keep_last_logs, uncount_update
+from alm_torchrl.envs import Normalizers
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.replay import make_replay_buffer
 from alm_torchrl.training.baseline_stepper import BaselineOptimizationStepper
@@ -27,6 +26,7 @@ from alm_torchrl.training.checkpoint import (
     RandomState,
     VerifiedCheckpoint,
     clear_leftovers,
+    read_manifest,
 )
 from alm_torchrl.training.collector import OpenCollector
 from alm_torchrl.training.episode import CollectorState, EpisodeEnv
@@ -34,6 +34,7 @@ from alm_torchrl.training.episode_length import (
     EpisodeLengthCheck,
     EpisodeLengthError,
 )
+from alm_torchrl.training.fit import check_fit, check_modes
 from alm_torchrl.training.hooks import (
     BestCheckpoint,
     EpisodeLog,
@@ -125,6 +126,19 @@ class ALMTrainer(Trainer):
         finally:
             if self.bar is not None:
                 self.bar.close()
+
+    def load_from_file(self, file: str | Path, **kwargs: Any) -> Trainer:
+        """Loads a checkpoint of :class:`~alm_torchrl.VerifiedCheckpoint`.
+
+        Args:
+            file: the checkpoint.
+            **kwargs: as of :meth:`torchrl.trainers.Trainer.load_from_file`.
+
+        Raises:
+            CheckpointError: if it is damaged, foreign, or does not fit.
+        """
+        read_manifest(Path(file))
+        return super().load_from_file(file, **kwargs)
 
     def evaluate(self) -> None:
         """Evaluates now, if an evaluation is due at the step where the training is.
@@ -293,7 +307,7 @@ def make_trainer(
         positive["keep_every"] = keep_every
     for name, number in positive.items():
         check_integer(name, number)
-    check_integer("seed", seed, 0, 2**31 - 1)
+    seed = check_integer("seed", seed, 0, 2**31 - 1)
     if isinstance(loss, BaselineLoss):
         horizon = 1
     else:
@@ -305,7 +319,7 @@ def make_trainer(
         horizon=horizon,
     )
     if isinstance(loss, BaselineLoss):
-        _check_modes(
+        check_modes(
             loss.agent, precision=precision, compile=compile, cudagraph=cudagraph
         )
     if eval_env is env:
@@ -319,7 +333,14 @@ def make_trainer(
                 f"{name} must have no batch dimensions, got batch size "
                 f"{list(environment.batch_size)}."
             )
-        _check_fit(name, environment, loss)
+        check_fit(name, environment, loss)
+    normalizers = Normalizers(env)
+    carried = {"normalizers": normalizers} if normalizers.names else {}
+    if eval_env is not None and Normalizers(eval_env).names != normalizers.names:
+        raise ValueError(
+            f"eval_env must have the normalising wrappers of env, {normalizers.names}, "
+            f"got {Normalizers(eval_env).names}."
+        )
     torch.manual_seed(seed)
     env = EpisodeEnv(env)
     env.set_seed(seed)
@@ -366,12 +387,14 @@ def make_trainer(
         checkpoint_dir = Path(checkpoint_dir)
         clear_leftovers(checkpoint_dir)
         checkpoint = VerifiedCheckpoint(
-            rng=RandomState(), collector=CollectorState(collector)
+            rng=RandomState(), collector=CollectorState(collector), **carried
         )
         rotation = MilestoneRotation(
             checkpoint_dir, keep_last=keep_checkpoints, keep_every=keep_every
         )
-        best = BestCheckpoint(loss, checkpoint_dir / "best", metadata=metadata)
+        best = BestCheckpoint(
+            loss, checkpoint_dir / "best", metadata=metadata, **carried
+        )
     trainer = ALMTrainer(
         collector=collector,
         total_frames=warmup_steps + total_steps,
@@ -450,44 +473,7 @@ def make_trainer(
             episodes=eval_episodes,
             seed=seed,
             on_evaluation=report,
+            normalizers=normalizers,
         )
         trainer.evaluation.register(trainer)
     return trainer
-
-
-def _check_modes(
-    agent: str, *, precision: str, compile: bool, cudagraph: bool | None
-) -> None:
-    """Refuses the modes of an update that only ALM has."""
-    for name, value, allowed in (
-        ("precision", precision, ("fp32",)),
-        ("compile", compile, (False,)),
-        ("cudagraph", cudagraph, (None, False)),
-    ):
-        if value not in allowed:
-            raise ValueError(
-                f"{name}: expected {allowed[-1]!r} with {agent}, whose updates run "
-                f"eagerly in full precision, got {value!r}."
-            )
-
-
-def _check_fit(name: str, env: EnvBase, loss: ALMLoss | BaselineLoss) -> None:
-    """Lets the networks act once, as they will only after the warm-up."""
-    device = next(loss.parameters()).device
-    observation = env.observation_spec.zero().to(device)
-    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
-        action = _act(loss, observation)
-    if action.shape != env.action_spec.shape:
-        raise ValueError(
-            f"loss: expected actions of shape {list(env.action_spec.shape)}, those of "
-            f"{name}, got {list(action.shape)}."
-        )
-
-
-def _act(loss: ALMLoss | BaselineLoss, observation: TensorDictBase) -> Tensor:
-    if isinstance(loss, BaselineLoss):
-        return loss.act(observation)
-    # The methods of the loss have the better errors.
-    latents, policy = loss.latents, loss.acting_policy()
-    latents.act(latents.sample(latents.encode(observation, "live")))
-    return policy(observation)[loss.tensor_keys.action]
