@@ -64,8 +64,8 @@ class Normalizers:
         """The moments of each wrapper."""
         return {name: moments_of(wrapper) for name, wrapper in self._wrappers.items()}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Sets the moments of each wrapper.
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Checks a state without loading it.
 
         Args:
             state_dict: what :meth:`state_dict` returned.
@@ -80,8 +80,24 @@ class Normalizers:
             )
         for name, wrapper in self._wrappers.items():
             check_moments(wrapper, state_dict[name])
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Sets the moments of each wrapper.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: as :meth:`check_state_dict`; nothing has changed then.
+        """
+        self.check_state_dict(state_dict)
         for name, wrapper in self._wrappers.items():
             load_moments(wrapper, state_dict[name])
+
+    def freeze(self) -> None:
+        """Has the moments stay as they are."""
+        for wrapper in self._wrappers.values():
+            wrapper.update_running_mean = False
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -89,8 +105,7 @@ class Normalizers:
         state = self.state_dict()
         moving = [each.update_running_mean for each in self._wrappers.values()]
         try:
-            for wrapper in self._wrappers.values():
-                wrapper.update_running_mean = False
+            self.freeze()
             yield
         finally:
             for wrapper, moves in zip(self._wrappers.values(), moving, strict=True):

@@ -8,12 +8,12 @@ from typing import Any, cast
 from torchrl.envs import EnvBase
 
 from alm_torchrl.analysis.rollouts import latent_rollout
-from alm_torchrl.envs import make_env
 from alm_torchrl.experiments.tables import Group, Row
 from alm_torchrl.objectives import ALMLoss
+from alm_torchrl.runs.agents import build_env
 from alm_torchrl.runs.diagnose import bias_history
 from alm_torchrl.runs.folder import Run
-from alm_torchrl.runs.loading import load_loss
+from alm_torchrl.runs.loading import find_checkpoint, load_loss, use_moments
 
 __all__ = ["bias_rows", "rollout_rows"]
 
@@ -76,12 +76,9 @@ def _runs(groups: Sequence[Group]) -> Iterator[tuple[Run, EnvBase, Row]]:
     """All runs, with their environments and the first entries of their rows."""
     for group in groups:
         for run in group.runs:
-            config = run.config
             # TorchRL closes it once it is collected: an error there costs no rows.
-            env = make_env(
-                config.task,
-                action_bounds=config.action_bounds,
-                dynamics_noise=config.dynamics_noise,
-            )
-            entries = {"task": group.task, "variant": group.label, "seed": config.seed}
+            env = build_env(run.config.to_dict())
+            use_moments(env, find_checkpoint(run.path))
+            seed = run.config.seed
+            entries = {"task": group.task, "variant": group.label, "seed": seed}
             yield run, env, entries

@@ -149,6 +149,23 @@ def read_transitions(loss: ALMLoss, tensordict: TensorDictBase) -> Rows:
     return Rows(data.reshape(-1), mask, shape)
 
 
+def check_batch(loss: ALMLoss, tensordict: TensorDictBase) -> None:
+    """Checks what all terms read of a batch, before the first one changes anything.
+
+    Raises:
+        KeyError: if an entry is missing.
+        ValueError: if an entry does not fit.
+    """
+    slices, rows = read_slices(loss, tensordict), read_transitions(loss, tensordict)
+    for data in (slices.data, rows.data):
+        loss.latents.observations(data)
+        following = read_entry(data, "next")
+        loss.latents.observations(following)
+    like = next(loss.parameters())
+    for key in (loss.tensor_keys.reward, loss.tensor_keys.terminated):
+        read_column(following, key, like)
+
+
 def _read_rows(
     loss: ALMLoss, tensordict: TensorDictBase, key: NestedKey
 ) -> tuple[TensorDictBase, Tensor | None]:

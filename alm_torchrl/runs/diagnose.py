@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -15,23 +14,22 @@ from torchrl.envs import EnvBase
 from alm_torchrl import analysis
 from alm_torchrl.analysis import figures
 from alm_torchrl.baselines.losses import BaselineLoss
-from alm_torchrl.checks import check_integer
 from alm_torchrl.runs.loading import (
     checkpoint_metadata,
     find_checkpoint,
     load_loss,
     usable_checkpoints,
+    use_moments,
 )
+from alm_torchrl.runs.options import DiagnoseOptions
 
 __all__ = [
-    "DiagnoseOptions",
     "bias_history",
     "read_logged",
     "run_diagnose",
     "write_columns",
 ]
 
-Section = Literal["bias", "history", "rollout", "statistics", "terms"]
 MakeEnv = Callable[[dict[str, Any]], EnvBase]
 Say = Callable[[str], None]
 
@@ -49,35 +47,6 @@ _STATISTICS = {
     "classifier_accuracy": "classifier accuracy (0.5 is chance)",
     "calibration_error": "classifier calibration error",
 }
-
-
-@dataclass(frozen=True)
-class DiagnoseOptions:
-    """Look into a trained agent: bias of its bound, latent model, latents, losses.
-
-    Raises:
-        ValueError: if nothing is asked for or ``pairs`` is below 2.
-    """
-
-    checkpoint: Path
-    """A run folder (its newest checkpoint) or one of its checkpoints."""
-    output: Path = Path("diagnostics")
-    """Folder for the tables (CSV) and pictures (PNG)."""
-    which: tuple[Section, ...] = ("bias", "rollout", "statistics", "terms")
-    """What to look into; history: bias of each checkpoint (baselines: bias only)."""
-    pairs: int = 1000
-    """State-action pairs for the bias, and transitions for the statistics."""
-    steps: int = 50
-    """Steps of the latent rollouts."""
-    seed: int = 0
-    """Seed of the episodes and of the latent samples."""
-
-    def __post_init__(self) -> None:
-        """Checks what no other part checks."""
-        if not self.which:
-            sections = ", ".join(get_args(Section))
-            raise ValueError(f"which: expected some of {sections}, got none.")
-        check_integer("pairs", self.pairs, 2)
 
 
 def run_diagnose(options: DiagnoseOptions, make_env: MakeEnv, say: Say) -> list[Path]:
@@ -145,6 +114,7 @@ class _Diagnosis:
         self.title = f"{self.task}{noisy}, training step {self.step:,}"
         say(f"{self.title}\n{self.checkpoint}")
         self.env = make_env(self.settings)
+        use_moments(self.env, self.checkpoint)
         self.measured: dict[str, Any] = {
             "env": self.env,
             "horizon": self.settings["horizon"],
@@ -186,6 +156,7 @@ class _Diagnosis:
             labels = figures.estimate_labels(summary)
             cells = (f"{text} {_cell(summary, name)}" for name, text in labels.items())
             self.say(f"  training step {step:>9,}   " + "   ".join(cells))
+        use_moments(self.env, self.checkpoint)
         self._write_summaries("bias_history.csv", summaries)
         title = f"{self.task}, {self.estimator}"
         self._draw(figures.plot_history, summaries, title, "bias_history.png")
@@ -304,6 +275,7 @@ def bias_history(
         for path in usable_checkpoints(run / "checkpoints", ("loss_module",))
     }
     for step, path in sorted(by_step.items()):
+        use_moments(env, path)
         found = analysis.bound_bias(
             env, load_loss(path), horizon=horizon, pairs=pairs, seed=seed
         )

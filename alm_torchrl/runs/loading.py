@@ -11,21 +11,26 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.checkpoint import CheckpointError
+from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import SoftUpdate
 
 from alm_torchrl.baselines.losses import BaselineLoss
+from alm_torchrl.envs import Normalizers
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.runs.agents import build_loss
 from alm_torchrl.training.checkpoint import VerifiedCheckpoint, read_manifest
+from alm_torchrl.training.rotation import numbered_checkpoints
 
 __all__ = [
     "ActingPolicy",
+    "all_checkpoints",
     "checkpoint_metadata",
     "find_checkpoint",
     "load_loss",
     "load_policy",
     "usable_checkpoints",
+    "use_moments",
 ]
 
 
@@ -54,12 +59,7 @@ def usable_checkpoints(
         ...     [path.name for path in usable_checkpoints(Path(folder))]
         ['checkpoint-10', 'checkpoint-2']
     """
-    found = [
-        (int(number), path)
-        for path in directory.glob("checkpoint-*")
-        if (number := path.name.removeprefix("checkpoint-")).isdigit()
-    ]
-    for _, path in sorted(found, reverse=True):
+    for _, path in reversed(numbered_checkpoints(directory)):
         try:
             VerifiedCheckpoint().verify(path, components=components)
         except CheckpointError as error:
@@ -70,6 +70,39 @@ def usable_checkpoints(
             )
         else:
             yield path
+
+
+def all_checkpoints(path: Path) -> list[Path]:
+    """All checkpoints that a path stands for, ``best`` and those set aside included.
+
+    Args:
+        path: a run folder, or a checkpoint, which stands for itself.
+
+    Raises:
+        FileNotFoundError: if it is neither, or the run has no checkpoint.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     for name in ("best", "checkpoint-2"):
+        ...         saved = VerifiedCheckpoint(net=torch.nn.Linear(2, 1))
+        ...         _ = saved.save(f"{run}/checkpoints/{name}")
+        ...     [path.name for path in all_checkpoints(Path(run))]
+        ['checkpoint-2', 'best']
+    """
+    if (path / "manifest.json").is_file():
+        return [path]
+    directory = path / "checkpoints"
+    found = []
+    for folder in (*sorted(directory.glob("set-aside-*")), directory):
+        found += [checkpoint for _, checkpoint in numbered_checkpoints(folder)]
+        if (folder / "best").is_dir():
+            found.append(folder / "best")
+    if not found:
+        raise FileNotFoundError(
+            f"{path} is neither a checkpoint nor a run folder with checkpoints"
+        )
+    return found
 
 
 def find_checkpoint(
@@ -158,6 +191,8 @@ class ActingPolicy(TensorDictModuleBase):
 
     Keyword Args:
         deterministic: take the mode of the policy's action, or else draw it.
+        bounds: smallest and largest action, ``[action_dim]`` each, to clamp to: the
+            mean of ALM's actor is not clamped. Default: ``None``, as they come.
 
     Example:
         >>> from tensordict import TensorDict
@@ -170,10 +205,17 @@ class ActingPolicy(TensorDictModuleBase):
         torch.Size([1])
     """
 
-    def __init__(self, policy: TensorDictModuleBase, *, deterministic: bool) -> None:
+    def __init__(
+        self,
+        policy: TensorDictModuleBase,
+        *,
+        deterministic: bool,
+        bounds: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.policy = policy
         self.deterministic = deterministic
+        self.bounds = bounds
         self.in_keys = policy.in_keys
         self.out_keys = policy.out_keys
 
@@ -182,7 +224,12 @@ class ActingPolicy(TensorDictModuleBase):
         """Writes the action."""
         types = (ExplorationType.RANDOM, ExplorationType.DETERMINISTIC)
         with set_exploration_type(types[self.deterministic]):
-            return self.policy(tensordict)
+            acted = self.policy(tensordict)
+        if self.bounds is not None:
+            action = acted.get("action")
+            low, high = (bound.to(action) for bound in self.bounds)
+            acted.set("action", action.clamp(low, high))
+        return acted
 
 
 def load_policy(
@@ -239,8 +286,11 @@ def load_policy(
         >>> policy(TensorDict(observation=torch.zeros(3)))["action"].shape
         torch.Size([1])
     """
-    policy = load_loss(path, device=device).acting_policy()
-    return ActingPolicy(policy, deterministic=deterministic)
+    checkpoint = find_checkpoint(path)
+    spaces = checkpoint_metadata(checkpoint)["spaces"]
+    low, high = (torch.tensor(spaces[f"action_{side}"]) for side in ("low", "high"))
+    policy = load_loss(checkpoint, device=device).acting_policy()
+    return ActingPolicy(policy, deterministic=deterministic, bounds=(low, high))
 
 
 def load_loss(
@@ -279,3 +329,22 @@ def load_loss(
     SoftUpdate(loss, tau=0.005)
     VerifiedCheckpoint(loss_module=loss).load(checkpoint, map_location=device)
     return loss
+
+
+def use_moments(env: EnvBase, checkpoint: Path) -> None:
+    """Gives an environment the moments with which an agent was trained.
+
+    Those of Gymnasium's normalising wrappers in it; they move no more. Without such
+    wrappers nothing happens.
+
+    Args:
+        env: an environment of the agent's task.
+        checkpoint: the agent's.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged, or has no such moments.
+    """
+    normalizers = Normalizers(env)
+    if normalizers.names:
+        VerifiedCheckpoint(normalizers=normalizers).load(checkpoint)
+        normalizers.freeze()

@@ -16,6 +16,7 @@ from torchrl.trainers import OptimizationStepper, Trainer
 
 from alm_torchrl.checks import check_choice, check_number, check_type
 from alm_torchrl.objectives import ALMLoss
+from alm_torchrl.objectives.batch import check_batch
 from alm_torchrl.training.capture import CapturedUpdate
 from alm_torchrl.training.compiled import CompiledUpdate
 from alm_torchrl.training.state_checks import check_stepper
@@ -48,7 +49,7 @@ class NonFiniteError(RuntimeError):
         term: str,
         step: int,
         *,
-        unit: Literal["update", "environment step"] = "update",
+        unit: Literal["update", "environment step", "training step"] = "update",
         checkpoint: Path | None = None,
     ) -> None:
         saved = "" if checkpoint is None else f" Last good checkpoint: {checkpoint}."
@@ -407,6 +408,8 @@ class ALMOptimizationStepper(OptimizationStepper):
             ``grad_norm_*`` before clipping.
 
         Raises:
+            KeyError or ValueError: if the batch lacks an entry, or one does not fit;
+                nothing has changed then.
             NonFiniteError: on a CPU, if a loss or gradient norm is not finite.
             ValueError: in a compiled or captured update, if the batch has other entries
                 than the first one.
@@ -414,6 +417,7 @@ class ALMOptimizationStepper(OptimizationStepper):
                 one differs from the eager one. Networks must not read values from
                 their tensors, and in a captured update copy none to the device.
         """
+        check_batch(self.loss, sub_batch)
         self._count += 1
         self._update.count.fill_(self._count)
         with _matrix_products(self.precision):

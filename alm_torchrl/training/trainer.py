@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor
-from torchrl.checkpoint import CheckpointRotation
-from torchrl.collectors import Collector
+from torchrl.checkpoint import CheckpointError
 from torchrl.envs import EnvBase
-from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.record.loggers import Logger
 from torchrl.trainers import Trainer
 
 from alm_torchrl.baselines.losses import BaselineLoss
 from alm_torchrl.checks import check_integer, check_steps, check_type
 from alm_torchrl.compat import keep_last_logs, uncount_update
+from alm_torchrl.envs import Normalizers
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.replay import make_replay_buffer
 from alm_torchrl.training.baseline_stepper import BaselineOptimizationStepper
@@ -26,8 +26,15 @@ from alm_torchrl.training.checkpoint import (
     RandomState,
     VerifiedCheckpoint,
     clear_leftovers,
+    read_manifest,
 )
+from alm_torchrl.training.collector import OpenCollector
 from alm_torchrl.training.episode import CollectorState, EpisodeEnv
+from alm_torchrl.training.episode_length import (
+    EpisodeLengthCheck,
+    EpisodeLengthError,
+)
+from alm_torchrl.training.fit import check_fit, check_modes
 from alm_torchrl.training.hooks import (
     BestCheckpoint,
     EpisodeLog,
@@ -35,16 +42,20 @@ from alm_torchrl.training.hooks import (
     NonFiniteCheck,
     ProgressBar,
 )
+from alm_torchrl.training.rotation import MilestoneRotation
 from alm_torchrl.training.stepper import ALMOptimizationStepper, NonFiniteError
 
 __all__ = ["ALMTrainer", "make_trainer"]
 
 
 class ALMTrainer(Trainer):
-    """A :class:`torchrl.trainers.Trainer` that cleans up after a failed run.
+    """A :class:`torchrl.trainers.Trainer` that leaves order behind when it ends.
 
-    Made by :func:`make_trainer`. Where training raises, its progress bar is closed,
-    and a :class:`~alm_torchrl.NonFiniteError` names the last good checkpoint.
+    Made by :func:`make_trainer`. Checkpoints of later steps than it starts at are set
+    aside first. Where training raises, its progress bar is closed. An error of the
+    environment or of an evaluation comes between two training steps: the run is saved
+    before it is raised. A :class:`~alm_torchrl.NonFiniteError` names the last good
+    checkpoint.
 
     Examples:
         >>> from alm_torchrl import make_alm_loss, make_env
@@ -59,6 +70,12 @@ class ALMTrainer(Trainer):
     """
 
     bar: ProgressBar | None = None
+    evaluation: EvaluationHook | None = None
+    env: EpisodeEnv
+    stop_requested = False
+    """Whether :meth:`request_stop` was called."""
+    whole_at: int | None = 0
+    """Steps of the running episode between two training steps, ``None`` in one."""
 
     def train(self) -> None:
         """Trains until the end, a stop that was requested, or an error.
@@ -68,21 +85,89 @@ class ALMTrainer(Trainer):
 
         Raises:
             NonFiniteError: if something was not finite; see :func:`make_trainer`.
+            EpisodeLengthError: if the episodes of the warm-up were all shorter than
+                the horizon, or none ended and the task names no time limit.
+
+        Warns:
+            UserWarning: if checkpoints of later steps are set aside, or if the
+                environment raises when it is closed.
         """
+        rotation = self.checkpoint_rotation
+        if rotation is not None and (
+            aside := rotation.set_newer_aside(self.collected_frames)
+        ):
+            warnings.warn(
+                f"what was saved after environment step {self.collected_frames} is "
+                f"now in {aside}",
+                UserWarning,
+                stacklevel=2,
+            )
+        self.whole_at = self.env.steps
         try:
             if self.collected_frames < self.total_frames:
                 super().train()
+                self.collector.close()
         except NonFiniteError as error:
-            rotation = self.checkpoint_rotation
             raise NonFiniteError(
                 error.term,
                 error.step,
                 unit=error.unit,
                 checkpoint=None if rotation is None else rotation.latest(),
             ) from error
+        except EpisodeLengthError:
+            raise
+        except Exception:
+            # A step of the environment that raises does not count, a reset may.
+            if self.whole_at == self.env.steps:
+                # The disk, or the folder, may be the reason.
+                with suppress(OSError, CheckpointError):
+                    self.save_trainer(force_save=True)
+            raise
         finally:
             if self.bar is not None:
                 self.bar.close()
+
+    def load_from_file(self, file: str | Path, **kwargs: Any) -> Trainer:
+        """Loads a checkpoint of :class:`~alm_torchrl.VerifiedCheckpoint`.
+
+        Args:
+            file: the checkpoint.
+            **kwargs: as of :meth:`torchrl.trainers.Trainer.load_from_file`.
+
+        Raises:
+            CheckpointError: if it is damaged, foreign, or does not fit.
+        """
+        read_manifest(Path(file))
+        return super().load_from_file(file, **kwargs)
+
+    def evaluate(self) -> None:
+        """Evaluates now, if an evaluation is due at the step where the training is.
+
+        A run that was stopped in an evaluation was saved without its result.
+        """
+        if self.evaluation is not None:
+            self.evaluation(None)
+
+    def request_stop(self, reason: str | None = None) -> None:
+        """Stops the training after its current step, which is saved.
+
+        Args:
+            reason: for the log. Default: ``None``.
+        """
+        self.stop_requested = True
+        super().request_stop(reason)
+
+    def save_trainer(self, force_save: bool = False) -> None:
+        """Saves if it is time, or a milestone.
+
+        Args:
+            force_save: save now. Default: ``False``.
+        """
+        rotation = self.checkpoint_rotation
+        milestone = rotation is not None and rotation.is_milestone(
+            self.collected_frames
+        )
+        super().save_trainer(force_save or milestone)
 
 
 def make_trainer(
@@ -110,6 +195,7 @@ def make_trainer(
     checkpoint_dir: str | Path | None = None,
     checkpoint_interval: int = 5000,
     keep_checkpoints: int = 2,
+    keep_every: int | None = None,
     checkpoint_metadata: Callable[[], Mapping[str, Any]] | None = None,
     progress_bar: bool = False,
     seed: int = 0,
@@ -162,17 +248,21 @@ def make_trainer(
         eval_episodes (int): whole episodes of each. Default: ``5``.
         on_evaluation (callable, optional): receives ``training_step``,
             ``environment_step``, ``mean_return``, ``std_return`` (n - 1) and
-            ``mean_length`` of each evaluation as plain numbers. Default: ``None``.
+            ``mean_length`` of each evaluation as plain numbers, and where a return
+            is not finite, its ``nonfinite_episode``. Default: ``None``.
         logger (Logger, optional): receives losses, metrics and returns by environment
             step. Default: ``None``.
         log_interval (int): environment steps between logged values.
             Default: ``1000``.
         checkpoint_dir (str or Path, optional): where checkpoints go, and in ``best``
             the networks that scored best in an evaluation; what killed saves left
-            there is removed. Default: ``None``, no checkpoints.
+            there is removed, and what is of later steps is set aside.
+            Default: ``None``, no checkpoints.
         checkpoint_interval (int): environment steps between them, besides the one at
             the end. Default: ``5000``.
         keep_checkpoints (int): how many of the latest to keep. Default: ``2``.
+        keep_every (int, optional): environment steps between checkpoints that are
+            never deleted. Default: ``None``, there are none.
         checkpoint_metadata (callable, optional): gives further JSON values for the
             manifest of each checkpoint. Default: ``None``.
         progress_bar (bool): show a progress bar (needs tqdm). Default: ``False``.
@@ -213,9 +303,11 @@ def make_trainer(
         "checkpoint_interval": checkpoint_interval,
         "keep_checkpoints": keep_checkpoints,
     }
+    if keep_every is not None:
+        positive["keep_every"] = keep_every
     for name, number in positive.items():
         check_integer(name, number)
-    check_integer("seed", seed, 0, 2**31 - 1)
+    seed = check_integer("seed", seed, 0, 2**31 - 1)
     if isinstance(loss, BaselineLoss):
         horizon = 1
     else:
@@ -227,7 +319,7 @@ def make_trainer(
         horizon=horizon,
     )
     if isinstance(loss, BaselineLoss):
-        _check_modes(
+        check_modes(
             loss.agent, precision=precision, compile=compile, cudagraph=cudagraph
         )
     if eval_env is env:
@@ -241,13 +333,20 @@ def make_trainer(
                 f"{name} must have no batch dimensions, got batch size "
                 f"{list(environment.batch_size)}."
             )
-        _check_fit(name, environment, loss)
+        check_fit(name, environment, loss)
+    normalizers = Normalizers(env)
+    carried = {"normalizers": normalizers} if normalizers.names else {}
+    if eval_env is not None and Normalizers(eval_env).names != normalizers.names:
+        raise ValueError(
+            f"eval_env must have the normalising wrappers of env, {normalizers.names}, "
+            f"got {Normalizers(eval_env).names}."
+        )
     torch.manual_seed(seed)
     env = EpisodeEnv(env)
     env.set_seed(seed)
     policy = loss.acting_policy()
     device = next(loss.parameters()).device
-    collector = Collector(
+    collector = OpenCollector(
         env,
         policy,
         frames_per_batch=1,
@@ -288,10 +387,14 @@ def make_trainer(
         checkpoint_dir = Path(checkpoint_dir)
         clear_leftovers(checkpoint_dir)
         checkpoint = VerifiedCheckpoint(
-            rng=RandomState(), collector=CollectorState(collector)
+            rng=RandomState(), collector=CollectorState(collector), **carried
         )
-        rotation = CheckpointRotation(checkpoint_dir, keep_last=keep_checkpoints)
-        best = BestCheckpoint(loss, checkpoint_dir / "best", metadata=metadata)
+        rotation = MilestoneRotation(
+            checkpoint_dir, keep_last=keep_checkpoints, keep_every=keep_every
+        )
+        best = BestCheckpoint(
+            loss, checkpoint_dir / "best", metadata=metadata, **carried
+        )
     trainer = ALMTrainer(
         collector=collector,
         total_frames=warmup_steps + total_steps,
@@ -310,11 +413,13 @@ def make_trainer(
         save_trainer_interval=checkpoint_interval - 1,
     )
     keep_last_logs(trainer)
+    trainer.env = env
 
     stored = [*loss.in_keys, ("next", "done"), ("collector", "traj_ids")]
     schedule = loss.noise_schedule
 
     def extend(batch: TensorDictBase) -> None:
+        trainer.whole_at = None
         rows = batch.select(*stored)
         for key, value in rows.items(include_nested=True, leaves_only=True):
             if value.is_floating_point() and not value.isfinite().all():
@@ -333,6 +438,9 @@ def make_trainer(
             schedule.step()
         return cast("TensorDictBase", buffer.sample()).to(device)
 
+    def end_step(_: TensorDictBase) -> None:
+        trainer.whole_at = env.steps
+
     trainer.register_op("batch_process", extend)
     trainer.register_op("process_optim_batch", sample)
     EpisodeLog(env).register(trainer)
@@ -341,6 +449,10 @@ def make_trainer(
     if progress_bar:
         trainer.bar = ProgressBar()
         trainer.bar.register(trainer)
+    trainer.register_op("post_steps_log", end_step)
+    EpisodeLengthCheck(
+        buffer, warmup_steps=warmup_steps, horizon=horizon, eval_env=eval_env
+    ).register(trainer)
     if best is not None:
         trainer.register_module("best_checkpoint", best)
     if eval_env is not None:
@@ -353,7 +465,7 @@ def make_trainer(
             if best is not None:
                 best(row)
 
-        EvaluationHook(
+        trainer.evaluation = EvaluationHook(
             eval_env,
             policy,
             warmup_steps=warmup_steps,
@@ -361,43 +473,7 @@ def make_trainer(
             episodes=eval_episodes,
             seed=seed,
             on_evaluation=report,
-        ).register(trainer)
-    return trainer
-
-
-def _check_modes(
-    agent: str, *, precision: str, compile: bool, cudagraph: bool | None
-) -> None:
-    """Refuses the modes of an update that only ALM has."""
-    for name, value, allowed in (
-        ("precision", precision, ("fp32",)),
-        ("compile", compile, (False,)),
-        ("cudagraph", cudagraph, (None, False)),
-    ):
-        if value not in allowed:
-            raise ValueError(
-                f"{name}: expected {allowed[-1]!r} with {agent}, whose updates run "
-                f"eagerly in full precision, got {value!r}."
-            )
-
-
-def _check_fit(name: str, env: EnvBase, loss: ALMLoss | BaselineLoss) -> None:
-    """Lets the networks act once, as they will only after the warm-up."""
-    device = next(loss.parameters()).device
-    observation = env.observation_spec.zero().to(device)
-    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
-        action = _act(loss, observation)
-    if action.shape != env.action_spec.shape:
-        raise ValueError(
-            f"loss: expected actions of shape {list(env.action_spec.shape)}, those of "
-            f"{name}, got {list(action.shape)}."
+            normalizers=normalizers,
         )
-
-
-def _act(loss: ALMLoss | BaselineLoss, observation: TensorDictBase) -> Tensor:
-    if isinstance(loss, BaselineLoss):
-        return loss.act(observation)
-    # The methods of the loss have the better errors.
-    latents, policy = loss.latents, loss.acting_policy()
-    latents.act(latents.sample(latents.encode(observation, "live")))
-    return policy(observation)[loss.tensor_keys.action]
+        trainer.evaluation.register(trainer)
+    return trainer

@@ -61,7 +61,7 @@ def evaluated(monkeypatch):
     """Replaces evaluation by one that keeps its seeds and returns fixed scores."""
     seeds: list[int] = []
 
-    def evaluate(env, policy, *, episodes, seed):
+    def evaluate(env, policy, *, episodes, seed, should_stop):
         seeds.append(seed)
         scores = {
             "return": torch.arange(1.0, episodes + 1),

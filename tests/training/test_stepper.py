@@ -199,3 +199,34 @@ def test_bf16_is_near_fp32_and_only_inside_the_hidden_layers():
     for name in CHECKED:
         assert reduced[name].item() == pytest.approx(full[name].item(), rel=0.05), name
         assert reduced[name] != full[name], name
+
+
+@pytest.mark.parametrize("part", ["slice", "transition"])
+@pytest.mark.parametrize(
+    ("spoil", "error"),
+    [
+        (lambda rows: rows.exclude(("next", "reward")), KeyError),
+        (lambda rows: rows.exclude(("next", "terminated")), KeyError),
+        (lambda rows: rows.exclude(("next", "observation")), KeyError),
+        (lambda rows: rows.exclude("observation"), KeyError),
+        (
+            lambda rows: rows.set(
+                ("next", "reward"), rows["next", "reward"].expand(*rows.shape, 2)
+            ),
+            ValueError,
+        ),
+    ],
+)
+def test_a_batch_is_checked_whole_before_anything_changes(part, spoil, error):
+    stepper = make_stepper()
+    batch = make_batch()
+    batch[part] = spoil(batch[part])
+    before = values_of(stepper)
+    try:
+        stepper.step(None, batch)
+    except error:
+        assert changed(before, values_of(stepper)) == set()
+        assert stepper.optimizer_step_count == 0
+    else:
+        # Nothing reads the recorded reward and end of slices.
+        assert part == "slice"
