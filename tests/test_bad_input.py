@@ -177,6 +177,7 @@ VALUES = [
     ),
     (lambda: train(loss=make_loss()), r"loss: expected .* \[1\], .*, got \[2\]"),
     (lambda: evaluate(zero_policy(pendulum()), episodes=0), "episodes: .*, got 0"),
+    (lambda: evaluate(zero_policy(pendulum()), seed=-1), "seed: expected .*, got -1"),
 ]
 TYPES = [
     (lambda: draw(Bernoulli(0.5)), r"expected .* \(has_rsample\), got Bernoulli"),
