@@ -8,9 +8,6 @@ import inspect
 import pkgutil
 import re
 import sys
-import types
-
-import pytest
 
 import alm_torchrl
 
@@ -75,36 +72,6 @@ def test_stated_defaults_are_those_of_the_signatures():
                 found[f"{module.__name__}.{name}"] = wrong
     assert found == {}
     assert checked > 300
-
-
-def example(first: int, second: float = 2.0, *, third: str | None = None) -> None:
-    """Does nothing.
-
-    Args:
-        first: a number.
-        second (float): another. Default: ``2.0``.
-
-    Keyword Args:
-        third (str, optional): a text. Default: ``None``.
-    """
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "problem"),
-    [
-        ("second (float)", "other (float)", "other is no argument"),
-        ("``2.0``", "``3.0``", "second: expected its default 2.0, got 3.0"),
-        ("``2.0``", "``2``", "second: expected its default 2.0, got 2"),
-        (" Default: ``None``.", "", "third: expected its default None once, got []"),
-        ("a number.", "a number. Default: ``1``.", "first has no default, got 1"),
-    ],
-)
-def test_a_wrong_default_is_seen(old, new, problem):
-    copy = types.FunctionType(example.__code__, globals(), "copy", (2.0,))
-    copy.__kwdefaults__ = {"third": None}
-    copy.__doc__ = inspect.getdoc(example).replace(old, new)
-    assert list(wrong_defaults(example, example)) == []
-    assert list(wrong_defaults(copy, copy)) == [problem]
 
 
 def test_public_names_are_there_once():

@@ -87,12 +87,6 @@ def test_checkpoints_are_kept_and_load_into_a_fresh_loss(tmp_path):
     assert differing(loaded, state) == []
 
 
-def test_no_checkpoint_directory_means_no_files(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    counter_trainer(checkpoint_interval=1).train()
-    assert list(tmp_path.iterdir()) == []
-
-
 # -- logging ---------------------------------------------------------------------------
 
 
@@ -147,15 +141,6 @@ def test_returns_of_training_episodes_are_logged():
     assert len(returns) >= 5
     assert logger.values["train/return"] == returns
     assert logger.values["train/length"] == lengths
-
-
-def test_two_trainers_log_independently():
-    loggers = [Capture(), Capture()]
-    trainers = [counter_trainer(logger=logger, log_interval=5) for logger in loggers]
-    for trainer in trainers:
-        trainer.train()
-    for logger in loggers:
-        assert [step for step, _ in logger.values["loss_model"]] == [11, 16, 21]
 
 
 # -- errors ----------------------------------------------------------------------------
