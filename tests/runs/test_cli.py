@@ -79,16 +79,10 @@ def fails(capsys, *arguments):
         ("train --preset paper", "preset 'paper' needs a task, for example: alm-torch"),
         ("train NoSuchTask-v0", "NoSuchTask"),
         ("train HalfCheeta-v5", "task: .* such as HalfCheetah-v5.* 'HalfCheeta-v5'"),
-        ("train CartPole-v1", "expected actions .* Discrete"),
-        ("train FrozenLake-v1", "expected observations .* Discrete"),
         ("train --device cuda", "--device: expected .* got cuda, but there is no CUDA"),
         # Settings
         ("train --lr 0", r"lr: expected a number > 0, got 0\.0"),
-        ("train --gamma 1", r"gamma: expected a number >= 0 and < 1, got 1\.0"),
-        ("train --horizon 0", "horizon: expected an integer >= 1, got 0"),
         ("train --batch-size 4000", "batch_size: .* most warmup_steps=2000, got 4000"),
-        ("train --capacity 1999", "capacity: .* least warmup_steps=2000, got 1999"),
-        ("train --warmup-steps 2", "warmup_steps: .* at least horizon=3, got 2"),
         # Flags
         ("train --batch-size 2.5", r"2\.5.* --batch-size INT"),
         ("train --preset slow", "'slow' for argument '--preset'.*'quick', 'paper'"),
