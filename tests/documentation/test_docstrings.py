@@ -15,7 +15,7 @@ MODULES = [
     importlib.import_module(info.name)
     for info in pkgutil.walk_packages(alm_torchrl.__path__, "alm_torchrl.")
 ]
-ENTRY = re.compile(r"^ {4}([\w*]+)(?: \([^)]*\))?: ", re.M)
+ENTRY = re.compile(r"^ {4}([\w*]+(?:, [\w*]+)*)(?: \([^)]*\))?: ", re.M)
 
 
 def documented(module):
@@ -42,7 +42,8 @@ def wrong_defaults(member, function):
     )
     taken = inspect.signature(function).parameters
     space = {**vars(builtins), **vars(sys.modules[function.__module__])}
-    for name, said in zip(parts[1::2], parts[2::2], strict=True):
+    entries = zip(parts[1::2], parts[2::2], strict=True)
+    for name, said in ((n, said) for names, said in entries for n in names.split(", ")):
         name = name.lstrip("*")
         if name not in taken:
             yield f"{name} is no argument"
@@ -52,6 +53,8 @@ def wrong_defaults(member, function):
         if default is inspect.Parameter.empty:
             if stated:
                 yield f"{name} has no default, got {stated[0]}"
+        elif not stated and default in (None, ()):
+            continue  # of nothing, the text may say what it stands for
         elif len(stated) != 1:
             yield f"{name}: expected its default {default!r} once, got {stated}"
         else:
