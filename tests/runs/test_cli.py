@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -269,10 +270,8 @@ def test_a_loaded_policy_acts_in_gymnasium_and_in_torchrl(folder):
 
 
 def test_plot_overlays_seeds(capsys, tmp_path, folder):
-    words = ["--total-steps", "2", "--seed", "1", "--logger", "none", "--run-dir"]
-    assert main([*TRAIN, *words, str(tmp_path / "seed 1")]) == 0
     output = tmp_path / "two seeds.png"
-    runs = [str(folder), str(tmp_path / "seed 1")]
+    runs = [str(folder), str(shutil.copytree(folder, tmp_path / "seed 1"))]
     assert main(["plot", *runs, "--output", str(output)]) == 0
     assert str(output) in capsys.readouterr().out
     assert output.read_bytes()[:4] == b"\x89PNG"
