@@ -271,7 +271,10 @@ def test_a_loaded_policy_acts_in_gymnasium_and_in_torchrl(folder):
 
 def test_plot_overlays_seeds(capsys, tmp_path, folder):
     output = tmp_path / "two seeds.png"
-    runs = [str(folder), str(shutil.copytree(folder, tmp_path / "seed 1"))]
+    other = shutil.copytree(folder, tmp_path / "seed 1")
+    config = (other / "config.json").read_text()
+    (other / "config.json").write_text(config.replace('"seed": 0', '"seed": 1'))
+    runs = [str(folder), str(other)]
     assert main(["plot", *runs, "--output", str(output)]) == 0
     assert str(output) in capsys.readouterr().out
     assert output.read_bytes()[:4] == b"\x89PNG"

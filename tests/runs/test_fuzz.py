@@ -131,7 +131,7 @@ def test_any_command_line_is_run_or_refused(command, words):
 # -- constructors --------------------------------------------------------------------
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(
     st.sampled_from(["quick", "paper", "slow", None]),
     arguments_of(

@@ -89,6 +89,7 @@ def test_stopped_and_continued_equals_uninterrupted(
     assert LIMIT < HALF
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "left_out",
     [

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.envs import SerialEnv
-from torchrl.trainers import Trainer
 
 from alm_torchrl import NonFiniteError
 from tests.training.stepping import without_reading
@@ -23,17 +22,6 @@ from tests.training.trainer_runs import (
 )
 
 # -- a Trainer like any other ----------------------------------------------------------
-
-
-def test_a_trainer_takes_hooks_of_ones_own():
-    trainer = counter_trainer()
-    assert isinstance(trainer, Trainer)
-    frames, batches = [], []
-    trainer.register_op("post_steps", lambda: frames.append(trainer.collected_frames))
-    trainer.register_op("post_optim_log", lambda batch: batches.append(batch.shape))
-    trainer.train()
-    assert frames == list(range(1, WARMUP + TOTAL + 1))
-    assert batches == [torch.Size([4])] * TOTAL
 
 
 def test_request_stop_ends_training_early(tmp_path):
