@@ -12,11 +12,6 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictParams
-from torch import Tensor
-from torchrl.checkpoint._checkpoint import (
-    _decode_state_dict_value,
-    _encode_state_dict_value,
-)
 from torchrl.collectors import Collector
 from torchrl.data import ReplayBuffer
 from torchrl.data.replay_buffers.storages import Storage
@@ -25,8 +20,6 @@ from torchrl.objectives import LossModule
 from torchrl.trainers import Trainer
 
 __all__ = [
-    "decode_state",
-    "encode_state",
     "erase_cache",
     "generator_of",
     "get_carrier",
@@ -42,20 +35,6 @@ __all__ = [
     "tensors_of",
     "uncount_update",
 ]
-
-
-def encode_state(state: Any, tensors: dict[str, Tensor]) -> Any:  # noqa: ANN401
-    """Nested state as JSON values; its tensors and arrays go to ``tensors``."""
-    return _encode_state_dict_value(state, tensors)
-
-
-def decode_state(
-    schema: Any,  # noqa: ANN401
-    tensors: Mapping[str, Tensor],
-    map_location: object,
-) -> Any:  # noqa: ANN401
-    """Makes again what :func:`encode_state` took apart."""
-    return _decode_state_dict_value(schema, tensors, map_location)
 
 
 def get_carrier(collector: Collector) -> TensorDictBase:

@@ -31,13 +31,6 @@ def make_collector():
     )
 
 
-def state_files():
-    tensors = {}
-    schema = compat.encode_state({"a": [torch.ones(2), 1]}, tensors)
-    back = compat.decode_state(schema, tensors, None)
-    return torch.equal(back["a"][0], torch.ones(2)) and back["a"][1] == 1
-
-
 def publication():
     # VerifiedCheckpoint overrides it to write digests before a save gets its name.
     called = inspect.getsource(Checkpoint.save)
@@ -135,7 +128,6 @@ def test_inherited_names_are_there(owner, name, broken):
 @pytest.mark.parametrize(
     ("works", "broken"),
     [
-        (state_files, "checkpoints: the encoding of nested state"),
         (publication, "checkpoints: digests are not written"),
         (carrier, "resume: what a collector carries"),
         (trajectories, "resume: the numbers of trajectories"),

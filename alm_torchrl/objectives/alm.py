@@ -385,7 +385,8 @@ class ALMLoss(LossModule):
         latent = self.draw_latent(rows.data, encoded)
         policy = self.policy_objective or rollouts.policy_bound
         objective, metrics = policy(self, latent, horizon)
-        means = {k: rows.mean(v.flatten(1).mean(-1)) for k, v in metrics.items()}
+        rows_of = {k: v.reshape(len(v), -1).mean(-1) for k, v in metrics.items()}
+        means = {k: rows.mean(v) for k, v in rows_of.items()}
         return -rows.reduce(objective, self.reduction), means
 
     def alpha_loss(

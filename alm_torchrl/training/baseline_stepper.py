@@ -13,6 +13,7 @@ from torchrl.trainers import OptimizationStepper, Trainer
 
 from alm_torchrl.baselines.losses import BaselineLoss
 from alm_torchrl.checks import check_number, check_type
+from alm_torchrl.training.state_checks import check_stepper
 from alm_torchrl.training.stepper import NonFiniteError, deepcopy_stepper
 
 __all__ = ["BaselineOptimizationStepper"]
@@ -171,8 +172,13 @@ class BaselineOptimizationStepper(OptimizationStepper):
             "metrics": dict(self._metrics),
         }
 
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ``ValueError`` where a state does not fit, and changes nothing."""
+        check_stepper(state_dict, self)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` saved."""
+        """Restores what :meth:`state_dict` saved, if all of it fits."""
+        self.check_state_dict(state_dict)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state_dict["optimizers"][name])
         self._count = state_dict["count"]

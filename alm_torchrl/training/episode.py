@@ -40,6 +40,7 @@ from alm_torchrl.compat import (
 )
 from alm_torchrl.envs.normalizers import env_layers, load_moments, moments_of
 from alm_torchrl.evaluation import isolated_rng
+from alm_torchrl.training.state_checks import check_names, check_state
 
 __all__ = ["CollectorState", "EpisodeEnv"]
 
@@ -118,6 +119,26 @@ class EpisodeEnv(TransformedEnv):
             "actions": [torch.stack(values) for values in actions],
             "digests": torch.frombuffer(self._digests[:], dtype=torch.uint8),
         }
+
+    def check(self, episode: Mapping[str, Any]) -> None:
+        """Compares the form of an episode with the environment, and changes nothing.
+
+        Raises:
+            ValueError: naming the first entry that does not fit.
+        """
+        steps = max(len(episode["digests"]) // _DIGEST_BYTES - 1, 0)
+        digests = torch.empty((steps + 1) * _DIGEST_BYTES, dtype=torch.uint8)
+        own = {**self.episode(), "digests": digests, "layers": [], "actions": []}
+        check_state(episode, own, "episode")
+        shapes = [self.full_action_spec[key].shape for key in self.action_keys]
+        expected = [[steps, *shape] for shape in shapes] if steps else []
+        got = [list(actions.shape) for actions in episode["actions"]]
+        if got != expected:
+            raise ValueError(f"episode.actions: expected shapes {expected}, got {got}")
+        for layer, state in zip(self._layers, episode["layers"], strict=False):
+            # Any other layer judges its state itself.
+            if isinstance(layer, NormalizeObservation | NormalizeReward):
+                check_state(state, _lasting(layer), type(layer).__name__)
 
     def replay(self, episode: Mapping[str, Any]) -> None:
         """Repeats an episode, and compares all that the environment returns.
@@ -262,20 +283,40 @@ class CollectorState:
         state["episodes"] = [env.episode() for env in _episode_envs(self.collector.env)]
         return state
 
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Compares a state with collector and environment, and changes nothing.
+
+        Raises:
+            ValueError: naming the first entry that does not fit.
+        """
+        own = {**self.state_dict(), "episodes": [], "carrier": {}}
+        check_names(state_dict, own, "collector")
+        episodes, envs = state_dict["episodes"], _episode_envs(self.collector.env)
+        if len(envs) != len(episodes):
+            raise CheckpointError(
+                f"the environment: expected {len(episodes)} that repeat episodes, got "
+                f"{len(envs)}"
+            )
+        check_state(state_dict, own, "collector")
+        carrier = get_carrier(self.collector)
+        carried = TensorDict(state_dict["carrier"], carrier.batch_size).flatten_keys()
+        for name, value in carrier.flatten_keys().items():
+            # Before the first step there is no action.
+            if name in carried or name not in self.collector.env.action_keys:
+                check_state(carried.get(name, None), value, f"collector.carrier.{name}")
+        for env, episode in zip(envs, episodes, strict=True):
+            env.check(episode)
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continues where :meth:`state_dict` was taken.
 
         Args:
             state_dict: the saved state.
         """
+        self.check_state_dict(state_dict)
         collector, saved = self.collector, dict(state_dict)
         episodes, carried = saved.pop("episodes"), saved.pop("carrier")
         envs = _episode_envs(collector.env)
-        if len(envs) != len(episodes):
-            raise CheckpointError(
-                f"the environment: expected {len(episodes)} that repeat episodes, got "
-                f"{len(envs)}"
-            )
         fresh = self.fresh_episode or not envs
         for env, episode in zip(envs, episodes, strict=True):
             if fresh:

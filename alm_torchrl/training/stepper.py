@@ -17,6 +17,7 @@ from torchrl.trainers import OptimizationStepper, Trainer
 from alm_torchrl.checks import check_choice, check_number, check_type
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training.capture import CapturedUpdate
+from alm_torchrl.training.state_checks import check_stepper
 
 __all__ = ["ALMOptimizationStepper", "NonFiniteError", "deepcopy_stepper"]
 
@@ -437,8 +438,13 @@ class ALMOptimizationStepper(OptimizationStepper):
             "terms": self._update.checked,
         }
 
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ``ValueError`` where a state does not fit, and changes nothing."""
+        check_stepper(state_dict, self)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` saved."""
+        """Restores what :meth:`state_dict` saved, if all of it fits."""
+        self.check_state_dict(state_dict)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state_dict["optimizers"][name])
         self._count = state_dict["count"]

@@ -233,3 +233,19 @@ def test_stepper_continues():
         and torch.equal(value, before[name])
     ]
     assert same == []
+
+
+@pytest.mark.parametrize("trailing", [(), (1,), (2, 3)])
+def test_an_objective_may_return_metrics_of_any_shape(trailing):
+    class Numbered(QValueObjective):
+        metrics = ("number",)
+
+        def __call__(self, loss, latent, horizon):
+            value, _ = super().__call__(loss, latent, horizon)
+            number = torch.arange(float(len(value)))
+            number = number.reshape(-1, *(1 for _ in trailing)).expand(-1, *trailing)
+            return value, {"number": number}
+
+    batch = make_batch()
+    _, metadata = make_loss(policy_objective=Numbered()).actor_loss(batch)
+    assert metadata["number"] == (len(batch) - 1) / 2

@@ -347,7 +347,10 @@ def test_buffers_that_do_not_fit_are_refused(tmp_path):
     ("break_it", "message"),
     [
         (lambda index: index["segments"].pop(0), "expected row 0, got row 4"),
-        (lambda index: index.update(written=9, stored=9), "expected 9 rows, got 8"),
+        (
+            lambda index: index.update(written=9, stored=9, cursor=9),
+            "expected 9 rows, got 8",
+        ),
         (lambda index: index["segments"].pop(), "expected 8 rows, got 4"),
         (lambda index: index["segments"][0].__setitem__(2, 3), "expected 3 rows"),
     ],
@@ -422,9 +425,9 @@ def _save_with_little_room(folder, limit):
 def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_else(limit, tmp_path):
     finish(_save_with_little_room, tmp_path, limit)
     (left,) = tmp_path.iterdir()
-    holder = Holder()
+    holder = Holder({"x": torch.ones(1000)})
     VerifiedCheckpoint(part=holder).load(left)
-    assert holder.state["x"].shape == (1000,)
+    assert holder.state["x"].count_nonzero() == 0
 
 
 def test_leftovers_of_killed_saves_are_cleared(tmp_path):
