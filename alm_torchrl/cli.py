@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
+import io
 import logging
+import os
+import signal
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Union
-
-from torchrl import torchrl_logger
+from typing import Annotated, Any
 
 from alm_torchrl.checks import check_integer, check_output
-from alm_torchrl.envs import TASKS
-from alm_torchrl.evaluation import evaluate_policy
-from alm_torchrl.experiments.reproduce import (
-    ReproduceOptions,
-    describe_experiments,
-    reproduce,
+from alm_torchrl.runs.options import DiagnoseOptions, ReproduceOptions
+from alm_torchrl.runs.settings import (
+    PRESETS,
+    Preset,
+    TrainConfig,
+    UserError,
+    user_errors,
 )
-from alm_torchrl.runs.agents import build_env
-from alm_torchrl.runs.curves import plot_runs, reference_curve
-from alm_torchrl.runs.diagnose import DiagnoseOptions, run_diagnose
-from alm_torchrl.runs.film import check_film_name, film_policy, render_headless
-from alm_torchrl.runs.folder import holds_run, read_record, read_run
-from alm_torchrl.runs.loading import checkpoint_metadata, find_checkpoint, load_policy
-from alm_torchrl.runs.settings import PRESETS, Preset, TrainConfig, UserError
-from alm_torchrl.runs.train import train, user_errors
 
 try:
     import tyro
@@ -44,6 +41,8 @@ Curves = Annotated[
     tyro.conf.arg(metavar="CSV...", help_behavior_hint="(default: none)"),
 ]
 Checkpoint = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
+Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+Trust = tyro.conf.FlagCreatePairsOff[bool]
 
 
 def _say(text: str) -> None:
@@ -70,13 +69,22 @@ class Train(TrainConfig):
     """Start anew; a run that is in the folder is moved aside, not deleted."""
     fresh_episode: bool = False
     """Continue with a fresh episode, not the one that was running."""
+    trust: Trust = False
+    """Import the module that the run to resume names in its task."""
 
     def run(self) -> int:
         """Trains."""
+        from alm_torchrl.runs.train import train
+
         if not self.task:
             raise UserError(
                 f"the preset {self.preset!r} needs a task, for example: "
                 f"alm-torchrl train HalfCheetah-v5 --preset {self.preset}"
+            )
+        if self.resume is not None and ":" in self.task and not self.trust:
+            raise UserError(
+                f"--resume: expected --trust too, as {self.resume} names the task "
+                f"{self.task!r}, which imports and runs a module"
             )
         settings = {
             field.name: getattr(self, field.name) for field in fields(TrainConfig)
@@ -99,14 +107,24 @@ class Evaluate:
     """Whole episodes to run."""
     seed: Count = 0
     """Seed of the episodes and of the latent samples."""
+    trust: Trust = False
+    """Import the module that the run names in its task."""
 
     def run(self) -> int:
         """Evaluates, and prints the scores."""
+        from alm_torchrl.evaluation import evaluate_policy
+        from alm_torchrl.runs.agents import build_env
+        from alm_torchrl.runs.loading import (
+            checkpoint_metadata,
+            find_checkpoint,
+            load_policy,
+        )
+
         with user_errors():
             file = find_checkpoint(self.checkpoint)
             config = TrainConfig.from_dict(checkpoint_metadata(file)["settings"])
             scores = evaluate_policy(
-                build_env(config.to_dict()),
+                build_env(config.to_dict(), trust=self.trust),
                 load_policy(file),
                 episodes=self.episodes,
                 seed=self.seed,
@@ -130,12 +148,17 @@ class Diagnose(DiagnoseOptions):
 
     checkpoint: Checkpoint
     """A run folder (its newest checkpoint) or one of its checkpoints."""
+    trust: Trust = False
+    """Import the module that the run names in its task."""
 
     def run(self) -> int:
         """Diagnoses."""
+        from alm_torchrl.runs.agents import build_env
+        from alm_torchrl.runs.diagnose import run_diagnose
+
         with user_errors():
             check_output("output", self.output)
-            run_diagnose(self, build_env, _say)
+            run_diagnose(self, partial(build_env, trust=self.trust), _say)
         return 0
 
 
@@ -155,6 +178,9 @@ class Plot:
 
     def run(self) -> int:
         """Plots."""
+        from alm_torchrl.runs.curves import plot_runs, reference_curve
+        from alm_torchrl.runs.folder import read_run
+
         with user_errors():
             if not self.runs:
                 raise ValueError("plot needs at least one run folder")
@@ -169,17 +195,27 @@ class Plot:
 class Render:
     """Film one episode of a trained agent; no display is needed."""
 
-    checkpoint: Checkpoint
+    checkpoint: Run
     """A run folder (its newest checkpoint) or one of its checkpoints."""
-    output: Path = Path("film.gif")
+    output: Annotated[Path, tyro.conf.arg(metavar="F")] = Path("film.gif")
     """Film to write, .gif or .mp4."""
     seed: Count = 0
     """Seed of the episode and of the latent samples."""
     steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Environment steps to show; None shows the whole episode."""
+    trust: Trust = False
+    """Import the module that the run names in its task."""
 
     def run(self) -> int:
         """Renders."""
+        from alm_torchrl.runs.agents import build_env
+        from alm_torchrl.runs.film import check_film_name, film_policy, render_headless
+        from alm_torchrl.runs.loading import (
+            checkpoint_metadata,
+            find_checkpoint,
+            load_policy,
+        )
+
         render_headless()
         with user_errors():
             check_film_name(self.output)
@@ -189,7 +225,7 @@ class Render:
             file = find_checkpoint(self.checkpoint)
             settings = checkpoint_metadata(file)["settings"]
             try:
-                env = build_env(settings, render_mode="rgb_array")
+                env = build_env(settings, trust=self.trust, render_mode="rgb_array")
             except ValueError as error:
                 raise ValueError(
                     f"{settings['task']} cannot be filmed: {error}"
@@ -207,11 +243,35 @@ class Render:
 
 
 @dataclass(frozen=True)
+class Verify:
+    """Check each file of the checkpoints of a run against its digest."""
+
+    path: Run
+    """A run folder (all its checkpoints, also best and those set aside), or one."""
+
+    def run(self) -> int:
+        """Verifies; 1 if anything is damaged."""
+        from alm_torchrl.runs.loading import all_checkpoints
+        from alm_torchrl.training.checkpoint import inspect_checkpoint
+
+        with user_errors():
+            damaged = 0
+            for checkpoint in all_checkpoints(self.path):
+                for file, wrong in inspect_checkpoint(checkpoint):
+                    damaged += wrong is not None
+                    print(f"{checkpoint / file}: {wrong or 'ok'}")
+        print(f"{damaged} damaged" if damaged else "All is well.")
+        return int(damaged > 0)
+
+
+@dataclass(frozen=True)
 class Tasks:
     """List the paper's tasks, and say what other tasks can be trained on."""
 
     def run(self) -> int:
         """Lists them."""
+        from alm_torchrl.envs import TASKS
+
         print(f"{'task':15} {'observation':>11} {'action':>6} {'steps':>5}  note")
         for task in TASKS:
             sizes = f"{task.observation_dim:11} {task.action_dim:6}"
@@ -247,6 +307,10 @@ class Reproduce(ReproduceOptions):
 
     def run(self) -> int:
         """Reproduces."""
+        from torchrl import torchrl_logger
+
+        from alm_torchrl.experiments.reproduce import describe_experiments, reproduce
+
         if self.list:
             print(describe_experiments())
             return 0
@@ -266,6 +330,7 @@ COMMANDS: dict[str, type] = {
     "diagnose": Diagnose,
     "plot": Plot,
     "render": Render,
+    "verify": Verify,
     "tasks": Tasks,
     "reproduce": Reproduce,
 }
@@ -280,7 +345,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             Default: ``None``, those of ``sys.argv``.
 
     Returns:
-        int: 0, 130 after Ctrl-C, 143 after SIGTERM, or 1 if a run failed.
+        int: 0, 1 if a run failed or a checkpoint is damaged, or 128 and the number
+        of the signal that stopped it, such as 130 after Ctrl-C.
 
     Raises:
         SystemExit: with code 2 after a user's mistake, explained on standard error;
@@ -289,46 +355,88 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "" not in sys.path:
         sys.path.append("")  # a task's module may be in the working directory
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    format_before = warnings.formatwarning
+    warnings.formatwarning = _format_warning
     try:
-        command = tyro.cli(
-            _command_line(_train_defaults(arguments)),
-            args=arguments,
-            prog="alm-torchrl",
-            description="Aligned Latent Models: train agents, look into them, rerun "
-            "the paper.",
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-        )
-        return int(command.run())
+        code = _run(arguments)
+        sys.stdout.flush()
     except UserError as error:
         message = " ".join(str(error).split())
         print(f"alm-torchrl: error: {message}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # What reads the output has closed it; Python would fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    finally:
+        warnings.formatwarning = format_before
+    return code
 
 
-def _command_line(defaults: Train) -> Any:  # noqa: ANN401
-    """The union of the commands, as tyro reads it."""
-    options: dict[str, Any] = {"train": {"default": defaults}}
-    return Union[  # noqa: UP007
-        tuple(
-            Annotated[command, tyro.conf.subcommand(name, **options.get(name, {}))]
-            for name, command in COMMANDS.items()
+def _run(arguments: Sequence[str]) -> int:
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS)
+        meant = f" (did you mean {' or '.join(near)}?)" if near else ""
+        raise UserError(
+            f"expected a command, one of {', '.join(COMMANDS)}, got {name!r}{meant}"
         )
+    options: dict[str, Any] = {}
+    if name == "train":
+        options["default"] = _train_defaults(rest)
+    command = tyro.cli(
+        COMMANDS[name],
+        args=rest,
+        prog=f"alm-torchrl {name}",
+        config=(tyro.conf.OmitArgPrefixes,),
+        **options,
+    )
+    return int(command.run())
+
+
+def _help() -> str:
+    """What the commands are for: the first sentence of each."""
+    lines = [
+        "usage: alm-torchrl COMMAND [options]",
+        "",
+        "Aligned Latent Models: train agents, look into them, rerun the paper.",
+        "",
     ]
+    for name, command in COMMANDS.items():
+        text = str(command.__doc__).partition("\n")[0]
+        lines.append(
+            textwrap.fill(
+                text, 80, initial_indent=f"  {name:11}", subsequent_indent=" " * 13
+            )
+        )
+    return "\n".join([*lines, "", "alm-torchrl COMMAND --help explains its options."])
+
+
+def _format_warning(message: Warning | str, *_: object, **__: object) -> str:
+    return f"alm-torchrl: warning: {' '.join(str(message).split())}\n"
 
 
 def _train_defaults(arguments: Sequence[str]) -> Train:
     """The flags' defaults: those of the run to resume, or else of the preset."""
     resumed = _value_of("--resume", arguments)
     if resumed is not None:
-        # A run folder, or a checkpoint in one.
-        for folder in (Path(resumed), *Path(resumed).absolute().parents[1:2]):
-            if holds_run(folder):
-                with user_errors():
-                    config = TrainConfig.from_dict(read_record(folder)["settings"])
-                return Train(**{**vars(config), "run_dir": folder})
+        from alm_torchrl.runs.start import resumed_config
+
+        with user_errors():
+            config = resumed_config(Path(resumed))
+        if config is not None:
+            # Who names the task on the command line trusts its module.
+            trust = config.task in arguments
+            return Train(**vars(config), trust=trust)
     # tyro refuses an unknown name: it knows the choices.
     preset: Preset = "quick"
     if _value_of("--preset", arguments) == "paper":

@@ -110,7 +110,8 @@ def make_env(
             warnings.warn(
                 f"task: the actions of {task} lie between {low.min():g} and "
                 f"{high.max():g}, but the actor's mean between -1 and 1: only noise "
-                "reaches beyond. action_bounds='rescale' maps +-1 to these bounds.",
+                "reaches beyond. action_bounds='rescale' (--action-bounds rescale) "
+                "maps +-1 to these bounds.",
                 UserWarning,
                 stacklevel=2,
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from alm_torchrl.runs.options import ScaleName
 from alm_torchrl.runs.settings import TrainConfig, preset_config
 
 __all__ = [
@@ -16,13 +17,11 @@ __all__ = [
     "SCALES",
     "Experiment",
     "Scale",
-    "ScaleName",
     "Variant",
     "plan",
 ]
 
 Kind = Literal["curves", "bias", "rollout"]
-ScaleName = Literal["smoke", "small", "paper"]
 
 
 @dataclass(frozen=True)

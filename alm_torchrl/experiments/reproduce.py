@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from alm_torchrl.checks import check_integer
 from alm_torchrl.experiments.catalogue import (
     EXPERIMENTS,
     SCALES,
     Experiment,
-    ScaleName,
     Variant,
     plan,
 )
@@ -36,48 +33,13 @@ from alm_torchrl.experiments.tables import (
 )
 from alm_torchrl.runs.curves import Curve, reference_curve
 from alm_torchrl.runs.folder import Run
+from alm_torchrl.runs.options import ReproduceOptions
 from alm_torchrl.runs.settings import TrainConfig
 
-__all__ = ["ReproduceOptions", "describe_experiments", "reproduce"]
+__all__ = ["describe_experiments", "reproduce"]
 
 Say = Callable[[str], None]
 Planned = tuple[Variant, TrainConfig]
-
-
-@dataclass(frozen=True)
-class ReproduceOptions:
-    """Rerun an experiment of the paper: its runs, then its table and figure.
-
-    Raises:
-        ValueError: if a number is out of range.
-    """
-
-    scale: ScaleName = "small"
-    """Seconds, minutes per run with reduced networks and steps, or the paper's."""
-    seeds: int | None = None
-    """Number of seeds; None: 2, 3 and 5 at the three scales."""
-    steps: int | None = None
-    """Training steps of each run; None: those of the scale."""
-    tasks: tuple[str, ...] = ()
-    """Some of the tasks; by default all."""
-    jobs: int | None = None
-    """Runs at once; None: as many as there are cores, one on a GPU."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device of networks and updates; auto takes a GPU where there is one."""
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Precision of the hidden layers of ALM's agents; the baselines keep fp32."""
-    runs: Path = Path("runs")
-    """Folder of the run folders; runs that are complete in it are not made again."""
-    output: Path = Path("results")
-    """Folder for the learning curves (CSV), the table (CSV) and the figure (PNG)."""
-    reference: tuple[Path, ...] = ()
-    """Published learning curves (the authors' scores/*.csv) to draw as well."""
-
-    def __post_init__(self) -> None:
-        """Checks what no other part checks."""
-        for name in ("seeds", "steps", "jobs"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name))
 
 
 def describe_experiments() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 from tensordict import NestedKey, unravel_key
@@ -75,4 +76,5 @@ def describe(loss: ALMLoss, parts: tuple[str, ...]) -> str:
         terms = (f"{type(t).__name__}(coef={t.coef})" for t in loss.model_terms)
         settings["model_terms"] = f"[{', '.join(terms)}]"
     listed = ", ".join(f"{name}={value}" for name, value in settings.items())
-    return "\n".join([f"{type(loss).__name__}(", *lines, f"    {listed}", ")"])
+    lines.append(textwrap.indent(textwrap.fill(listed, 76), "    "))
+    return "\n".join([f"{type(loss).__name__}(", *lines, ")"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import mujoco
 import torch
 from torchrl.envs import EnvBase, TransformedEnv
 
@@ -30,25 +32,42 @@ __all__ = ["build_env", "build_loss", "describe_spaces"]
 _REWARD_TRANSFORMS = {"plain": floored_log, "shifted": shifted_log}
 
 
-def build_env(settings: Mapping[str, Any], **kwargs: Any) -> TransformedEnv:
+def build_env(
+    settings: Mapping[str, Any], *, trust: bool = False, **kwargs: Any
+) -> TransformedEnv:
     """The environment of a run.
 
     Args:
         settings: fields of ``TrainConfig``.
+
+    Keyword Args:
+        trust: import the module of a task ``"module:Task-v0"``, which runs what is in
+            it. Default: ``False``, as the settings may come from another person.
         **kwargs: further arguments of :func:`~alm_torchrl.make_env`, such as ``seed``.
 
     Returns:
         TransformedEnv: the environment.
 
+    Raises:
+        ValueError: if the task names a module and ``trust`` is ``False``.
+
     Example:
         >>> build_env({"task": "Pendulum-v1", "action_bounds": "rescale"}).batch_size
         torch.Size([])
     """
+    mujoco.set_mju_user_warning(_warn_of_mujoco)
     config = TrainConfig.from_dict(settings)
+    module, colon, _ = config.task.rpartition(":")
+    if colon and not trust:
+        raise ValueError(
+            f"task: expected one without a module, or trust=True (--trust), got "
+            f"{config.task!r}, which imports and runs the module {module!r}"
+        )
     return make_env(
         config.task,
         action_bounds=config.action_bounds,
         dynamics_noise=config.dynamics_noise,
+        max_episode_steps=config.max_episode_steps,
         **kwargs,
     )
 
@@ -155,3 +174,9 @@ def _build_alm(
         model_terms=terms,
         **parts,
     )
+
+
+def _warn_of_mujoco(text: str) -> None:
+    """MuJoCo itself prints a warning and writes it into the working directory."""
+    kind = DeprecationWarning if "deprecated" in text else UserWarning
+    warnings.warn(f"MuJoCo: {text}", kind, stacklevel=1)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -15,23 +14,21 @@ from torchrl.envs import EnvBase
 from alm_torchrl import analysis
 from alm_torchrl.analysis import figures
 from alm_torchrl.baselines.losses import BaselineLoss
-from alm_torchrl.checks import check_integer
 from alm_torchrl.runs.loading import (
     checkpoint_metadata,
     find_checkpoint,
     load_loss,
     usable_checkpoints,
 )
+from alm_torchrl.runs.options import DiagnoseOptions
 
 __all__ = [
-    "DiagnoseOptions",
     "bias_history",
     "read_logged",
     "run_diagnose",
     "write_columns",
 ]
 
-Section = Literal["bias", "history", "rollout", "statistics", "terms"]
 MakeEnv = Callable[[dict[str, Any]], EnvBase]
 Say = Callable[[str], None]
 
@@ -49,35 +46,6 @@ _STATISTICS = {
     "classifier_accuracy": "classifier accuracy (0.5 is chance)",
     "calibration_error": "classifier calibration error",
 }
-
-
-@dataclass(frozen=True)
-class DiagnoseOptions:
-    """Look into a trained agent: bias of its bound, latent model, latents, losses.
-
-    Raises:
-        ValueError: if nothing is asked for or ``pairs`` is below 2.
-    """
-
-    checkpoint: Path
-    """A run folder (its newest checkpoint) or one of its checkpoints."""
-    output: Path = Path("diagnostics")
-    """Folder for the tables (CSV) and pictures (PNG)."""
-    which: tuple[Section, ...] = ("bias", "rollout", "statistics", "terms")
-    """What to look into; history: bias of each checkpoint (baselines: bias only)."""
-    pairs: int = 1000
-    """State-action pairs for the bias, and transitions for the statistics."""
-    steps: int = 50
-    """Steps of the latent rollouts."""
-    seed: int = 0
-    """Seed of the episodes and of the latent samples."""
-
-    def __post_init__(self) -> None:
-        """Checks what no other part checks."""
-        if not self.which:
-            sections = ", ".join(get_args(Section))
-            raise ValueError(f"which: expected some of {sections}, got none.")
-        check_integer("pairs", self.pairs, 2)
 
 
 def run_diagnose(options: DiagnoseOptions, make_env: MakeEnv, say: Say) -> list[Path]:

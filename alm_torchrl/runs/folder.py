@@ -4,7 +4,9 @@
 ``config.json``           settings, versions, commit and hardware (below)
 ``metrics.csv``           one row per evaluation, columns :data:`METRICS_FIELDS`
 ``learning_curve.png``    return against training steps
-``checkpoints/``          the newest checkpoints, and ``best`` without the replay
+``metrics-TIME.csv``      rows that a continuation from an earlier step left behind
+``checkpoints/``          the newest checkpoints, milestones, ``best`` without the
+                          replay, and in ``set-aside-TIME`` what was left behind
 ``tensorboard/``          losses and returns, unless another logger was chosen
 ``.lock``                 held by the process that trains in the folder
 ========================  ======================================================
@@ -19,26 +21,29 @@
   were changed; ``null`` for an installed package;
 - ``hardware``: ``cpu`` (model), ``cores`` (usable ones), ``threads`` (PyTorch's),
   ``device`` (``cpu`` or ``cuda``), ``gpu`` (model or ``null``);
+- ``origin``: the checkpoint of another folder that the run began from, or ``null``;
 - ``started``: local time with offset, ISO 8601;
 - ``continued``: one object for each time the run was continued, with ``time``,
   ``environment_step``, ``checkpoint``, ``changes`` (setting: [before, after]) and the
   ``versions``, ``commit`` and ``hardware`` of then.
 
 ``metrics.csv`` has a header line; numbers are written so that reading them gives
-the same float. Its columns are ``seed``; ``training_step`` (updates so far, the
-warm-up not counted, first row 0); ``environment_step`` (warm-up included);
-``mean_return`` and ``mean_length`` over whole episodes; ``wall_time`` in seconds
-that the run took (pauses left out); and ``task``, whose id ends in its version.
+the same float. The whole file is replaced with each row. Its columns are ``seed``;
+``training_step`` (updates so far, the warm-up not counted, first row 0);
+``environment_step`` (warm-up included); ``mean_return`` and ``mean_length`` over whole
+episodes; ``wall_time`` in seconds that the run took (pauses left out); and ``task``,
+whose id ends in its version.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -50,16 +55,16 @@ import torch
 from filelock import FileLock, Timeout
 
 from alm_torchrl.runs.settings import TrainConfig
+from alm_torchrl.training.rotation import time_stamp
 
 __all__ = [
     "CHANGEABLE",
     "FORMAT",
     "METRICS_FIELDS",
     "PACKAGES",
+    "FolderGoneError",
     "MetricsWriter",
     "Run",
-    "continue_run",
-    "create_run",
     "harmful_differences",
     "holds_run",
     "lock_run",
@@ -67,7 +72,10 @@ __all__ = [
     "read_metrics",
     "read_record",
     "read_run",
+    "run_of",
     "set_run_aside",
+    "watch_folder",
+    "write_config",
 ]
 
 FORMAT = 2
@@ -92,9 +100,11 @@ CHANGEABLE = frozenset(
         "preset",
         "threads",
         "total_steps",
+        "eval_interval",
         "log_interval",
         "checkpoint_interval",
         "keep_checkpoints",
+        "keep_every",
         "logger",
         "run_dir",
     }
@@ -120,62 +130,60 @@ class Run:
 class MetricsWriter:
     """Writes rows of ``metrics.csv``, each on disk before :meth:`write` returns.
 
-    Of the rows in an existing file, those up to the environment step ``until`` stay.
+    The whole file is replaced each time, so that a killed process leaves it complete.
+
+    Args:
+        path: the file. Of the rows that it has, those after ``until`` are moved to a
+            file ``metrics-TIME.csv`` beside it first.
+        until: environment step of the last row to keep. Default: ``-1``, none.
+        rows: to begin with, in a new file. Default: ``()``.
 
     Raises:
-        ValueError: if the file exists and its columns are not :data:`METRICS_FIELDS`.
+        ValueError: if the file exists and does not have the documented form.
 
     Example:
         >>> import tempfile
         >>> row = {name: 0 for name in METRICS_FIELDS} | {"task": "Hopper-v5"}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder) / "metrics.csv"
-        ...     with MetricsWriter(path) as writer:
-        ...         writer.write(row)
+        ...     MetricsWriter(path).write(row)
         ...     read_metrics(path)[0]["task"]
         'Hopper-v5'
     """
 
-    def __init__(self, path: Path, until: int = -1) -> None:
-        rows = read_metrics(path) if path.exists() and until >= 0 else []
-        self.rows = [row for row in rows if row["environment_step"] <= until]
+    def __init__(
+        self, path: Path, until: int = -1, rows: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        self.path = path
+        found = read_metrics(path) if path.exists() else [dict(row) for row in rows]
+        self.rows = [row for row in found if row["environment_step"] <= until]
         """The rows so far."""
-        kept = path.with_name(f".{path.name}.new")
-        self._file = kept.open("w", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, METRICS_FIELDS, lineterminator="\n")
-        self._writer.writeheader()
-        self._writer.writerows(self.rows)
-        self._flush()
-        os.replace(kept, path)
+        self.aside: Path | None = None
+        """Where the rows after ``until`` are."""
+        later = [row for row in found if row["environment_step"] > until]
+        if later and path.exists():
+            self.aside = path.with_name(f"{path.stem}-{time_stamp()}{path.suffix}")
+            _write_rows(self.aside, later)
+        _write_rows(path, self.rows)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends a row with exactly the columns :data:`METRICS_FIELDS`."""
         if set(row) != set(METRICS_FIELDS):
             raise ValueError(f"row: expected {METRICS_FIELDS}, got {tuple(row)}")
-        self._writer.writerow(row)
-        self._flush()
         self.rows.append(dict(row))
-
-    def _flush(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
+        _write_rows(self.path, self.rows)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a ``metrics.csv`` with integers and floats converted.
 
-    An incomplete last line, as a killed process leaves it, is skipped.
+    An incomplete last line is skipped.
 
     Raises:
-        ValueError: if the columns are not :data:`METRICS_FIELDS`.
+        ValueError: if the columns are not :data:`METRICS_FIELDS`, or a row is not of
+            their form.
     """
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         lines = [line for line in file if line.endswith("\n")]
     reader = csv.DictReader(lines)
     if tuple(reader.fieldnames or ()) != METRICS_FIELDS:
@@ -183,14 +191,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             f"{path}: expected the columns {', '.join(METRICS_FIELDS)}, "
             f"got {', '.join(reader.fieldnames or ())}"
         )
-    return [
-        {
-            **row,
-            **{name: int(row[name]) for name in _INTEGERS},
-            **{name: float(row[name]) for name in _FLOATS},
-        }
-        for row in reader
-    ]
+    try:
+        return [_convert_row(row) for row in reader]
+    except (ValueError, csv.Error) as error:
+        raise ValueError(
+            f"{path}, line {reader.line_num}: expected one value for each column, "
+            f"got {lines[reader.line_num - 1].strip()[:80]!r} ({error})"
+        ) from error
+
+
+def _convert_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    if tuple(row) != METRICS_FIELDS or None in row.values():
+        raise ValueError("another number of values")
+    integers = {name: int(row[name]) for name in _INTEGERS}
+    floats = {name: float(row[name]) for name in _FLOATS}
+    return {**row, **integers, **floats}
 
 
 @contextmanager
@@ -216,13 +231,37 @@ def lock_run(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if made and list(path.iterdir()) == [file]:
-            # A parent may hold other files by now; Windows keeps a locked file.
-            with suppress(OSError):
+        # A parent may hold other files by now, the folder may be gone, and Windows
+        # keeps a locked file.
+        with suppress(OSError):
+            if made and list(path.iterdir()) == [file]:
                 file.unlink()
                 for folder in made:
                     folder.rmdir()
         lock.release()
+
+
+class FolderGoneError(OSError):
+    """A run folder was renamed or deleted while a run was in it."""
+
+
+def watch_folder(path: Path) -> Callable[[], None]:
+    """A function that raises :class:`FolderGoneError` once a folder is another one."""
+    watched = path.stat()
+
+    def check() -> None:
+        try:
+            same = os.path.samestat(path.stat(), watched)
+        except OSError:
+            same = False
+        if not same:
+            raise FolderGoneError(
+                f"{path} was renamed or deleted while the run was in it; nothing more "
+                "is saved. If it was renamed, continue it under its new name with "
+                "alm-torchrl train --resume"
+            )
+
+    return check
 
 
 def holds_run(path: Path) -> bool:
@@ -230,58 +269,70 @@ def holds_run(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint lies in, or ``None`` if it lies elsewhere."""
+    directory = checkpoint.absolute().parent
+    in_run = directory.name == "checkpoints" and holds_run(directory.parent)
+    return directory.parent if in_run else None
+
+
 def set_run_aside(path: Path) -> Path:
-    """Moves what is in a run folder into a new one beside it, and returns that."""
-    time = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    aside = path.with_name(f"{path.name}-replaced-{time}")
+    """Moves what is in a run folder into a new one beside it, and returns that.
+
+    ``config.json`` comes last: killed before, the folder still holds a run.
+    """
+    aside = path.with_name(f"{path.name}-replaced-{time_stamp()}")
     aside.mkdir()
-    for entry in sorted(path.iterdir()):
-        if entry.name != ".lock":
-            os.replace(entry, aside / entry.name)
+    names = {entry.name for entry in path.iterdir()} - {".lock", "config.json"}
+    for name in (*sorted(names), "config.json"):
+        os.replace(path / name, aside / name)
     return aside
 
 
-def create_run(config: TrainConfig, device: str) -> None:
-    """Writes the ``config.json`` of a new run into ``config.run_path``."""
-    record = {
-        "format": FORMAT,
-        "settings": config.to_dict(),
-        "agent": config.agent,
-        **provenance(device),
-        "started": _now(),
-        "continued": [],
-    }
-    _write_record(config.run_path, record)
-
-
-def continue_run(
-    config: TrainConfig, device: str, source: Path, checkpoint: Path, step: int
+def write_config(
+    config: TrainConfig, device: str, checkpoint: Path | None = None, step: int = 0
 ) -> None:
-    """Notes in the ``config.json`` of ``config.run_path`` that a run is continued.
+    """Writes the ``config.json`` of ``config.run_path``.
 
     Args:
         config: the settings from now on.
         device: the device in use, ``"cpu"`` or ``"cuda"``.
-        source: folder of the run, if need be another one.
-        checkpoint: the checkpoint it continues from.
-        step: environment step of the checkpoint.
+        checkpoint: what the run continues from; its run's record goes on then.
+            Default: ``None``, a new run.
+        step: environment step of the checkpoint. Default: ``0``.
     """
-    record = read_record(source)
-    before, after = record["settings"], config.to_dict()
-    entry = {
-        "time": _now(),
-        "environment_step": step,
-        "checkpoint": str(checkpoint.resolve()),
-        "changes": {
+    path, after, now = config.run_path, config.to_dict(), provenance(device)
+    record = {
+        "format": FORMAT,
+        "settings": after,
+        "agent": config.agent,
+        **now,
+        "origin": None,
+        "started": _now(),
+        "continued": [],
+    }
+    if checkpoint is not None:
+        source, before = run_of(checkpoint), after
+        if source is not None:
+            record = read_record(source)
+            before = TrainConfig.from_dict(record["settings"]).to_dict()
+        if source is None or source.resolve() != path.resolve():
+            record["origin"] = str(checkpoint.resolve())
+        record["settings"] = after
+        changes = {
             name: [before[name], value]
             for name, value in after.items()
             if before[name] != value
-        },
-        **provenance(device),
-    }
-    record["settings"] = after
-    record["continued"].append(entry)
-    _write_record(config.run_path, record)
+        }
+        entry = {
+            "time": _now(),
+            "environment_step": step,
+            "checkpoint": str(checkpoint.resolve()),
+            "changes": changes,
+            **now,
+        }
+        record["continued"].append(entry)
+    _replace(path / "config.json", json.dumps(record, indent=2) + "\n")
 
 
 def harmful_differences(
@@ -379,11 +430,19 @@ def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-def _write_record(path: Path, record: Mapping[str, Any]) -> None:
-    new = path / ".config.json.new"
-    with new.open("w", encoding="utf-8") as file:
-        json.dump(record, file, indent=2)
-        file.write("\n")
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, METRICS_FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    _replace(path, text.getvalue())
+
+
+def _replace(path: Path, text: str) -> None:
+    """Gives a file a new content, on disk, or leaves it as it is."""
+    new = path.with_name(f".{path.name}.new")
+    with new.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(new, path / "config.json")
+    os.replace(new, path)

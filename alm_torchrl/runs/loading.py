@@ -18,9 +18,11 @@ from alm_torchrl.baselines.losses import BaselineLoss
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.runs.agents import build_loss
 from alm_torchrl.training.checkpoint import VerifiedCheckpoint, read_manifest
+from alm_torchrl.training.rotation import numbered_checkpoints
 
 __all__ = [
     "ActingPolicy",
+    "all_checkpoints",
     "checkpoint_metadata",
     "find_checkpoint",
     "load_loss",
@@ -54,12 +56,7 @@ def usable_checkpoints(
         ...     [path.name for path in usable_checkpoints(Path(folder))]
         ['checkpoint-10', 'checkpoint-2']
     """
-    found = [
-        (int(number), path)
-        for path in directory.glob("checkpoint-*")
-        if (number := path.name.removeprefix("checkpoint-")).isdigit()
-    ]
-    for _, path in sorted(found, reverse=True):
+    for _, path in reversed(numbered_checkpoints(directory)):
         try:
             VerifiedCheckpoint().verify(path, components=components)
         except CheckpointError as error:
@@ -70,6 +67,39 @@ def usable_checkpoints(
             )
         else:
             yield path
+
+
+def all_checkpoints(path: Path) -> list[Path]:
+    """All checkpoints that a path stands for, ``best`` and those set aside included.
+
+    Args:
+        path: a run folder, or a checkpoint, which stands for itself.
+
+    Raises:
+        FileNotFoundError: if it is neither, or the run has no checkpoint.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     for name in ("best", "checkpoint-2"):
+        ...         saved = VerifiedCheckpoint(net=torch.nn.Linear(2, 1))
+        ...         _ = saved.save(f"{run}/checkpoints/{name}")
+        ...     [path.name for path in all_checkpoints(Path(run))]
+        ['checkpoint-2', 'best']
+    """
+    if (path / "manifest.json").is_file():
+        return [path]
+    directory = path / "checkpoints"
+    found = []
+    for folder in (*sorted(directory.glob("set-aside-*")), directory):
+        found += [checkpoint for _, checkpoint in numbered_checkpoints(folder)]
+        if (folder / "best").is_dir():
+            found.append(folder / "best")
+    if not found:
+        raise FileNotFoundError(
+            f"{path} is neither a checkpoint nor a run folder with checkpoints"
+        )
+    return found
 
 
 def find_checkpoint(

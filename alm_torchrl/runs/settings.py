@@ -12,7 +12,8 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,14 @@ from alm_torchrl.checks import (
     check_steps,
 )
 
-__all__ = ["PRESETS", "Preset", "TrainConfig", "UserError", "preset_config"]
+__all__ = [
+    "PRESETS",
+    "Preset",
+    "TrainConfig",
+    "UserError",
+    "preset_config",
+    "user_errors",
+]
 
 Preset = Literal["quick", "paper"]
 
@@ -41,6 +49,26 @@ Discount = Annotated[float, partial(check_number, high=1.0, open_high=True)]
 
 class UserError(Exception):
     """A mistake in what was asked for; the command line shows it as one line."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns errors that users can cause into :class:`UserError`."""
+    from gymnasium.error import Error as GymnasiumError
+    from torchrl.checkpoint import CheckpointError
+
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        GymnasiumError,
+        CheckpointError,
+    ) as error:
+        raise UserError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -79,6 +107,8 @@ class TrainConfig:
     """Bounds other than +-1: clamp actions to them, or rescale [-1, 1] to them."""
     dynamics_noise: Weight = 0.0
     """Noise on the joint velocities before each step of a MuJoCo task (Fig. 17)."""
+    max_episode_steps: Count | None = None
+    """Time limit of an episode in steps; None: the one that the task names."""
     total_steps: Count = 300_000
     """Training steps (updates), one per environment step after the warm-up."""
     warmup_steps: Count = 5000
@@ -162,6 +192,8 @@ class TrainConfig:
     """Environment steps between checkpoints; there is always one at the end."""
     keep_checkpoints: Count = 2
     """Newest checkpoints that are kept."""
+    keep_every: Count | None = None
+    """Environment steps between checkpoints that stay for good; None: none do."""
     logger: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where losses and returns go besides metrics.csv."""
     run_dir: Path | None = None
@@ -266,7 +298,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
 # The first four are in the name of the run.
 _NOT_HASHED = {
     *("task", "agent", "preset", "seed"),
-    *("device", "threads", "logger", "run_dir"),
+    *("device", "threads", "logger", "keep_every", "run_dir"),
 }
 
 

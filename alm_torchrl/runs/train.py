@@ -6,19 +6,18 @@ import importlib
 import logging
 import os
 import shlex
-import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from gymnasium.error import Error as GymnasiumError
 from torchrl import torchrl_logger
 from torchrl.checkpoint import CheckpointError
 from torchrl.envs import TransformedEnv
@@ -30,43 +29,27 @@ from alm_torchrl.runs.curves import plot_runs
 from alm_torchrl.runs.film import draws_pictures
 from alm_torchrl.runs.folder import (
     METRICS_FIELDS,
+    FolderGoneError,
     MetricsWriter,
-    continue_run,
-    create_run,
-    harmful_differences,
     holds_run,
     lock_run,
-    read_record,
+    read_metrics,
     read_run,
+    run_of,
     set_run_aside,
+    watch_folder,
+    write_config,
 )
-from alm_torchrl.runs.loading import (
-    checkpoint_metadata,
-    find_checkpoint,
-    usable_checkpoints,
-)
-from alm_torchrl.runs.settings import TrainConfig, UserError
+from alm_torchrl.runs.settings import TrainConfig, UserError, user_errors
+from alm_torchrl.runs.start import Start, find_starts
+from alm_torchrl.training.episode import EpisodeError
+from alm_torchrl.training.episode_length import EpisodeLengthError, time_limit
 from alm_torchrl.training.stepper import NonFiniteError
 from alm_torchrl.training.trainer import ALMTrainer, make_trainer
 
-__all__ = ["find_device", "train", "user_errors"]
+__all__ = ["find_device", "train"]
 
 Rows = list[dict[str, Any]]
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Turns errors that users can cause into :class:`UserError`."""
-    try:
-        yield
-    except (
-        OSError,
-        ValueError,
-        ImportError,
-        GymnasiumError,
-        CheckpointError,
-    ) as error:
-        raise UserError(str(error)) from error
 
 
 def train(
@@ -77,12 +60,13 @@ def train(
 ) -> int:
     """Trains an agent in its run folder, and continues the run that is in it.
 
-    In the main thread, SIGINT and SIGTERM stop the training once the current step is
-    done and saved.
+    :mod:`alm_torchrl.runs.start` says what each state of the folder leads to. In the
+    main thread, SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 stop the training once
+    the current step is done and saved, unless they have another handler.
 
     Args:
         config: the settings; ``config.run_path`` is the folder.
-        resume: a run folder, or a checkpoint in one, to continue from; a folder other
+        resume: a run folder, or a checkpoint, to continue from; a folder other
             than ``config.run_path`` stays as it is. Default: ``None``.
         fresh: move a run in ``config.run_path`` aside and start anew.
             Default: ``False``.
@@ -90,12 +74,13 @@ def train(
             Default: ``False``.
 
     Returns:
-        int: 0, 130 after SIGINT (Ctrl-C), or 143 after SIGTERM.
+        int: 0, or 128 and the number of the signal that stopped the training, such
+        as 130 after SIGINT (Ctrl-C).
 
     Raises:
         UserError: if the task cannot be used, the folder is in use, the run in it has
-            other settings or is damaged, a package is missing, the disk is full, or
-            the training diverged.
+            other settings or is damaged, a package is missing, the disk is full, the
+            folder is gone, the environment raises, or the training diverged.
     """
     torchrl_logger.setLevel(logging.WARNING)
     if resume is not None and fresh:
@@ -106,109 +91,95 @@ def train(
     path = config.run_path
     with ExitStack() as stack:
         with user_errors():
-            env = build_env(config.to_dict(), seed=config.seed)
-            eval_env = build_env(config.to_dict())
+            envs = _build_envs(config)
             _check_logger(config.logger)
             stack.enter_context(lock_run(path))
             if fresh and holds_run(path):
                 print(f"The run before is now in {set_run_aside(path)}")
-            start = _find_start(config, resume)
-            if start.step >= config.warmup_steps + config.total_steps:
+            starts = find_starts(config, resume)
+            start = next(starts)
+            if _is_complete(config, start):
+                done = start.step - config.warmup_steps
+                where = start.checkpoint or path
+                where = where if start.elsewhere else path
                 print(
-                    f"The run in {path} is complete: {config.total_steps:,} training "
-                    "steps.\n--total-steps continues it beyond, --fresh starts anew."
+                    f"The run in {where} is complete: {done:,} training steps. To "
+                    "train longer:\n  "
+                    f"{_resume_command(config, where)} --total-steps {2 * done}"
                 )
-                _print_folder(path, eval_env)
+                if not start.elsewhere:
+                    _print_folder(config, envs[1])
                 return 0
-            logger = _make_logger(config, start.step)
         return _train_in_folder(
-            config, device, start, env, eval_env, logger, fresh_episode
+            config, device, chain([start], starts), envs, fresh_episode
         )
 
 
-@dataclass(frozen=True)
-class _Start:
-    """Where a run starts: at nothing, or at a checkpoint of a run folder."""
+def _build_envs(config: TrainConfig) -> tuple[TransformedEnv, TransformedEnv]:
+    """The environments of training and evaluation."""
+    settings = config.to_dict()
+    return (
+        build_env(settings, trust=True, seed=config.seed),
+        build_env(settings, trust=True),
+    )
 
-    source: Path
-    checkpoint: Path | None = None
-    step: int = -1
-    wall_time: float = 0.0
+
+def _is_complete(config: TrainConfig, start: Start) -> bool:
+    """Whether the last step was made, and evaluated."""
+    if start.step < config.warmup_steps + config.total_steps:
+        return False
+    metrics = config.run_path / "metrics.csv"
+    rows = read_metrics(metrics) if metrics.exists() else []
+    return start.elsewhere or _has_row(rows, start.step)
 
 
-def _find_start(config: TrainConfig, resume: Path | None) -> _Start:
-    path = config.run_path
-    source, checkpoint = path, None
-    if resume is not None:
-        checkpoint = find_checkpoint(resume, components=None)
-        source = resume if resume != checkpoint else checkpoint.resolve().parents[1]
-        if source.resolve() != path.resolve() and holds_run(path):
-            raise FileExistsError(f"{path} already holds a run; choose another folder")
-    if resume is None and not holds_run(path):
-        for name in ("checkpoints", "metrics.csv", "learning_curve.png"):
-            if (path / name).exists():
-                raise FileExistsError(
-                    f"{path} has a {name} but no config.json, so it is not a run that "
-                    "can be continued; choose another folder with --run-dir"
-                )
-        return _Start(path)
-    differences = harmful_differences(read_record(source)["settings"], config)
-    if differences:
-        listed = "; ".join(
-            f"{name}: {before!r} in the run, {after!r} now"
-            for name, (before, after) in differences.items()
-        )
-        raise UserError(
-            f"{source} holds a run with other settings ({listed}). Give the same, "
-            "another folder with --run-dir, or --fresh to start anew"
-        )
-    directory = source / "checkpoints"
-    if checkpoint is None:
-        checkpoint = next(usable_checkpoints(directory), None)
-    if checkpoint is None:
-        if any(directory.glob("checkpoint-*")):
-            raise UserError(
-                f"all checkpoints in {directory} are damaged; --fresh starts anew"
-            )
-        return _Start(source)
-    metadata = checkpoint_metadata(checkpoint)
-    if "collected_frames" not in metadata:
-        raise UserError(f"{checkpoint} holds networks only, to act with")
-    step, wall_time = metadata["collected_frames"], metadata["wall_time"]
-    return _Start(source, checkpoint, step, wall_time)
+def _has_row(rows: Rows, step: int) -> bool:
+    return any(row["environment_step"] == step for row in rows)
 
 
 def _train_in_folder(
     config: TrainConfig,
     device: str,
-    start: _Start,
-    env: TransformedEnv,
-    eval_env: TransformedEnv,
-    logger: Logger | None,
+    starts: Iterator[Start],
+    envs: tuple[TransformedEnv, TransformedEnv],
     fresh_episode: bool,
 ) -> int:
-    path, settings, spaces = config.run_path, config.to_dict(), describe_spaces(env)
-    torch.manual_seed(config.seed)
-    loss = build_loss(settings, spaces).to(device)
+    path, settings = config.run_path, config.to_dict()
+    watch, made = watch_folder(path), [envs]
     print(f"Task    {config.task}: {config.warmup_steps:,} random environment steps,")
     print(f"        then {config.total_steps:,} training steps")
     print(f"Device  {device}, CPU threads: {torch.get_num_threads()}")
-    print(f"Folder  {path}\n{loss}", flush=True)
-    began = time.monotonic() - start.wall_time
+    print(f"Folder  {path}", flush=True)
 
-    def wall_time() -> float:
-        return round(time.monotonic() - began, 3)
+    def make(start: Start) -> tuple[ALMTrainer, TransformedEnv]:
+        # Those that were built first serve once.
+        env, eval_env = made.pop() if made else _build_envs(config)
+        spaces = describe_spaces(env)
+        torch.manual_seed(config.seed)
+        loss = build_loss(settings, spaces).to(device)
+        began = time.monotonic() - start.wall_time
 
-    def on_evaluation(result: Mapping[str, Any]) -> None:
-        row = {name: result[name] for name in METRICS_FIELDS if name in result}
-        own = {"seed": config.seed, "task": config.task, "wall_time": wall_time()}
-        writer.write(row | own)
+        def wall_time() -> float:
+            return round(time.monotonic() - began, 3)
 
-    def metadata() -> dict[str, Any]:
-        return {"settings": settings, "spaces": spaces, "wall_time": wall_time()}
+        def on_evaluation(result: Mapping[str, Any]) -> None:
+            watch()
+            if "nonfinite_episode" in result:
+                raise NonFiniteError(
+                    f"the return of evaluation episode {result['nonfinite_episode']}",
+                    result["training_step"],
+                    unit="training step",
+                )
+            row = {name: result[name] for name in METRICS_FIELDS if name in result}
+            own = {"seed": config.seed, "task": config.task, "wall_time": wall_time()}
+            writer.write(row | own)
 
-    arguments = config.arguments_of(make_trainer) | {"logger": logger}
-    with user_errors():
+        def metadata() -> dict[str, Any]:
+            watch()
+            return {"settings": settings, "spaces": spaces, "wall_time": wall_time()}
+
+        arguments = config.arguments_of(make_trainer)
+        arguments["logger"] = _make_logger(config, start.step)
         trainer = make_trainer(
             env,
             loss,
@@ -219,76 +190,157 @@ def _train_in_folder(
             checkpoint_metadata=metadata,
             progress_bar=True,
         )
-        if start.checkpoint is None:
-            create_run(config, device)
-        else:
-            collector = trainer.checkpoint.components["collector"]
-            collector.fresh_episode = fresh_episode
-            trainer.load_from_file(start.checkpoint)
-            continue_run(config, device, start.source, start.checkpoint, start.step)
-            if start.source.resolve() != path.resolve():
-                shutil.copyfile(start.source / "metrics.csv", path / "metrics.csv")
-            print(f"Continues from {start.checkpoint}, environment step {start.step:,}")
-        writer = MetricsWriter(path / "metrics.csv", start.step)
-    with writer, _stop_on_signal(trainer) as signals:
-        _run_trainer(trainer, signals, path, writer.rows)
+        trainer.checkpoint.components["collector"].fresh_episode = fresh_episode
+        return trainer, eval_env
+
+    with user_errors():
+        start, (trainer, eval_env) = _load(starts, make)
+        print(trainer.loss_module, flush=True)
+        writer = _open_folder(config, device, start, trainer)
+    with _stop_on_signal(trainer) as signals:
+        try:
+            _run_trainer(config, trainer, start, signals, writer.rows)
+        except UserError:
+            # A writer may have failed because the folder is gone.
+            with user_errors():
+                watch()
+            raise
     _plot(path, writer.rows)
     if signals:
-        _print_interrupted(trainer, path, writer.rows)
-    else:
-        _print_scores(config, eval_env, writer.rows)
-    _print_folder(path, eval_env)
-    return 128 + signals[0] if signals else 0
+        # The terminal may be gone, which is what SIGHUP says.
+        with suppress(OSError):
+            _print_interrupted(config, trainer, writer.rows)
+            _print_folder(config, eval_env)
+        return 128 + signals[0]
+    _print_scores(config, eval_env, writer.rows)
+    _print_folder(config, eval_env)
+    return 0
+
+
+def _load(
+    starts: Iterator[Start],
+    make: Callable[[Start], tuple[ALMTrainer, TransformedEnv]],
+) -> tuple[Start, tuple[ALMTrainer, TransformedEnv]]:
+    """The first start whose checkpoint loads, with a trainer that is there."""
+    failure: CheckpointError | None = None
+    for start in starts:
+        # A new one each time: a load that fails may have changed it.
+        made = make(start)
+        try:
+            if start.checkpoint is not None:
+                made[0].load_from_file(start.checkpoint)
+        except CheckpointError as error:
+            if isinstance(error.__cause__, EpisodeError):
+                raise
+            failure = CheckpointError(f"{start.checkpoint} does not load: {error}")
+            warnings.warn(
+                f"{failure}. The checkpoint before it is used, if there is one.",
+                UserWarning,
+                stacklevel=2,
+            )
+        else:
+            return start, made
+    raise failure or CheckpointError("there is no checkpoint")
+
+
+def _open_folder(
+    config: TrainConfig, device: str, start: Start, trainer: ALMTrainer
+) -> MetricsWriter:
+    """Sets aside what the run leaves behind, and notes that it starts."""
+    aside = [trainer.checkpoint_rotation.set_newer_aside(start.step)]
+    write_config(config, device, start.checkpoint, start.step)
+    rows: Rows = []
+    if start.elsewhere and start.checkpoint is not None:
+        source = run_of(start.checkpoint)
+        if source is not None and (source / "metrics.csv").exists():
+            rows = read_metrics(source / "metrics.csv")
+    writer = MetricsWriter(config.run_path / "metrics.csv", start.step, rows)
+    if start.elsewhere:
+        # From here on the folder needs no other one.
+        trainer.save_trainer(force_save=True)
+    for place in filter(None, (*aside, writer.aside)):
+        print(f"What the run had after that is now in {place}")
+    if start.checkpoint is not None:
+        print(f"Continues from {start.checkpoint}, environment step {start.step:,}")
+    return writer
 
 
 def _run_trainer(
-    trainer: ALMTrainer, signals: list[int], path: Path, rows: Rows
+    config: TrainConfig,
+    trainer: ALMTrainer,
+    start: Start,
+    signals: list[int],
+    rows: Rows,
 ) -> None:
     """Trains; an error that ends the run becomes one line that says how to go on."""
+    path = config.run_path
     try:
+        if not _has_row(rows, start.step):
+            # It may have been stopped in the evaluation of this step.
+            trainer.evaluate()
         trainer.train()
     except NonFiniteError as error:
         _plot(path, rows)
         raise UserError(f"training diverged: {error} Run folder: {path}") from error
     except KeyboardInterrupt:
         signals[:] = [signal.SIGINT]
+    except (FolderGoneError, EpisodeLengthError) as error:
+        raise UserError(str(error)) from error
     except OSError as error:
-        how = _how_to_continue(trainer, path)
+        how = _how_to_continue(config, trainer)
         raise UserError(f"{error}. Once that is solved, {how}") from error
+    except Exception as error:
+        if trainer.whole_at is None:
+            raise
+        how = _how_to_continue(config, trainer)
+        raise UserError(
+            f"the environment or an evaluation raised {type(error).__name__}: {error}. "
+            f"{_saved(trainer)} Once that is solved, {how}"
+        ) from error
+
+
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
 @contextmanager
 def _stop_on_signal(trainer: ALMTrainer) -> Iterator[list[int]]:
-    """Lets SIGINT and SIGTERM stop a trainer after its current step, which it saves.
+    """Lets signals stop a trainer after its current step, which it saves.
 
-    An exception inside a step would leave parameters half updated. A second signal
-    does not wait. Yields the list of the signals that came. Only the main thread can
-    handle signals; elsewhere nothing changes.
+    An exception inside a step would leave parameters half updated. A second SIGINT
+    does not wait. Yields the list of the signal that came first. Only the main thread
+    can handle signals; elsewhere, and where a scheduler handles one, nothing changes.
     """
     signals: list[int] = []
     previous: dict[int, Any] = {}
 
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
     def request_stop(number: int, frame: FrameType | None) -> None:
-        signals[:] = [number]
+        signals[:] = signals or [number]
         trainer.request_stop(signal.Signals(number).name)
-        restore()
-        # The signal may have come in the middle of a print(), which cannot be nested.
-        os.write(
-            2,
-            b"\nStopping after this step or evaluation; Ctrl-C again stops at once.\n",
-        )
+        signal.signal(signal.SIGINT, previous.get(signal.SIGINT, signal.SIG_DFL))
+        # The signal may have come in the middle of a print(), which cannot be nested,
+        # or because the terminal is gone.
+        with suppress(OSError):
+            os.write(2, b"\nStopping after this step; Ctrl-C again stops at once.\n")
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, request_stop)
+        for name in _SIGNALS:
+            number = getattr(signal, name, None)
+            if number is not None and _is_free(number):
+                previous[number] = signal.signal(number, request_stop)
     try:
         yield signals
     finally:
-        restore()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _is_free(number: int) -> bool:
+    """Whether nobody else handles a signal."""
+    free = [signal.SIG_DFL, signal.default_int_handler]
+    if number == signal.SIGINT:
+        # Ignored by those that start runs in the background.
+        free.append(signal.SIG_IGN)
+    return signal.getsignal(number) in free
 
 
 def _plot(path: Path, rows: Rows) -> None:
@@ -297,51 +349,77 @@ def _plot(path: Path, rows: Rows) -> None:
             plot_runs([read_run(path)], path / "learning_curve.png")
 
 
-def _print_interrupted(trainer: ALMTrainer, path: Path, rows: Rows) -> None:
-    newest = trainer.checkpoint_rotation.latest()
-    saved = "There is no checkpoint yet." if newest is None else f"Saved in {newest}."
-    print(f"\nInterrupted. {saved}")
+def _print_interrupted(config: TrainConfig, trainer: ALMTrainer, rows: Rows) -> None:
+    print(f"\nInterrupted. {_saved(trainer)}")
     if rows:
         print(
             f"Last mean return {rows[-1]['mean_return']:.1f}, after "
             f"{rows[-1]['training_step']:,} training steps."
         )
-    how = _how_to_continue(trainer, path)
+    how = _how_to_continue(config, trainer)
     print(f"{how[0].upper()}{how[1:]}")
 
 
-def _how_to_continue(trainer: ALMTrainer, path: Path) -> str:
+def _saved(trainer: ALMTrainer) -> str:
+    """Where this process saved last."""
+    rotation = trainer.checkpoint_rotation
+    if rotation.saved is not None:
+        return f"Saved in {rotation.saved}."
+    newest = rotation.latest()
+    if newest is None:
+        return "There is no checkpoint yet."
+    return f"Nothing was saved since {newest}."
+
+
+def _how_to_continue(config: TrainConfig, trainer: ALMTrainer) -> str:
     if trainer.checkpoint_rotation.latest() is None:
         return "start again with the same command"
-    return f"continue with: alm-torchrl train --resume {shlex.quote(str(path))}"
+    return f"continue with: {_resume_command(config, config.run_path)}"
+
+
+def _resume_command(config: TrainConfig, path: Path) -> str:
+    return f"alm-torchrl train --resume {shlex.quote(str(path))}{_trust(config)}"
+
+
+def _trust(config: TrainConfig) -> str:
+    """The flag without which a command does not import the module of a task."""
+    return " --trust" if ":" in config.task else ""
 
 
 def _print_scores(config: TrainConfig, env: TransformedEnv, rows: Rows) -> None:
     scores = {}
-    for name, policy in (
-        ("random policy", random_policy(env)),
-        ("standing still", zero_policy(env)),
-    ):
+    # Without a time limit, these might never end.
+    references = (
+        ()
+        if time_limit(env) is None
+        else (
+            ("random policy", random_policy(env)),
+            ("standing still", zero_policy(env)),
+        )
+    )
+    for name, policy in references:
         found = evaluate_policy(
             env, policy, episodes=config.eval_episodes, seed=config.seed
         )
         scores[name] = found["return"].mean().item()
-    scores["untrained agent"] = rows[0]["mean_return"]
+    if rows[0]["training_step"] == 0:
+        scores["untrained agent"] = rows[0]["mean_return"]
     scores["trained agent"] = rows[-1]["mean_return"]
     print(f"\nMean return of {config.eval_episodes} episodes without action noise")
     for name, score in scores.items():
         print(f"  {name:15}  {score:10.1f}")
 
 
-def _print_folder(path: Path, env: TransformedEnv) -> None:
+def _print_folder(config: TrainConfig, env: TransformedEnv) -> None:
+    path, trust = config.run_path, _trust(config)
     folder = shlex.quote(str(path))
     names = (file.name for file in path.iterdir() if not file.name.startswith("."))
     print(f"\nEverything is in {path}:\n  {', '.join(sorted(names))}")
     print("\nWhat to run next")
-    print(f"  alm-torchrl evaluate {folder}")
+    print(f"  alm-torchrl evaluate {folder}{trust}")
     print(f"  alm-torchrl plot {folder}")
     if draws_pictures(env):
-        print(f"  alm-torchrl render {folder}")
+        print(f"  alm-torchrl render {folder}{trust}")
 
 
 def find_device(name: str) -> str:

@@ -399,7 +399,7 @@ def clear_leftovers(directory: Path) -> None:
         ...     list(directory.iterdir())
         []
     """
-    for path in sorted(directory.glob(".?*.*-*")):
+    for path in filter(Path.is_dir, sorted(directory.glob(".?*.*-*"))):
         name, _, rest = path.name[1:].rpartition(".")
         kind = rest.partition("-")[0]
         if kind == "backup" and not (directory / name).exists():

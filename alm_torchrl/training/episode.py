@@ -42,11 +42,15 @@ from alm_torchrl.envs.normalizers import env_layers, load_moments, moments_of
 from alm_torchrl.evaluation import isolated_rng
 from alm_torchrl.training.state_checks import check_names, check_state
 
-__all__ = ["CollectorState", "EpisodeEnv"]
+__all__ = ["CollectorState", "EpisodeEnv", "EpisodeError"]
 
 _DIGEST_BYTES = 8
 _MAX_SEED = 2**31
 _PROTOCOL = ("checkpoint_state", "load_checkpoint_state")
+
+
+class EpisodeError(CheckpointError):
+    """A saved episode cannot be repeated here, although nothing may be damaged."""
 
 
 class EpisodeEnv(TransformedEnv):
@@ -110,6 +114,11 @@ class EpisodeEnv(TransformedEnv):
         self._next_seed = seed
         return EnvBase.set_seed(self, seed, static_seed)
 
+    @property
+    def steps(self) -> int:
+        """Steps of the running episode so far; one that raised does not count."""
+        return len(self._actions)
+
     def episode(self) -> dict[str, Any]:
         """The running episode: what :meth:`replay` needs."""
         actions = zip(*self._actions, strict=True)
@@ -147,12 +156,12 @@ class EpisodeEnv(TransformedEnv):
             episode: what :meth:`episode` returned.
 
         Raises:
-            CheckpointError: if anything differs; the environment must then be reset.
+            EpisodeError: if anything differs; the environment must then be reset.
         """
         try:
             self._repeat(episode)
         except Exception as error:
-            raise CheckpointError(
+            raise EpisodeError(
                 f"the environment does not repeat its episode: {error}. Continue with "
                 "a fresh episode (--fresh-episode, or CollectorState.fresh_episode), "
                 f"or give the environment the methods {' and '.join(_PROTOCOL)}"
@@ -215,9 +224,10 @@ class EpisodeEnv(TransformedEnv):
         return first
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        self._actions.append([tensordict.get(key).clone() for key in self.action_keys])
+        actions = [tensordict.get(key).clone() for key in self.action_keys]
         # Copies: the environment may write into what it was given and what it gave.
         following = super()._step(tensordict.clone()).clone()
+        self._actions.append(actions)
         self._digests += self._digest(following)
         return following
 
@@ -251,7 +261,7 @@ class CollectorState:
             from the steps collected. Default: ``False``, continue the saved one.
 
     Raises:
-        CheckpointError: by ``load_state_dict``, if the environment does not repeat
+        EpisodeError: by ``load_state_dict``, if the environment does not repeat
             its episode.
 
     Warns:
@@ -293,7 +303,7 @@ class CollectorState:
         check_names(state_dict, own, "collector")
         episodes, envs = state_dict["episodes"], _episode_envs(self.collector.env)
         if len(envs) != len(episodes):
-            raise CheckpointError(
+            raise EpisodeError(
                 f"the environment: expected {len(episodes)} that repeat episodes, got "
                 f"{len(envs)}"
             )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ from torchrl.objectives import LossModule
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import TrainerHookBase
 
-from alm_torchrl.evaluation import Policy, evaluate_policy
+from alm_torchrl.evaluation import EvaluationStopped, Policy, evaluate_policy
 from alm_torchrl.training.baseline_stepper import BaselineOptimizationStepper
 from alm_torchrl.training.checkpoint import VerifiedCheckpoint
 from alm_torchrl.training.stepper import ALMOptimizationStepper
@@ -25,12 +27,13 @@ __all__ = [
     "BestCheckpoint",
     "EpisodeLog",
     "EvaluationHook",
+    "Hook",
     "NonFiniteCheck",
     "ProgressBar",
 ]
 
 
-class _Hook(TrainerHookBase):
+class Hook(TrainerHookBase):
     """A hook without state, registered at one stage of its trainer."""
 
     stage: str
@@ -49,12 +52,13 @@ class _Hook(TrainerHookBase):
         """Restores nothing."""
 
 
-class EvaluationHook(_Hook):
+class EvaluationHook(Hook):
     """Evaluates the policy at training step 0, at intervals and at the end.
 
     The seed of an evaluation follows from ``seed`` and the training step, so the hook
     has no state. Results go to ``on_evaluation`` and to the trainer's logger (keys
-    ``eval/return`` and ``eval/length``, by environment step).
+    ``eval/return`` and ``eval/length``, by environment step). A request to stop ends
+    an evaluation at its next step, without a result.
 
     Args:
         env (EnvBase): environment for evaluations only.
@@ -67,6 +71,9 @@ class EvaluationHook(_Hook):
         seed (int): seed of the run. Default: ``0``.
         on_evaluation (callable, optional): receives a dictionary of plain numbers,
             see :func:`~alm_torchrl.make_trainer`. Default: ``None``.
+
+    Warns:
+        UserWarning: if a return is not finite, with its episode and training step.
 
     Examples:
         >>> from alm_torchrl import make_alm_loss, make_env, make_trainer
@@ -109,7 +116,7 @@ class EvaluationHook(_Hook):
         self.seed = seed
         self.on_evaluation = on_evaluation
 
-    def __call__(self, batch: TensorDictBase) -> None:
+    def __call__(self, batch: TensorDictBase | None) -> None:
         """Evaluates if it is time."""
         frames = self.trainer.collected_frames
         step = frames - self.warmup_steps
@@ -119,12 +126,16 @@ class EvaluationHook(_Hook):
 
     def evaluate(self, step: int) -> None:
         """Evaluates now; ``step`` is the training step and part of the seed."""
-        scores = evaluate_policy(
-            self.env,
-            self.policy,
-            episodes=self.episodes,
-            seed=(self.seed * 1_000_003 + step + 1) % 2**31,
-        )
+        try:
+            scores = evaluate_policy(
+                self.env,
+                self.policy,
+                episodes=self.episodes,
+                seed=(self.seed * 1_000_003 + step + 1) % 2**31,
+                should_stop=lambda: getattr(self.trainer, "stop_requested", False),
+            )
+        except EvaluationStopped:
+            return
         returns, lengths = scores["return"], scores["length"].to(scores["return"])
         row = {
             "training_step": step,
@@ -133,6 +144,9 @@ class EvaluationHook(_Hook):
             "std_return": returns.std().item() if self.episodes > 1 else 0.0,
             "mean_length": lengths.mean().item(),
         }
+        nonfinite = returns.isfinite().logical_not().nonzero()
+        if len(nonfinite):
+            row["nonfinite_episode"] = int(nonfinite[0]) + 1
         if self.trainer.logger is not None:
             for name in ("return", "length"):
                 self.trainer.logger.log_scalar(
@@ -142,9 +156,17 @@ class EvaluationHook(_Hook):
                 )
         if self.on_evaluation is not None:
             self.on_evaluation(row)
+        if len(nonfinite):
+            warnings.warn(
+                f"the evaluation at training step {step} has the return "
+                f"{returns[nonfinite[0]].item()} in episode "
+                f"{row['nonfinite_episode']} of {self.episodes}",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
-class EpisodeLog(_Hook):
+class EpisodeLog(Hook):
     """Logs return and length of the training episodes that end.
 
     Keys ``train/return`` and ``train/length``.
@@ -208,6 +230,9 @@ class EpisodeLog(_Hook):
 class BestCheckpoint:
     """Keeps the networks that scored best in an evaluation, without the replay.
 
+    A return that is not finite is no score. If the checkpoint is gone, because it was
+    set aside, the next evaluation is the best.
+
     Args:
         loss (LossModule): the networks.
         path (Path): the checkpoint to write.
@@ -239,7 +264,10 @@ class BestCheckpoint:
 
     def __call__(self, row: dict[str, Any]) -> None:
         """Saves if the evaluation is the best so far."""
-        if self._best is None or row["mean_return"] > self._best:
+        if not math.isfinite(row["mean_return"]):
+            return
+        best = self._best if self.path.exists() else None
+        if best is None or row["mean_return"] > best:
             self._checkpoint.save(self.path, metadata={**row, **self.metadata()})
             self._best = row["mean_return"]
 
@@ -252,7 +280,7 @@ class BestCheckpoint:
         self._best = state_dict["best"]
 
 
-class NonFiniteCheck(_Hook):
+class NonFiniteCheck(Hook):
     """Reads at intervals whether an update met a value that was not finite.
 
     For devices on which a reading in each update would wait for the device.
@@ -286,7 +314,7 @@ class NonFiniteCheck(_Hook):
             self.stepper.raise_if_nonfinite()
 
 
-class ProgressBar(_Hook):
+class ProgressBar(Hook):
     """Shows environment steps per second, the time left and the last return.
 
     Twice a second on a terminal, twice a minute where the output is kept in a file.

@@ -47,7 +47,7 @@ class NonFiniteError(RuntimeError):
         term: str,
         step: int,
         *,
-        unit: Literal["update", "environment step"] = "update",
+        unit: Literal["update", "environment step", "training step"] = "update",
         checkpoint: Path | None = None,
     ) -> None:
         saved = "" if checkpoint is None else f" Last good checkpoint: {checkpoint}."

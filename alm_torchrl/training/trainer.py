@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from torchrl.checkpoint import CheckpointRotation
-from torchrl.collectors import Collector
+from torchrl.checkpoint import CheckpointError
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.record.loggers import Logger
@@ -27,7 +28,12 @@ from alm_torchrl.training.checkpoint import (
     VerifiedCheckpoint,
     clear_leftovers,
 )
+from alm_torchrl.training.collector import OpenCollector
 from alm_torchrl.training.episode import CollectorState, EpisodeEnv
+from alm_torchrl.training.episode_length import (
+    EpisodeLengthCheck,
+    EpisodeLengthError,
+)
 from alm_torchrl.training.hooks import (
     BestCheckpoint,
     EpisodeLog,
@@ -35,16 +41,20 @@ from alm_torchrl.training.hooks import (
     NonFiniteCheck,
     ProgressBar,
 )
+from alm_torchrl.training.rotation import MilestoneRotation
 from alm_torchrl.training.stepper import ALMOptimizationStepper, NonFiniteError
 
 __all__ = ["ALMTrainer", "make_trainer"]
 
 
 class ALMTrainer(Trainer):
-    """A :class:`torchrl.trainers.Trainer` that cleans up after a failed run.
+    """A :class:`torchrl.trainers.Trainer` that leaves order behind when it ends.
 
-    Made by :func:`make_trainer`. Where training raises, its progress bar is closed,
-    and a :class:`~alm_torchrl.NonFiniteError` names the last good checkpoint.
+    Made by :func:`make_trainer`. Checkpoints of later steps than it starts at are set
+    aside first. Where training raises, its progress bar is closed. An error of the
+    environment or of an evaluation comes between two training steps: the run is saved
+    before it is raised. A :class:`~alm_torchrl.NonFiniteError` names the last good
+    checkpoint.
 
     Examples:
         >>> from alm_torchrl import make_alm_loss, make_env
@@ -59,6 +69,12 @@ class ALMTrainer(Trainer):
     """
 
     bar: ProgressBar | None = None
+    evaluation: EvaluationHook | None = None
+    env: EpisodeEnv
+    stop_requested = False
+    """Whether :meth:`request_stop` was called."""
+    whole_at: int | None = 0
+    """Steps of the running episode between two training steps, ``None`` in one."""
 
     def train(self) -> None:
         """Trains until the end, a stop that was requested, or an error.
@@ -68,21 +84,76 @@ class ALMTrainer(Trainer):
 
         Raises:
             NonFiniteError: if something was not finite; see :func:`make_trainer`.
+            EpisodeLengthError: if the episodes of the warm-up were all shorter than
+                the horizon, or none ended and the task names no time limit.
+
+        Warns:
+            UserWarning: if checkpoints of later steps are set aside, or if the
+                environment raises when it is closed.
         """
+        rotation = self.checkpoint_rotation
+        if rotation is not None and (
+            aside := rotation.set_newer_aside(self.collected_frames)
+        ):
+            warnings.warn(
+                f"what was saved after environment step {self.collected_frames} is "
+                f"now in {aside}",
+                UserWarning,
+                stacklevel=2,
+            )
+        self.whole_at = self.env.steps
         try:
             if self.collected_frames < self.total_frames:
                 super().train()
+                self.collector.close()
         except NonFiniteError as error:
-            rotation = self.checkpoint_rotation
             raise NonFiniteError(
                 error.term,
                 error.step,
                 unit=error.unit,
                 checkpoint=None if rotation is None else rotation.latest(),
             ) from error
+        except EpisodeLengthError:
+            raise
+        except Exception:
+            # A step of the environment that raises does not count, a reset may.
+            if self.whole_at == self.env.steps:
+                # The disk, or the folder, may be the reason.
+                with suppress(OSError, CheckpointError):
+                    self.save_trainer(force_save=True)
+            raise
         finally:
             if self.bar is not None:
                 self.bar.close()
+
+    def evaluate(self) -> None:
+        """Evaluates now, if an evaluation is due at the step where the training is.
+
+        A run that was stopped in an evaluation was saved without its result.
+        """
+        if self.evaluation is not None:
+            self.evaluation(None)
+
+    def request_stop(self, reason: str | None = None) -> None:
+        """Stops the training after its current step, which is saved.
+
+        Args:
+            reason: for the log. Default: ``None``.
+        """
+        self.stop_requested = True
+        super().request_stop(reason)
+
+    def save_trainer(self, force_save: bool = False) -> None:
+        """Saves if it is time, or a milestone.
+
+        Args:
+            force_save: save now. Default: ``False``.
+        """
+        rotation = self.checkpoint_rotation
+        milestone = rotation is not None and rotation.is_milestone(
+            self.collected_frames
+        )
+        super().save_trainer(force_save or milestone)
 
 
 def make_trainer(
@@ -110,6 +181,7 @@ def make_trainer(
     checkpoint_dir: str | Path | None = None,
     checkpoint_interval: int = 5000,
     keep_checkpoints: int = 2,
+    keep_every: int | None = None,
     checkpoint_metadata: Callable[[], Mapping[str, Any]] | None = None,
     progress_bar: bool = False,
     seed: int = 0,
@@ -162,17 +234,21 @@ def make_trainer(
         eval_episodes (int): whole episodes of each. Default: ``5``.
         on_evaluation (callable, optional): receives ``training_step``,
             ``environment_step``, ``mean_return``, ``std_return`` (n - 1) and
-            ``mean_length`` of each evaluation as plain numbers. Default: ``None``.
+            ``mean_length`` of each evaluation as plain numbers, and where a return
+            is not finite, its ``nonfinite_episode``. Default: ``None``.
         logger (Logger, optional): receives losses, metrics and returns by environment
             step. Default: ``None``.
         log_interval (int): environment steps between logged values.
             Default: ``1000``.
         checkpoint_dir (str or Path, optional): where checkpoints go, and in ``best``
             the networks that scored best in an evaluation; what killed saves left
-            there is removed. Default: ``None``, no checkpoints.
+            there is removed, and what is of later steps is set aside.
+            Default: ``None``, no checkpoints.
         checkpoint_interval (int): environment steps between them, besides the one at
             the end. Default: ``5000``.
         keep_checkpoints (int): how many of the latest to keep. Default: ``2``.
+        keep_every (int, optional): environment steps between checkpoints that are
+            never deleted. Default: ``None``, there are none.
         checkpoint_metadata (callable, optional): gives further JSON values for the
             manifest of each checkpoint. Default: ``None``.
         progress_bar (bool): show a progress bar (needs tqdm). Default: ``False``.
@@ -213,6 +289,8 @@ def make_trainer(
         "checkpoint_interval": checkpoint_interval,
         "keep_checkpoints": keep_checkpoints,
     }
+    if keep_every is not None:
+        positive["keep_every"] = keep_every
     for name, number in positive.items():
         check_integer(name, number)
     check_integer("seed", seed, 0, 2**31 - 1)
@@ -247,7 +325,7 @@ def make_trainer(
     env.set_seed(seed)
     policy = loss.acting_policy()
     device = next(loss.parameters()).device
-    collector = Collector(
+    collector = OpenCollector(
         env,
         policy,
         frames_per_batch=1,
@@ -290,7 +368,9 @@ def make_trainer(
         checkpoint = VerifiedCheckpoint(
             rng=RandomState(), collector=CollectorState(collector)
         )
-        rotation = CheckpointRotation(checkpoint_dir, keep_last=keep_checkpoints)
+        rotation = MilestoneRotation(
+            checkpoint_dir, keep_last=keep_checkpoints, keep_every=keep_every
+        )
         best = BestCheckpoint(loss, checkpoint_dir / "best", metadata=metadata)
     trainer = ALMTrainer(
         collector=collector,
@@ -310,11 +390,13 @@ def make_trainer(
         save_trainer_interval=checkpoint_interval - 1,
     )
     keep_last_logs(trainer)
+    trainer.env = env
 
     stored = [*loss.in_keys, ("next", "done"), ("collector", "traj_ids")]
     schedule = loss.noise_schedule
 
     def extend(batch: TensorDictBase) -> None:
+        trainer.whole_at = None
         rows = batch.select(*stored)
         for key, value in rows.items(include_nested=True, leaves_only=True):
             if value.is_floating_point() and not value.isfinite().all():
@@ -333,6 +415,9 @@ def make_trainer(
             schedule.step()
         return cast("TensorDictBase", buffer.sample()).to(device)
 
+    def end_step(_: TensorDictBase) -> None:
+        trainer.whole_at = env.steps
+
     trainer.register_op("batch_process", extend)
     trainer.register_op("process_optim_batch", sample)
     EpisodeLog(env).register(trainer)
@@ -341,6 +426,10 @@ def make_trainer(
     if progress_bar:
         trainer.bar = ProgressBar()
         trainer.bar.register(trainer)
+    trainer.register_op("post_steps_log", end_step)
+    EpisodeLengthCheck(
+        buffer, warmup_steps=warmup_steps, horizon=horizon, eval_env=eval_env
+    ).register(trainer)
     if best is not None:
         trainer.register_module("best_checkpoint", best)
     if eval_env is not None:
@@ -353,7 +442,7 @@ def make_trainer(
             if best is not None:
                 best(row)
 
-        EvaluationHook(
+        trainer.evaluation = EvaluationHook(
             eval_env,
             policy,
             warmup_steps=warmup_steps,
@@ -361,7 +450,8 @@ def make_trainer(
             episodes=eval_episodes,
             seed=seed,
             on_evaluation=report,
-        ).register(trainer)
+        )
+        trainer.evaluation.register(trainer)
     return trainer
 
 

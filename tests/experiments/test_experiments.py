@@ -17,7 +17,6 @@ from alm_torchrl.cli import main
 from alm_torchrl.experiments import execution, figures, reproduce
 from alm_torchrl.experiments.catalogue import EXPERIMENTS, SCALES, plan
 from alm_torchrl.experiments.execution import is_complete, make_runs
-from alm_torchrl.experiments.reproduce import ReproduceOptions
 from alm_torchrl.experiments.tables import (
     Group,
     format_scores,
@@ -26,6 +25,7 @@ from alm_torchrl.experiments.tables import (
 )
 from alm_torchrl.runs.curves import reference_curve
 from alm_torchrl.runs.folder import METRICS_FIELDS, Run
+from alm_torchrl.runs.options import ReproduceOptions
 from alm_torchrl.runs.settings import UserError
 from tests.experiments.killed import train_killed
 

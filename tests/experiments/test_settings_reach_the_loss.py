@@ -147,6 +147,7 @@ FLAGS = {
     "threads": (2, {"threads": 2}),
     "action_bounds": ("rescale", {"env.action_bounds": ["rescale"] * 2}),
     "dynamics_noise": (0.25, {"env.dynamics_noise": [0.25] * 2}),
+    "max_episode_steps": (19, {"env.max_episode_steps": [19] * 2}),
     "total_steps": (11, {"trainer.total_steps": 11}),
     "warmup_steps": (999, {"trainer.warmup_steps": 999}),
     "capacity": (7777, {"trainer.capacity": 7777}),
@@ -191,6 +192,7 @@ FLAGS = {
     "log_interval": (15, {"trainer.log_interval": 15}),
     "checkpoint_interval": (16, {"trainer.checkpoint_interval": 16}),
     "keep_checkpoints": (17, {"trainer.keep_checkpoints": 17}),
+    "keep_every": (18, {"trainer.keep_every": 18}),
     "logger": ("none", {"trainer.logger": None}),
     "run_dir": ("here", {"trainer.checkpoint_dir": Path("here/checkpoints")}),
 }

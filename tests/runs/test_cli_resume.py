@@ -144,15 +144,6 @@ def test_without_a_usable_checkpoint_nothing_is_lost(copy, capsys):
     assert read_metrics(copy / "metrics.csv")
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(copy, six):
-    shutil.rmtree(copy / "checkpoints")
-    with (copy / "metrics.csv").open("a") as file:
-        file.write("0,7")
-    assert run(copy) == 0
-    assert same(parameters(copy), parameters(six))
-    assert without_time(copy) == without_time(six)
-
-
 def test_fresh_moves_the_run_aside(copy, six, capsys):
     assert run(copy, "--fresh", "--seed", 1) == 0
     assert not same(parameters(copy), parameters(six))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -14,13 +15,13 @@ from alm_torchrl.runs.folder import (
     METRICS_FIELDS,
     PACKAGES,
     MetricsWriter,
-    create_run,
     harmful_differences,
     lock_run,
     provenance,
     read_metrics,
     read_record,
     read_run,
+    write_config,
 )
 from alm_torchrl.runs.settings import preset_config
 
@@ -29,11 +30,11 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_record_holds_what_is_documented(tmp_path):
     config = preset_config("quick", run_dir=tmp_path)
-    create_run(config, "cpu")
+    write_config(config, "cpu")
     record = json.loads((tmp_path / "config.json").read_text())
     assert set(record) == {
         *("format", "settings", "agent", "versions", "commit", "hardware"),
-        *("started", "continued"),
+        *("origin", "started", "continued"),
     }
     assert record["settings"] == config.to_dict()
     assert set(record["versions"]) == {"python", *PACKAGES}
@@ -66,7 +67,7 @@ def test_the_record_names_the_commit_of_the_source():
     ],
 )
 def test_a_record_of_another_form_is_refused(tmp_path, change, message):
-    create_run(preset_config("quick", run_dir=tmp_path), "cpu")
+    write_config(preset_config("quick", run_dir=tmp_path), "cpu")
     record = read_record(tmp_path)
     change(record)
     (tmp_path / "config.json").write_text(json.dumps(record))
@@ -118,21 +119,61 @@ def row(step, mean_return):
 def test_metrics_are_on_disk_at_once_and_read_back_equal(tmp_path):
     path = tmp_path / "metrics.csv"
     rows = [row(0, -0.1), row(1000, 1 / 3)]
-    with MetricsWriter(path) as writer:
-        for count, one in enumerate(rows, start=1):
-            writer.write(one)
-            assert read_metrics(path) == rows[:count]
-        with pytest.raises(ValueError, match="row: expected"):
-            writer.write({"seed": 0})
+    writer = MetricsWriter(path)
+    for count, one in enumerate(rows, start=1):
+        writer.write(one)
+        assert read_metrics(path) == rows[:count]
+    with pytest.raises(ValueError, match="row: expected"):
+        writer.write({"seed": 0})
     assert path.read_text().splitlines()[0] == ",".join(METRICS_FIELDS)
-    with path.open("a") as file:
-        file.write("0,20")  # by a process that was killed
-    with MetricsWriter(path, until=rows[0]["environment_step"]) as writer:
-        assert writer.rows == read_metrics(path) == rows[:1]
-        writer.write(rows[1])
-    assert read_metrics(path) == rows
-    with MetricsWriter(path):
-        assert read_metrics(path) == []
+    path.unlink()  # in the middle of a run
+    writer.write(row(2000, 2.0))
+    assert read_metrics(path) == [*rows, row(2000, 2.0)]
     path.write_text("step,reward\n1,2\n")
     with pytest.raises(ValueError, match="expected the columns seed"):
         read_metrics(path)
+
+
+def test_rows_after_a_step_are_set_aside(tmp_path):
+    path = tmp_path / "metrics.csv"
+    rows = [row(0, -0.1), row(1000, 1 / 3)]
+    first = MetricsWriter(path)
+    for one in rows:
+        first.write(one)
+    with path.open("a") as file:
+        file.write("0,20")  # by a process that was killed
+    writer = MetricsWriter(path, until=rows[0]["environment_step"])
+    assert writer.rows == read_metrics(path) == rows[:1]
+    assert read_metrics(writer.aside) == rows[1:]
+    assert MetricsWriter(path).aside is not None
+    assert read_metrics(path) == []
+    kept = [read_metrics(file) for file in sorted(tmp_path.glob("metrics-*.csv"))]
+    assert kept == [rows[1:], rows[:1]]
+
+
+@pytest.mark.parametrize("line", ["1,2", "0,a,1,2.0,3.0,4.0,T-v0", "1,2,3,4,5,6,7,8"])
+def test_a_malformed_row_is_named_with_its_line(tmp_path, line):
+    path = tmp_path / "metrics.csv"
+    MetricsWriter(path).write(row(0, 1.0))
+    with path.open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(ValueError, match="expected one value for each col") as raised:
+        read_metrics(path)
+    assert f"{path}, line 3" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_metrics_are_written_where_open_files_cannot_be_replaced(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def replace_as_windows_does(source, target):
+        numbers = os.listdir("/proc/self/fd")
+        held = {os.path.realpath(f"/proc/self/fd/{number}") for number in numbers}
+        if {os.path.realpath(source), os.path.realpath(target)} & held:
+            raise PermissionError(13, "used by another process", str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_as_windows_does)
+    writer = MetricsWriter(tmp_path / "metrics.csv")
+    writer.write(row(0, 1.0))
+    assert read_metrics(writer.path) == [row(0, 1.0)]

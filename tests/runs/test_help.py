@@ -22,9 +22,11 @@ def show(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
 
     def helped(*words):
-        with pytest.raises(SystemExit) as stop:
-            main([*words, "--help"])
-        assert stop.value.code == 0
+        try:
+            code = main([*words, "--help"])
+        except SystemExit as stop:
+            code = stop.code
+        assert code == 0
         return capsys.readouterr().out
 
     return helped
@@ -50,10 +52,8 @@ def descriptions(text):
 
 def test_the_root_lists_every_command(show):
     text = show()
-    first, *lines = text.splitlines()  # tyro does not wrap the first line
-    assert first.partition("{")[2].rstrip("}").split(",") == list(COMMANDS)
-    assert re.findall(r"• (\w+) +[A-Z]", text) == list(COMMANDS)
-    assert max(map(len, lines)) <= 80
+    assert re.findall(r"^  (\w+) +[A-Z]", text, re.MULTILINE) == list(COMMANDS)
+    assert max(map(len, text.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -63,7 +63,7 @@ def test_every_flag_is_described_in_a_sentence(name, show):
     assert max(map(len, text.splitlines())) <= 80
     assert [trace for trace in TRACES if trace in text] == []
     found = {} if name == "tasks" else descriptions(text)
-    assert name == "tasks" or len(found) > 2
+    assert name == "tasks" or len(found) > 1
     for flag, sentence in found.items():
         assert flag == "-h" or re.fullmatch(
             r"[A-Z].*[\w)*/]\. \((default: \S.*|required.*|see .*)\)", sentence

@@ -57,7 +57,7 @@ class FakeTrainer:
 def test_evaluation_seeds_differ_by_step_and_run_and_can_be_repeated(monkeypatch):
     seeds: list[int] = []
 
-    def evaluate(env, policy, *, episodes, seed):
+    def evaluate(env, policy, *, episodes, seed, should_stop):
         seeds.append(seed)
         scores = {"return": torch.ones(episodes), "length": torch.ones(episodes)}
         return TensorDict(scores, batch_size=[episodes])
