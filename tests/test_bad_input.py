@@ -6,6 +6,7 @@ The settings of runs and the batches of losses have tables of their own.
 from __future__ import annotations
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -237,3 +238,39 @@ def test_wrong_call(error, call, message):
     with pytest.raises(error, match=message) as raised:
         call()
     assert type(raised.value) is error
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
+def test_numpy_numbers_are_numbers(integer, tmp_path):
+    def result(whole, real, folder):
+        torch.manual_seed(0)
+        env = make_env("Pendulum-v1", action_bounds="rescale", seed=whole(0))
+        sizes = {"latent_dim": 3, "hidden_dim": 8, "model_hidden_dim": 8}
+        loss = make_alm_loss(env, **{name: whole(n) for name, n in sizes.items()})
+        numbers = {
+            **{"total_steps": 4, "warmup_steps": 12, "batch_size": 4, "horizon": 3},
+            **{"capacity": 100, "eval_interval": 3, "eval_episodes": 1, "seed": 7},
+            **{"log_interval": 2, "checkpoint_interval": 4, "keep_checkpoints": 2},
+            "keep_every": 3,
+        }
+        make_trainer(
+            env,
+            loss,
+            **{name: whole(n) for name, n in numbers.items()},
+            lr=real(2**-8),
+            tau=real(2**-5),
+            clip_norm=real(64),
+            eval_env=make_env(
+                "Pendulum-v1", action_bounds="rescale", max_episode_steps=5
+            ),
+            checkpoint_dir=folder,
+        ).train()
+        return sum(p.double().sum().item() for p in loss.parameters())
+
+    plain = result(int, float, tmp_path / "plain")
+    assert result(integer, np.float32, tmp_path / "numpy") == plain
+
+
+def test_sizes_that_no_machine_has_are_refused():
+    with pytest.raises(ValueError, match="hidden_dim: expected an integer >= 1 and <="):
+        make_encoder(3, hidden_dim=10**12)
