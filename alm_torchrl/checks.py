@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 # Larger numbers overflow somewhere inside PyTorch.
 LARGEST = 2**63 - 1
+LARGEST_SIZE = 2**16  # Of a layer; two such layers have 17 gigabytes of weights.
 LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # Of float32.
 
 
@@ -93,17 +94,17 @@ def check_type(
 
 def check_steps(
     *, warmup_steps: int, capacity: int, batch_size: int, horizon: int
-) -> None:
-    """Checks that the warm-up fills a batch and a slice, and fits into the replay.
+) -> tuple[int, int, int, int]:
+    """Returns the numbers if the warm-up fills a batch and fits into the replay.
 
     >>> check_steps(warmup_steps=10, capacity=100, batch_size=16, horizon=3)
     Traceback (most recent call last):
     ValueError: batch_size: expected at most warmup_steps=10, got 16.
     """
-    check_integer("warmup_steps", warmup_steps)
-    check_integer("capacity", capacity)
-    check_integer("batch_size", batch_size)
-    check_integer("horizon", horizon)
+    warmup_steps = check_integer("warmup_steps", warmup_steps)
+    capacity = check_integer("capacity", capacity)
+    batch_size = check_integer("batch_size", batch_size)
+    horizon = check_integer("horizon", horizon)
     for name, value, fits, expected in (
         ("warmup_steps", warmup_steps, warmup_steps >= horizon, f"least {horizon=}"),
         ("batch_size", batch_size, batch_size <= warmup_steps, f"most {warmup_steps=}"),
@@ -111,6 +112,7 @@ def check_steps(
     ):
         if not fits:
             raise ValueError(f"{name}: expected at {expected}, got {value}.")
+    return warmup_steps, capacity, batch_size, horizon
 
 
 def check_device(name: str, value: object) -> torch.device:

@@ -1,14 +1,13 @@
 """Replays three whole updates recorded from the authors' code.
 
-    python tests/parity.py [--action-bound 0.4] FILE.npz ...
+    python tests/parity.py FILE.npz ...
 
 Losses, gradients and parameters come from ``ALMLoss`` and
 ``ALMOptimizationStepper``, intermediate values from the public methods that the
-losses call. Sizes and horizon are read from the file. Action bounds are guessed from
-the recorded actions that lie at them; ``--action-bound`` gives the bound of all
-actions of a file in which too few do. Prints the largest difference of each group of
-keys, in units of ``1 + max |recorded|`` of its tensor, and exits with status 1 where
-one exceeds 1e-5.
+losses call. Sizes and horizon are read from the file, action bounds guessed from the
+recorded actions that lie at them. Prints the largest difference of each group of keys,
+in units of ``1 + max |recorded|`` of its tensor, and exits with status 1 where one
+exceeds 1e-5.
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ GROUPS = {
 class Parity:
     """One recording, replayed."""
 
-    def __init__(self, path: str, action_bound: float | None = None) -> None:
-        self.action_bound = action_bound
+    def __init__(self, path: str) -> None:
         with np.load(path) as file:
             self.data = {key: torch.as_tensor(file[key]) for key in file.files}
         self.updates = len({k.split("/")[0] for k in self.data if k[:6] == "update"})
@@ -81,8 +79,6 @@ class Parity:
         ]
         actions = torch.cat(recorded).abs()
         largest = actions.max(0).values
-        if self.action_bound is not None:
-            return torch.full_like(largest, self.action_bound)
         # An action at its bound is recorded 1e-6 inside it, and more than once.
         hit = (actions == largest).sum(0) > 1
         return torch.where(hit, (largest + 1e-6).round(decimals=5), 1.0)
@@ -257,11 +253,9 @@ def main(arguments: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="+", metavar="FILE.npz")
-    parser.add_argument("--action-bound", type=float, help="default: guessed")
-    options = parser.parse_args(arguments)
     failed = False
-    for path in options.files:
-        parity = Parity(path, options.action_bound)
+    for path in parser.parse_args(arguments).files:
+        parity = Parity(path)
         differences = parity.run()
         print(f"{path}: {len(parity.compared)} tensors compared")
         width = max(map(len, differences))

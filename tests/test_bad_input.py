@@ -1,11 +1,12 @@
 """Wrong arguments: the message names the argument, what was expected and what was got.
 
-The settings of runs, steppers and batches have tables of their own.
+The settings of runs and the batches of losses have tables of their own.
 """
 
 from __future__ import annotations
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -14,6 +15,7 @@ from torch import nn
 from torch.distributions import Bernoulli
 
 from alm_torchrl import (
+    ALMOptimizationStepper,
     ClampedNormal,
     NoiseSchedule,
     evaluate_policy,
@@ -58,6 +60,10 @@ def train(env=None, loss=None, **options):
     env = pendulum() if env is None else env
     settings = {"total_steps": 1, "warmup_steps": 10, "batch_size": 4, **options}
     return make_trainer(env, tiny(pendulum()) if loss is None else loss, **settings)
+
+
+def stepper(**options):
+    return ALMOptimizationStepper(make_loss(updater=False), **options)
 
 
 def evaluate(policy, **options):
@@ -164,6 +170,16 @@ VALUES = [
     (lambda: box(make_redq_loss, num_qvalue_nets=1), "num_qvalue_nets: .* got 1"),
     (lambda: box(make_redq_loss, sub_sample_len=10), "sub_sample_len: .* <= 9, got 10"),
     (lambda: box(make_redq_loss, updates_per_step=0), "updates_per_step: .* got 0"),
+    # steppers
+    (lambda: stepper(cudagraph=True), "cudagraph: True expects .* got cpu"),
+    (lambda: stepper(precision="tf32"), "precision: 'tf32' expects .* got cpu"),
+    (lambda: stepper(precision="fp16"), "precision: expected .* got 'fp16'"),
+    (lambda: stepper(clip_norm=-1.0), "clip_norm: expected .* got -1"),
+    (lambda: stepper(tau=0.0), "tau: expected .* got 0"),
+    (
+        lambda: ALMOptimizationStepper(make_loss(updater=False, reduction="none")),
+        r"loss: .* got reduction='none'",
+    ),
     # training and evaluation
     (lambda: train(total_steps=0), "total_steps: expected an integer >= 1, got 0"),
     (lambda: train(capacity=9), "capacity: expected at least warmup_steps=10, got 9"),
@@ -177,8 +193,11 @@ VALUES = [
     ),
     (lambda: train(loss=make_loss()), r"loss: expected .* \[1\], .*, got \[2\]"),
     (lambda: evaluate(zero_policy(pendulum()), episodes=0), "episodes: .*, got 0"),
+    (lambda: evaluate(zero_policy(pendulum()), seed=-1), "seed: expected .*, got -1"),
 ]
 TYPES = [
+    (lambda: stepper(compile="yes"), "compile: expected bool, got str"),
+    (lambda: stepper(cudagraph=1), "cudagraph: expected bool, got int"),
     (lambda: draw(Bernoulli(0.5)), r"expected .* \(has_rsample\), got Bernoulli"),
     (
         lambda: make_actor([-1], [1], noise_schedule=0.3),
@@ -219,3 +238,39 @@ def test_wrong_call(error, call, message):
     with pytest.raises(error, match=message) as raised:
         call()
     assert type(raised.value) is error
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
+def test_numpy_numbers_are_numbers(integer, tmp_path):
+    def result(whole, real, folder):
+        torch.manual_seed(0)
+        env = make_env("Pendulum-v1", action_bounds="rescale", seed=whole(0))
+        sizes = {"latent_dim": 3, "hidden_dim": 8, "model_hidden_dim": 8}
+        loss = make_alm_loss(env, **{name: whole(n) for name, n in sizes.items()})
+        numbers = {
+            **{"total_steps": 4, "warmup_steps": 12, "batch_size": 4, "horizon": 3},
+            **{"capacity": 100, "eval_interval": 3, "eval_episodes": 1, "seed": 7},
+            **{"log_interval": 2, "checkpoint_interval": 4, "keep_checkpoints": 2},
+            "keep_every": 3,
+        }
+        make_trainer(
+            env,
+            loss,
+            **{name: whole(n) for name, n in numbers.items()},
+            lr=real(2**-8),
+            tau=real(2**-5),
+            clip_norm=real(64),
+            eval_env=make_env(
+                "Pendulum-v1", action_bounds="rescale", max_episode_steps=5
+            ),
+            checkpoint_dir=folder,
+        ).train()
+        return sum(p.double().sum().item() for p in loss.parameters())
+
+    plain = result(int, float, tmp_path / "plain")
+    assert result(integer, np.float32, tmp_path / "numpy") == plain
+
+
+def test_sizes_that_no_machine_has_are_refused():
+    with pytest.raises(ValueError, match="hidden_dim: expected an integer >= 1 and <="):
+        make_encoder(3, hidden_dim=10**12)

@@ -55,7 +55,7 @@ for run in ("straight", "run", "damaged"):
     shutil.rmtree(OUTPUT / run, ignore_errors=True)
 WARMUP = 70 if SMOKE else 500
 SHORT = 12 if SMOKE else 60
-LONG = 16 if SMOKE else 900
+LONG = 16 if SMOKE else 1500
 EPISODES = 1 if SMOKE else 5
 FILM = 6 if SMOKE else 120
 
@@ -224,10 +224,9 @@ test_env = make_env("Pendulum-v1", action_bounds="rescale")
 random = evaluate_policy(test_env, random_policy(test_env), episodes=EPISODES)
 trained = evaluate_policy(test_env, policy, episodes=EPISODES)
 if not SMOKE:
-    # Random actions cost about 1200, hanging 1000, swinging up at once 150. So short a
-    # training does not swing up with every seed, but it beats random actions.
+    # Random actions cost about 1200, hanging 1000, swinging up at once 150.
     assert random["return"].mean() < -800
-    assert trained["return"].mean() > random["return"].mean()
+    assert trained["return"].mean() > -600
 
 # %% [markdown]
 # If you do not, `load_policy` makes them from the metadata. It also loads the runs of
@@ -259,6 +258,8 @@ while not over:
     total += float(reward)
     over = terminated or truncated
 print(f"return of one episode: {total:.0f}")
+if not SMOKE:
+    assert total > -600
 
 # %% [markdown]
 # ## Film

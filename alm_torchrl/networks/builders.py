@@ -37,7 +37,7 @@ from tensordict.nn import (
 from torch import Tensor, nn
 from torchrl.modules import IndependentNormal
 
-from alm_torchrl.checks import check_integer, check_number, check_type
+from alm_torchrl.checks import LARGEST_SIZE, check_integer, check_number, check_type
 from alm_torchrl.distributions import ClampedNormal
 from alm_torchrl.networks.layers import (
     MLP,
@@ -465,4 +465,4 @@ def _as_vector(name: str, values: Tensor | Sequence[float]) -> Tensor:
 
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        check_integer(name, size)
+        check_integer(name, size, high=LARGEST_SIZE)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from alm_torchrl.checks import (
+    LARGEST_SIZE,
     check_choice,
     check_integer,
     check_number,
@@ -39,6 +40,7 @@ Preset = Literal["quick", "paper"]
 
 # Each kind of number carries its check.
 Count = Annotated[int, check_integer]
+Size = Annotated[int, partial(check_integer, high=LARGEST_SIZE)]
 Seed = Annotated[int, partial(check_integer, low=0, high=2**31 - 1)]
 Weight = Annotated[float, check_number]
 Positive = Annotated[float, partial(check_number, open_low=True)]
@@ -121,11 +123,11 @@ class TrainConfig:
     """Steps K of a slice and of the imagined rollouts."""
 
     # Networks
-    latent_dim: Count = 50
+    latent_dim: Size = 50
     """Size of the latent state."""
-    hidden_dim: Count = 512
+    hidden_dim: Size = 512
     """Units per hidden layer of all networks but the latent model."""
-    model_hidden_dim: Count = 1024
+    model_hidden_dim: Size = 1024
     """Units per hidden layer of the latent model."""
     classifier: Literal["mlp", "linear"] = "mlp"
     """Hidden layers in the classifier, or none."""

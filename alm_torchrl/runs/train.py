@@ -290,6 +290,10 @@ def _run_trainer(
         how = _how_to_continue(config, trainer)
         raise UserError(f"{error}. Once that is solved, {how}") from error
     except Exception as error:
+        if _lacks_memory(error):
+            raise UserError(
+                f"not enough memory for these settings, such as --capacity: {error}"
+            ) from error
         if trainer.whole_at is None:
             raise
         how = _how_to_continue(config, trainer)
@@ -297,6 +301,13 @@ def _run_trainer(
             f"the environment or an evaluation raised {type(error).__name__}: {error}. "
             f"{_saved(trainer)} Once that is solved, {how}"
         ) from error
+
+
+def _lacks_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        # Of PyTorch's allocator on a CPU.
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")

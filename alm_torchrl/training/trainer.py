@@ -295,24 +295,20 @@ def make_trainer(
         >>> trainer.optimization_stepper.optimizer_step_count
         3
     """
-    positive = {
-        "total_steps": total_steps,
-        "eval_interval": eval_interval,
-        "eval_episodes": eval_episodes,
-        "log_interval": log_interval,
-        "checkpoint_interval": checkpoint_interval,
-        "keep_checkpoints": keep_checkpoints,
-    }
+    total_steps = check_integer("total_steps", total_steps)
+    eval_interval = check_integer("eval_interval", eval_interval)
+    eval_episodes = check_integer("eval_episodes", eval_episodes)
+    log_interval = check_integer("log_interval", log_interval)
+    checkpoint_interval = check_integer("checkpoint_interval", checkpoint_interval)
+    keep_checkpoints = check_integer("keep_checkpoints", keep_checkpoints)
     if keep_every is not None:
-        positive["keep_every"] = keep_every
-    for name, number in positive.items():
-        check_integer(name, number)
+        keep_every = check_integer("keep_every", keep_every)
     seed = check_integer("seed", seed, 0, 2**31 - 1)
     if isinstance(loss, BaselineLoss):
         horizon = 1
     else:
         check_type("loss", loss, ALMLoss)
-    check_steps(
+    warmup_steps, capacity, batch_size, horizon = check_steps(
         warmup_steps=warmup_steps,
         capacity=capacity,
         batch_size=batch_size,

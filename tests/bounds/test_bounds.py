@@ -21,7 +21,6 @@ from alm_torchrl.bounds import (
     discounted_visits,
     expected_return,
     lambda_bound,
-    latent_q_values,
     latent_reward,
     log_omission_error,
     log_omission_gap,
@@ -29,7 +28,6 @@ from alm_torchrl.bounds import (
     offline_bound,
     optimal_dynamics,
     optimal_return,
-    practical_estimate,
     random_agent,
     random_mdp,
     random_policy,
@@ -37,7 +35,6 @@ from alm_torchrl.bounds import (
     tightened_bound,
 )
 from tests.bounds.enumeration import double
-from tests.bounds.problems import make_problem
 
 
 @pytest.fixture
@@ -228,41 +225,6 @@ def test_missing_support_costs_everything_unless_it_is_never_met():
 
 
 # -- Practice ------------------------------------------------------------------------
-
-
-def test_practical_estimate_is_the_surrogate_with_everything_learned():
-    """Normalised rewards make its coefficient c (1 - gamma)."""
-    problem = make_problem(seed=5, states=4, latents=3, actions=2, horizon=3)
-    mdp, agent, data = problem.mdp, problem.agent, problem.data
-    mdp = replace(mdp, gamma=mdp.gamma.clamp(max=0.99))
-    reward = latent_reward(mdp, agent.encoder, data)
-    qvalue = latent_q_values(mdp, agent.encoder, agent.policy, data)
-    ratio = classifier_log_ratio(mdp, agent, data)
-    rate = 1 - mdp.gamma
-    table = practical_estimate(
-        agent.model,
-        agent.policy,
-        reward,
-        qvalue / rate[:, None, None],
-        ratio,
-        mdp.gamma,
-        3,
-    )
-    start = (mdp.initial[..., None] * agent.encoder).sum(1)[..., None] * agent.policy
-    expected = surrogate_bound(
-        mdp,
-        agent,
-        3,
-        logs=False,
-        kl_coef=0.1 * rate,
-        log_ratio=ratio,
-        reward=reward,
-        qvalue=qvalue,
-    )
-    same(rate * (start * table).sum((-2, -1)), expected)
-    gaps = approximation_gaps(mdp, agent, 3, data=data, target_encoder=agent.encoder)
-    truth = expected_return(mdp, agent.state_policy)
-    same(gaps["in practice"], expected / truth - 1)
 
 
 def test_gaps_change_one_thing_each(pair):

@@ -25,7 +25,7 @@ from alm_torchrl.bounds import (
 )
 
 STATES, LATENTS, ACTIONS, GAMMA = 4, 3, 2, 0.9
-DRAWS = 20_000
+DRAWS = 10_000
 
 
 class Table(nn.Module):
@@ -55,8 +55,10 @@ def drawn(table, in_keys, out_key):
     )
 
 
-@pytest.mark.parametrize("shared_latent", [True, False])
-@pytest.mark.parametrize(("horizon", "coef"), [(1, 0.0), (1, 0.1), (3, 0.1), (6, 1.0)])
+@pytest.mark.parametrize(
+    ("horizon", "coef", "shared_latent"),
+    [(1, 0.0, True), (1, 0.1, False), (3, 0.1, True), (4, 1.0, False)],
+)
 def test_the_estimate_agrees_with_its_exact_mean(horizon, coef, shared_latent):
     generator = torch.Generator().manual_seed(horizon)
     mdp = random_mdp(1, STATES, ACTIONS, gamma=GAMMA, generator=generator)
@@ -109,6 +111,6 @@ def test_the_estimate_agrees_with_its_exact_mean(horizon, coef, shared_latent):
             estimates = loss.lower_bound(starts, horizon)
             error = estimates.mean() - exact[0, state, action]
             deviation = estimates.std() / DRAWS**0.5
-            # Five standard errors: 64 comparisons, of fixed draws.
+            # Five standard errors: 32 comparisons, of fixed draws.
             assert error.abs() < 5 * deviation + 1e-9
             assert estimates.std() > 0

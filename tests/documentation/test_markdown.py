@@ -96,11 +96,10 @@ def parse(monkeypatch, capsys):
     def run(words):
         try:
             assert cli.main(words) == 0
+            assert called or words == ["--help"]
         except SystemExit as end:
             if end.code != 0:
                 pytest.fail(capsys.readouterr().err)
-            return None
-        return called.pop()
 
     return run
 
@@ -109,12 +108,6 @@ def parse(monkeypatch, capsys):
 def test_our_command_is_accepted(words, parse):
     # An upper-case word stands for a value.
     parse([re.sub(r"^[A-Z]+$", "1", word) for word in words[1:]])
-
-
-def test_a_wrong_command_is_not_accepted(parse):
-    assert parse(["train", "--kl-coef", "0"]).kl_coef == 0
-    with pytest.raises(pytest.fail.Exception, match="--kl-coeff"):
-        parse(["train", "--kl-coeff", "0"])
 
 
 def check_python(words):

@@ -69,7 +69,7 @@ def check(rows):
     assert rows["next", "done"].flatten().tolist() == (time == LIMIT - 1).tolist()
 
 
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(
     dtype=st.sampled_from([np.float32, np.float64]),
     share=st.booleans(),

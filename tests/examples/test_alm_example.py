@@ -158,10 +158,10 @@ def test_slices_are_uniform_over_whole_windows(steps):
 
 
 def test_training_prints_an_evaluation_at_each_interval(capsys):
-    agent = alm.train(TINY)
+    agent = alm.train(dataclasses.replace(TINY, task="Hopper-v5"))
     lines = capsys.readouterr().out.splitlines()
     assert [int(line.split()[1]) for line in lines] == [0, 2, 4]
-    assert all(re.search(r"return +-\d+\.\d ", line) for line in lines)
+    assert all(re.search(r"return +-?\d+\.\d ", line) for line in lines)
     assert "critic" in lines[-1]
     step = agent.actor_optimizer.state_dict()["state"][0]["step"]
     assert step == TINY.total_steps

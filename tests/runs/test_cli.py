@@ -9,12 +9,11 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -31,13 +30,13 @@ from alm_torchrl.runs.folder import Run, read_metrics, read_run
 from alm_torchrl.runs.settings import preset_config
 from alm_torchrl.runs.train import train
 from tests.runs.test_film import can_draw
+from tests.training.resume_runs import in_process
 
 render_headless()
 
-ROOT = Path(__file__).parents[2]
 TINY = [
-    *("--warmup-steps", "60", "--batch-size", "8", "--latent-dim", "4"),
-    *("--hidden-dim", "16", "--model-hidden-dim", "16", "--eval-episodes", "1"),
+    *("--warmup-steps", "20", "--batch-size", "4", "--latent-dim", "4"),
+    *("--hidden-dim", "8", "--model-hidden-dim", "8", "--eval-episodes", "1"),
     *("--device", "cpu", "--threads", "1", "--action-bounds", "rescale"),
 ]
 TRAIN = ["train", "InvertedPendulum-v5", *TINY]
@@ -56,6 +55,10 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(run):
     return run[0]
+
+
+def sys_exit_with_main(words):
+    sys.exit(main(words))
 
 
 def fails(capsys, *arguments):
@@ -77,16 +80,10 @@ def fails(capsys, *arguments):
         ("train --preset paper", "preset 'paper' needs a task, for example: alm-torch"),
         ("train NoSuchTask-v0", "NoSuchTask"),
         ("train HalfCheeta-v5", "task: .* such as HalfCheetah-v5.* 'HalfCheeta-v5'"),
-        ("train CartPole-v1", "expected actions .* Discrete"),
-        ("train FrozenLake-v1", "expected observations .* Discrete"),
         ("train --device cuda", "--device: expected .* got cuda, but there is no CUDA"),
         # Settings
         ("train --lr 0", r"lr: expected a number > 0, got 0\.0"),
-        ("train --gamma 1", r"gamma: expected a number >= 0 and < 1, got 1\.0"),
-        ("train --horizon 0", "horizon: expected an integer >= 1, got 0"),
         ("train --batch-size 4000", "batch_size: .* most warmup_steps=2000, got 4000"),
-        ("train --capacity 1999", "capacity: .* least warmup_steps=2000, got 1999"),
-        ("train --warmup-steps 2", "warmup_steps: .* at least horizon=3, got 2"),
         # Flags
         ("train --batch-size 2.5", r"2\.5.* --batch-size INT"),
         ("train --preset slow", "'slow' for argument '--preset'.*'quick', 'paper'"),
@@ -190,14 +187,14 @@ def test_a_run_leaves_what_is_documented(run):
     }
     rows = read_metrics(folder / "metrics.csv")
     assert [row["training_step"] for row in rows] == [0, 4, 8, 10]
-    assert [row["environment_step"] for row in rows] == [60, 64, 68, 70]
+    assert [row["environment_step"] for row in rows] == [20, 24, 28, 30]
     assert {(row["seed"], row["task"]) for row in rows} == {(0, "InvertedPendulum-v5")}
     # One for each step but the one that fell.
     assert all(row["mean_return"] == row["mean_length"] - 1 for row in rows)
     times = [row["wall_time"] for row in rows]
     assert times == sorted(times)
     settings = json.loads((folder / "config.json").read_text())["settings"]
-    assert settings["hidden_dim"] == 16
+    assert settings["hidden_dim"] == 8
     assert settings["noise_steps"] == preset_config("quick").noise_steps
 
     words = [line.rsplit(maxsplit=1) for line in printed.splitlines()]
@@ -210,13 +207,6 @@ def test_a_run_leaves_what_is_documented(run):
         assert name in printed
     for command in ("evaluate", "plot", "render"):
         assert f"alm-torchrl {command} {shlex.quote(str(folder))}" in printed
-
-
-def test_a_run_without_a_folder_gets_its_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main([*TRAIN, "--total-steps", "1", "--logger", "none"]) == 0
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name == read_run(folder).config.run_name
 
 
 def test_a_complete_run_is_left_alone(capsys, folder):
@@ -280,10 +270,11 @@ def test_a_loaded_policy_acts_in_gymnasium_and_in_torchrl(folder):
 
 
 def test_plot_overlays_seeds(capsys, tmp_path, folder):
-    words = ["--total-steps", "2", "--seed", "1", "--logger", "none", "--run-dir"]
-    assert main([*TRAIN, *words, str(tmp_path / "seed 1")]) == 0
     output = tmp_path / "two seeds.png"
-    runs = [str(folder), str(tmp_path / "seed 1")]
+    other = shutil.copytree(folder, tmp_path / "seed 1")
+    config = (other / "config.json").read_text()
+    (other / "config.json").write_text(config.replace('"seed": 0', '"seed": 1'))
+    runs = [str(folder), str(other)]
     assert main(["plot", *runs, "--output", str(output)]) == 0
     assert str(output) in capsys.readouterr().out
     assert output.read_bytes()[:4] == b"\x89PNG"
@@ -308,28 +299,25 @@ def test_tasks_lists_the_papers(capsys):
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_a_task_may_be_in_a_module_in_the_working_directory(tmp_path):
-    here = tmp_path / "here"
-    here.mkdir()
-    (here / "own_tasks.py").write_text(
+def test_a_task_may_be_in_a_module_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "own_tasks.py").write_text(
         "import gymnasium\n"
         "from gymnasium.envs.classic_control import PendulumEnv\n"
         "gymnasium.register('Own-v0', PendulumEnv, max_episode_steps=9)\n"
     )
+    monkeypatch.chdir(tmp_path)
     # An installed command finds its own folder on the path, not the working directory.
-    script = tmp_path / "alm-torchrl"
-    script.write_text("from alm_torchrl.cli import main\nraise SystemExit(main())\n")
-    words = ["train", "own_tasks:Own-v0", *TINY, "--total-steps", "3"]
-    done = subprocess.run(
-        [sys.executable, script, *words, "--run-dir", "run"],
-        cwd=here,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert {row["mean_length"] for row in read_run(here / "run").metrics} == {9.0}
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    try:
+        words = ["own_tasks:Own-v0", *TINY, "--total-steps", "1", "--logger", "none"]
+        assert main(["train", *words]) == 0
+    finally:
+        gymnasium.registry.pop("Own-v0", None)
+        sys.modules.pop("own_tasks", None)
+    # A run without a folder gets its name.
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name == read_run(folder).config.run_name
+    assert {row["mean_length"] for row in read_run(folder).metrics} == {9.0}
 
 
 def test_divergence_names_the_term_and_keeps_the_curve(capsys, tmp_path):
@@ -360,35 +348,29 @@ def test_training_in_another_thread_leaves_signals_alone(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_is_saved_and_says_how_to_continue(capsys, tmp_path, number):
+def test_a_stopped_run_is_saved_and_says_how_to_continue(capfd, tmp_path, number):
     folder = tmp_path / "stopped run"
-    code = "import sys; from alm_torchrl.cli import main; sys.exit(main())"
     words = ["--total-steps", "1000000", "--eval-interval", "5", "--logger", "none"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *TRAIN, *words, "--run-dir", str(folder)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    process = in_process(sys_exit_with_main, [*TRAIN, *words, "--run-dir", str(folder)])
     metrics = folder / "metrics.csv"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.is_alive():
         if metrics.is_file() and len(metrics.read_text().splitlines()) > 2:
             break
-        time.sleep(0.1)
-    assert "in use" in fails(capsys, "train", "--resume", folder)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, err
+        time.sleep(0.02)
+    capfd.readouterr()
+    assert "in use" in fails(capfd, "train", "--resume", folder)
+    os.kill(process.pid, number)
+    process.join(120)
+    out, err = capfd.readouterr()
+    assert process.exitcode == 128 + number, err
     assert "Traceback" not in err
     command = f"alm-torchrl train --resume {shlex.quote(str(folder))}"
     assert f"Continue with: {command}" in out
     assert [row["training_step"] for row in read_run(folder).metrics[:2]] == [0, 5]
     assert (folder / "learning_curve.png").stat().st_size > 1000
     (newest,) = (folder / "checkpoints").glob("checkpoint-*")
-    steps = int(newest.name.partition("-")[2]) - 60 + 3
+    steps = int(newest.name.partition("-")[2]) - 20 + 1
     assert main([*shlex.split(command)[1:], "--total-steps", str(steps)]) == 0
-    assert f"Continues from {newest}" in capsys.readouterr().out
+    assert f"Continues from {newest}" in capfd.readouterr().out
     assert read_run(folder).metrics[-1]["training_step"] == steps

@@ -98,7 +98,7 @@ WORDS = st.one_of(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     st.sampled_from(["train"] * 6 + ["evaluate", "plot", "render", "tasks", ""]),
     st.lists(WORDS, max_size=4),
@@ -125,13 +125,16 @@ def test_any_command_line_is_run_or_refused(command, words):
             assert (out if code == 0 else err).getvalue().strip()
         else:
             assert code == 0
-            assert len(called) == 1
+            # Without a command, the help is printed.
+            helped = arguments[:1] in ([], ["-h"], ["--help"])
+            assert len(called) == (not helped)
+            assert bool(out.getvalue()) == helped
 
 
 # -- constructors --------------------------------------------------------------------
 
 
-@settings(max_examples=80)
+@settings(max_examples=30)
 @given(
     st.sampled_from(["quick", "paper", "slow", None]),
     arguments_of(
@@ -231,7 +234,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("build", CALLS)
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_any_arguments_of_a_constructor(build, data):
     required = {"capacity": 9} if build is make_replay_buffer else {}

@@ -15,8 +15,8 @@ from alm_torchrl.runs.loading import usable_checkpoints
 from alm_torchrl.training.episode import CollectorState
 from tests.training.trainer_runs import tensors, tiny_loss
 
-WARMUP, HALF, TOTAL = 30, 63, 126  # environment steps
-LIMIT, CAPACITY = 25, 90
+WARMUP, HALF, TOTAL = 10, 26, 50  # environment steps
+LIMIT, CAPACITY = 9, 36
 
 
 class LineLogger:
@@ -54,7 +54,7 @@ def make_run(folder, task, **options):
         "batch_size": 4,
         "capacity": CAPACITY,
         "eval_env": eval_env,
-        "eval_interval": 24,
+        "eval_interval": 10,
         "eval_episodes": 1,
         "on_evaluation": lambda row: logger.log_scalar(
             "row", row["mean_return"], row["environment_step"]

@@ -24,23 +24,12 @@ from alm_torchrl.training.baseline_stepper import BaselineOptimizationStepper
 from alm_torchrl.training.checkpoint import VerifiedCheckpoint, inspect_checkpoint
 from alm_torchrl.training.files import read_state, write_state
 from alm_torchrl.training.state_checks import check_state
-from tests.training.trainer_runs import differing, tensors
+from tests.training.trainer_runs import Holder, differing, numbered_rows, tensors
 
 
 @pytest.fixture(autouse=True)
 def _short_segments(monkeypatch):
     monkeypatch.setattr(replay_segments, "SEGMENT_ROWS", 8)
-
-
-def _rows(first, count):
-    number = torch.arange(first, first + count)
-    return TensorDict(
-        {
-            "observation": number.float().unsqueeze(-1),
-            "next": {"done": number.unsqueeze(-1) % 5 == 4},
-        },
-        batch_size=[count],
-    )
 
 
 def _flip(file, place=-200):
@@ -65,7 +54,7 @@ def _loaded(path):
 def test_a_damaged_segment_is_written_again(links, stamp, tmp_path, monkeypatch):
     buffer = make_replay_buffer(50, horizon=1)
     checkpoint = VerifiedCheckpoint(replay=buffer)
-    buffer.extend(_rows(0, 20))
+    buffer.extend(numbered_rows(0, 20))
     one = checkpoint.save(tmp_path / "one")
     damaged, whole, _ = sorted(one.glob("components/*/rows-*.npz"))
     _flip(damaged)
@@ -77,7 +66,7 @@ def test_a_damaged_segment_is_written_again(links, stamp, tmp_path, monkeypatch)
             raise OSError(errno.EPERM, "no links here")
 
         monkeypatch.setattr("os.link", refuse)
-    buffer.extend(_rows(20, 20))
+    buffer.extend(numbered_rows(20, 20))
     with pytest.warns(UserWarning, match=rf"{damaged} is damaged; its rows .* again"):
         two = checkpoint.save(tmp_path / "two")
     assert (_loaded(two) == buffer[:]).all()
@@ -95,11 +84,11 @@ def test_a_damaged_segment_is_written_again(links, stamp, tmp_path, monkeypatch)
 def test_rows_that_were_overwritten_are_not_needed(tmp_path):
     buffer = make_replay_buffer(20, horizon=1)
     checkpoint = VerifiedCheckpoint(replay=buffer)
-    buffer.extend(_rows(0, 20))
+    buffer.extend(numbered_rows(0, 20))
     one = checkpoint.save(tmp_path / "one")
     for file in one.glob("components/*/rows-*.npz"):
         _flip(file)
-    buffer.extend(_rows(20, 4))
+    buffer.extend(numbered_rows(20, 4))
     with pytest.warns(UserWarning, match="is damaged"):
         two = checkpoint.save(tmp_path / "two")
     other = make_replay_buffer(20, horizon=1)
@@ -111,7 +100,7 @@ def test_rows_that_were_overwritten_are_not_needed(tmp_path):
 def test_a_damaged_index_has_all_rows_written_again(damage, tmp_path):
     buffer = make_replay_buffer(50, horizon=1)
     checkpoint = VerifiedCheckpoint(replay=buffer)
-    buffer.extend(_rows(0, 20))
+    buffer.extend(numbered_rows(0, 20))
     one = checkpoint.save(tmp_path / "one")
     (index,) = one.glob("components/*/replay.npz")
     if damage == "flipped":
@@ -129,7 +118,7 @@ def test_a_damaged_index_has_all_rows_written_again(damage, tmp_path):
 
 def test_segments_are_shared_after_a_load(tmp_path):
     buffer = make_replay_buffer(50, horizon=1)
-    buffer.extend(_rows(0, 20))
+    buffer.extend(numbered_rows(0, 20))
     one = VerifiedCheckpoint(replay=buffer).save(tmp_path / "one")
     other = make_replay_buffer(50, horizon=1)
     checkpoint = VerifiedCheckpoint(replay=other)
@@ -142,24 +131,11 @@ def test_segments_are_shared_after_a_load(tmp_path):
 # -- random damage ---------------------------------------------------------------------
 
 
-class _Parts:
-    """A component with nested state."""
-
-    def __init__(self, state):
-        self.state = state
-
-    def state_dict(self):
-        return self.state
-
-    def load_state_dict(self, state):
-        self.state = state
-
-
 def _checkpoint(seed):
     torch.manual_seed(seed)
     buffer = make_replay_buffer(50, horizon=1)
-    buffer.extend(_rows(seed, 20))
-    parts = _Parts({"numbers": [seed, 0.5], "rows": torch.randn(4, 3)})
+    buffer.extend(numbered_rows(seed, 20))
+    parts = Holder({"numbers": [seed, 0.5], "rows": torch.randn(4, 3)})
     net = torch.nn.Linear(3, 2)
     return VerifiedCheckpoint(net=net, parts=parts, replay=buffer)
 
@@ -188,7 +164,7 @@ def _error_of(function, path):
     return None
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12)
 @given(
     changes=CHANGES,
     length=st.one_of(st.just(1.0), st.floats(0, 1)),
@@ -214,7 +190,7 @@ def test_a_changed_checkpoint_is_refused_or_loads_what_was_saved(
             assert differing(_tensors(target), before) == []
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40)
 @given(changes=CHANGES, length=st.one_of(st.just(1.0), st.floats(0, 1)))
 def test_a_changed_state_file_is_refused_or_read_as_it_was(changes, length):
     state = {"a": [torch.arange(5.0), None, "x"], 2: np.arange(3), "b": (1, 2.5)}
@@ -389,16 +365,16 @@ def test_a_logger_may_be_another_one(tmp_path):
 
 
 def test_a_component_may_judge_its_state_itself(tmp_path):
-    class Growing(_Parts):
+    class Growing(Holder):
         def check_state_dict(self, state):
             if len(state) > 3:
                 raise ValueError("too\nmany")
 
-    path = VerifiedCheckpoint(part=_Parts([1, 2, 3])).save(tmp_path / "three")
+    path = VerifiedCheckpoint(part=Holder([1, 2, 3])).save(tmp_path / "three")
     growing = Growing([0])
     VerifiedCheckpoint(part=growing).load(path)
     assert growing.state == [1, 2, 3]
-    path = VerifiedCheckpoint(part=_Parts([1, 2, 3, 4])).save(tmp_path / "four")
+    path = VerifiedCheckpoint(part=Holder([1, 2, 3, 4])).save(tmp_path / "four")
     with pytest.raises(CheckpointError, match="too many"):
         VerifiedCheckpoint(part=growing).load(path)
 

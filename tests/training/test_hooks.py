@@ -17,8 +17,6 @@ from alm_torchrl.training.hooks import (
     ProgressBar,
 )
 
-WARMUP = 10
-
 
 class FakeTrainer:
     """What the hooks read of a trainer; keeps what they register."""
@@ -56,63 +54,29 @@ class FakeTrainer:
             op()
 
 
-@pytest.fixture
-def evaluated(monkeypatch):
-    """Replaces evaluation by one that keeps its seeds and returns fixed scores."""
+def test_evaluation_seeds_differ_by_step_and_run_and_can_be_repeated(monkeypatch):
     seeds: list[int] = []
 
     def evaluate(env, policy, *, episodes, seed, should_stop):
         seeds.append(seed)
-        scores = {
-            "return": torch.arange(1.0, episodes + 1),
-            "length": torch.arange(episodes) + 3,
-        }
+        scores = {"return": torch.ones(episodes), "length": torch.ones(episodes)}
         return TensorDict(scores, batch_size=[episodes])
 
     monkeypatch.setattr("alm_torchrl.training.hooks.evaluate_policy", evaluate)
-    return seeds
-
-
-def evaluate_run(total=WARMUP + 7, **options):
-    """The rows of the evaluations of one run."""
-    rows: list[dict] = []
-    settings = {"interval": 3, "episodes": 3, "warmup_steps": WARMUP, **options}
-    hook = EvaluationHook(None, None, on_evaluation=rows.append, **settings)
-    trainer = FakeTrainer(total)
-    hook.register(trainer)
-    for _ in range(total):
-        trainer.step(None)
-    return rows
-
-
-@pytest.mark.parametrize(("total", "last"), [(7, [6, 7]), (6, [6])])
-def test_evaluations_come_at_step_0_at_intervals_and_at_the_end(total, last, evaluated):
-    rows = evaluate_run(WARMUP + total)
-    assert [row["training_step"] for row in rows] == [0, 3, *last]
-    assert {row["environment_step"] - row["training_step"] for row in rows} == {WARMUP}
-    assert rows[0] == {
-        "training_step": 0,
-        "environment_step": 10,
-        "mean_return": 2.0,
-        "std_return": 1.0,  # of 1, 2, 3, with n - 1
-        "mean_length": 4.0,
-    }
-    assert {row["std_return"] for row in evaluate_run(episodes=1)} == {0.0}
-
-
-def test_evaluation_seeds_differ_by_step_and_run_and_can_be_repeated(evaluated):
-    seeds = []
-    for seed in (0, 0, 1, 2):
-        evaluated.clear()
-        evaluate_run(seed=seed, interval=1, total=WARMUP + 50)
-        seeds.append(list(evaluated))
-        assert len(set(seeds[-1])) == 51
-    assert seeds[0] == seeds[1]
-    assert not set(seeds[1]) & set(seeds[2])
-    assert not set(seeds[1] + seeds[2]) & set(seeds[3])
-    evaluated.clear()
-    evaluate_run(seed=2**40)
-    assert all(0 <= number < 2**32 for number in evaluated)
+    found = []
+    for seed in (0, 0, 1, 2, 2**40):
+        seeds.clear()
+        trainer = FakeTrainer(60)
+        hook = EvaluationHook(None, None, warmup_steps=10, interval=1, seed=seed)
+        hook.register(trainer)
+        for _ in range(60):
+            trainer.step(None)
+        found.append(set(seeds))
+        assert len(set(seeds)) == len(seeds) == 51
+        assert all(0 <= number < 2**32 for number in seeds)
+    assert found[0] == found[1]
+    assert not found[1] & found[2]
+    assert not (found[1] | found[2]) & found[3]
 
 
 # -- EpisodeLog ------------------------------------------------------------------------

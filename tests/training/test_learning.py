@@ -233,6 +233,7 @@ def learned():
     return train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("term", SCORES)
 def test_each_term_learns(learned, term):
     assert_learned(learned, term)

@@ -139,28 +139,6 @@ def test_an_update_waits_for_nothing(make, precision, entropy, monkeypatch):
 # -- arguments ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "error", "match"),
-    [
-        ({"cudagraph": True}, ValueError, "cudagraph: True expects .* got cpu"),
-        ({"precision": "tf32"}, ValueError, "precision: 'tf32' expects .* got cpu"),
-        ({"precision": "fp16"}, ValueError, "precision: expected .* got 'fp16'"),
-        ({"compile": "yes"}, TypeError, "compile: expected bool, got str"),
-        ({"cudagraph": 1}, TypeError, "cudagraph: expected bool, got int"),
-        ({"clip_norm": -1.0}, ValueError, "clip_norm: expected .* got -1"),
-        ({"tau": 0.0}, ValueError, "tau: expected .* got 0"),
-    ],
-)
-def test_argument_errors(kwargs, error, match):
-    with pytest.raises(error, match=match):
-        ALMOptimizationStepper(make_loss(updater=False), **kwargs)
-
-
-def test_a_loss_without_reduction_is_refused():
-    with pytest.raises(ValueError, match=r"loss: .* got reduction='none'"):
-        ALMOptimizationStepper(make_loss(updater=False, reduction="none"))
-
-
 def test_defaults_on_a_cpu():
     stepper = make_stepper()
     modes = stepper.compile, stepper.cudagraph, stepper.precision

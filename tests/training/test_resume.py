@@ -32,7 +32,7 @@ from tests.training.test_episode import Curriculum
 from tests.training.trainer_runs import differing
 
 MANY = [task.id for task in TASKS if task.id != "Pendulum-v1"]
-SAVES_OFTEN = {"checkpoint_interval": 4}
+SAVES_OFTEN = {"checkpoint_interval": 6}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_stopped_and_continued_equals_uninterrupted(
     shutil.copytree(stopped(task), tmp_path, dirs_exist_ok=True)
     middle = final(tmp_path)
     at = int(middle["/counts/0"])
-    assert WARMUP + 10 < HALF <= at < CAPACITY
+    assert WARMUP + LIMIT < HALF <= at < CAPACITY
     finish(train, tmp_path, task)
     whole, end = final(uninterrupted(task)), final(tmp_path)
     assert differing(end, whole) == []
@@ -89,6 +89,7 @@ def test_stopped_and_continued_equals_uninterrupted(
     assert LIMIT < HALF
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "left_out",
     [
@@ -145,7 +146,7 @@ def _killed_and_continued(task, folder, size, delay):
 @pytest.mark.parametrize(
     ("task", "count"),
     [
-        ("Pendulum-v1", 2),
+        ("Pendulum-v1", 1),
         pytest.param("HalfCheetah-v5", 3, marks=pytest.mark.slow),
         pytest.param(
             "Pendulum-v1", 30, marks=[pytest.mark.slow, pytest.mark.timeout(900)]
@@ -168,23 +169,23 @@ def test_killed_at_random_moments(task, count, uninterrupted, tmp_path):
             path.name.partition("-")[0] for path in (folder / "checkpoints").iterdir()
         }
         assert left == {"checkpoint", "best"}
-    assert killed >= count * 2 // 3
+    assert killed >= max(1, count * 2 // 3)
 
 
 @pytest.mark.parametrize(
-    "call", [2, 18, *(pytest.param(call, marks=pytest.mark.slow) for call in (31, 44))]
+    "call", [18, *(pytest.param(call, marks=pytest.mark.slow) for call in (2, 31, 44))]
 )
 def test_killed_in_a_save(call, uninterrupted, tmp_path):
     process = in_process(
-        kill_at, call, train, tmp_path, "Pendulum-v1", checkpoint_interval=40
+        kill_at, call, train, tmp_path, "Pendulum-v1", checkpoint_interval=20
     )
     process.join()
     assert process.exitcode == -9
-    finish(train, tmp_path, "Pendulum-v1", checkpoint_interval=40)
+    finish(train, tmp_path, "Pendulum-v1", checkpoint_interval=20)
     assert differing(final(tmp_path), final(uninterrupted("Pendulum-v1"))) == []
 
 
-def test_the_command_asks_for_a_fresh_episode(tmp_path, capsys):
+def test_the_command_asks_for_a_fresh_episode(tmp_path, capsys, monkeypatch):
     name = "Curriculum-v0"
     gymnasium.register(name, entry_point=Curriculum, max_episode_steps=7)
     words = [
@@ -193,6 +194,8 @@ def test_the_command_asks_for_a_fresh_episode(tmp_path, capsys):
         *("--hidden-dim", "8", "--model-hidden-dim", "8", "--eval-episodes", "1"),
         *("--eval-interval", "50", "--threads", "1", "--logger", "none"),
     ]
+    # Learning curves take a second each.
+    monkeypatch.setattr("alm_torchrl.runs.train.plot_runs", lambda *_: None)
     try:
         assert main([*words, "--total-steps", "2"]) == 0
         with pytest.raises(SystemExit) as stop:

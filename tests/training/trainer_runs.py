@@ -85,6 +85,32 @@ class Counter(EnvBase):
         )
 
 
+class Holder:
+    """A checkpoint's component with any state."""
+
+    def __init__(self, state=None):
+        self.state = state
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+def numbered_rows(first, count):
+    """Rows of episodes of five steps; the observation counts them."""
+    number = torch.arange(first, first + count)
+    return TensorDict(
+        {
+            "observation": number.float().unsqueeze(-1),
+            "next": {"done": number.unsqueeze(-1) % 5 == 4},
+            "collector": {"traj_ids": number // 5},
+        },
+        batch_size=[count],
+    )
+
+
 class Capture:
     """A logger that keeps what it is given."""
 
