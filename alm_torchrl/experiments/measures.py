@@ -13,7 +13,7 @@ from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.runs.agents import build_env
 from alm_torchrl.runs.diagnose import bias_history
 from alm_torchrl.runs.folder import Run
-from alm_torchrl.runs.loading import find_checkpoint, load_loss, use_moments
+from alm_torchrl.runs.loading import load_loss, use_moments
 
 __all__ = ["bias_rows", "rollout_rows"]
 
@@ -78,7 +78,7 @@ def _runs(groups: Sequence[Group]) -> Iterator[tuple[Run, EnvBase, Row]]:
         for run in group.runs:
             # TorchRL closes it once it is collected: an error there costs no rows.
             env = build_env(run.config.to_dict())
-            use_moments(env, find_checkpoint(run.path))
+            use_moments(env, run.path)
             seed = run.config.seed
             entries = {"task": group.task, "variant": group.label, "seed": seed}
             yield run, env, entries

@@ -331,7 +331,7 @@ def load_loss(
     return loss
 
 
-def use_moments(env: EnvBase, checkpoint: Path) -> None:
+def use_moments(env: EnvBase, path: str | Path) -> None:
     """Gives an environment the moments with which an agent was trained.
 
     Those of Gymnasium's normalising wrappers in it; they move no more. Without such
@@ -339,12 +339,13 @@ def use_moments(env: EnvBase, checkpoint: Path) -> None:
 
     Args:
         env: an environment of the agent's task.
-        checkpoint: the agent's.
+        path: a run folder, which stands for its newest checkpoint, or a checkpoint.
 
     Raises:
+        FileNotFoundError: if there is no checkpoint.
         CheckpointError: if the checkpoint is damaged, or has no such moments.
     """
     normalizers = Normalizers(env)
     if normalizers.names:
-        VerifiedCheckpoint(normalizers=normalizers).load(checkpoint)
+        VerifiedCheckpoint(normalizers=normalizers).load(find_checkpoint(path))
         normalizers.freeze()

@@ -48,9 +48,9 @@ def test_resumed_equals_uninterrupted(agent, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = {"total_steps": 20, "eval_interval": 8}
     train(whole, "Pendulum-v1", **options)
-    train(parts, "Pendulum-v1", stop=40, **options)
+    train(parts, "Pendulum-v1", stop=20, **options)
     middle = final(parts)
-    assert 40 <= middle["/counts/0"] < 50
+    assert 20 <= middle["/counts/0"] < 30
     train(parts, "Pendulum-v1", **options)
     end = final(parts)
     assert differing(end, final(whole)) == []
