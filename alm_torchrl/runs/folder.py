@@ -338,11 +338,16 @@ def write_config(
 def harmful_differences(
     before: Mapping[str, Any], config: TrainConfig
 ) -> dict[str, tuple[Any, Any]]:
-    """Settings that a run cannot change when it continues, with both values."""
-    started = TrainConfig.from_dict(before).to_dict()
+    """Settings that a run cannot change when it continues, with both values.
+
+    ``compile="auto"`` leaves that choice to the run.
+    """
+    started, now = TrainConfig.from_dict(before).to_dict(), config.to_dict()
+    if config.compile == "auto":
+        now["compile"] = started["compile"]
     return {
         name: (started[name], value)
-        for name, value in config.to_dict().items()
+        for name, value in now.items()
         if name not in CHANGEABLE and started[name] != value
     }
 

@@ -178,8 +178,8 @@ class TrainConfig:
     """Step of the target networks towards the online ones."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Precision of the hidden layers in updates; all else keeps fp32."""
-    compile: bool = False
-    """Compile the terms of the update; takes a minute or more at the start."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the update; auto: ALM on a CPU, 2500 training steps or more."""
     cudagraph: bool | None = None
     """Run updates as one captured CUDA graph; None: wherever there is a GPU."""
 
@@ -233,12 +233,16 @@ class TrainConfig:
 
     @property
     def run_name(self) -> str:
-        """``<task>-<agent>-<preset>-s<seed>``, plus a hash of :attr:`changes`."""
+        """``<task>-<agent>-<preset>-s<seed>``, plus a hash of :attr:`changes`.
+
+        Compiled or not, a run has the same name.
+        """
         task = re.sub(r"[^A-Za-z0-9._-]+", "-", self.task)
         name = f"{task}-{self.agent}-{self.preset}-s{self.seed}"
-        if not self.changes:
+        changes = {k: v for k, v in self.changes.items() if k != "compile"}
+        if not changes:
             return name
-        text = json.dumps(self.changes, sort_keys=True)
+        text = json.dumps(changes, sort_keys=True)
         return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     @property
@@ -248,7 +252,11 @@ class TrainConfig:
 
     def arguments_of(self, function: Callable[..., Any]) -> dict[str, Any]:
         """The settings that a function takes under the same names."""
-        settings = {**vars(self), "capacity": self.replay_capacity}
+        settings = {
+            **vars(self),
+            "capacity": self.replay_capacity,
+            "compile": self.compile == "on",
+        }
         names = inspect.signature(function).parameters
         return {name: settings[name] for name in names if name in settings}
 

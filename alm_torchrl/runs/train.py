@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import shlex
 import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torchrl import torchrl_logger
@@ -40,8 +38,11 @@ from alm_torchrl.runs.folder import (
     watch_folder,
     write_config,
 )
+from alm_torchrl.runs.loading import checkpoint_metadata
 from alm_torchrl.runs.settings import TrainConfig, UserError, user_errors
+from alm_torchrl.runs.signals import stop_on_signal
 from alm_torchrl.runs.start import Start, find_starts
+from alm_torchrl.training.compiled import has_compiler
 from alm_torchrl.training.episode import EpisodeError
 from alm_torchrl.training.episode_length import EpisodeLengthError, time_limit
 from alm_torchrl.training.stepper import NonFiniteError
@@ -50,6 +51,9 @@ from alm_torchrl.training.trainer import ALMTrainer, make_trainer
 __all__ = ["find_device", "train"]
 
 Rows = list[dict[str, Any]]
+
+# Training steps from which compiling saves more time than it takes.
+COMPILE_STEPS = 2500
 
 
 def train(
@@ -110,9 +114,24 @@ def train(
                 if not start.elsewhere:
                     _print_folder(config, envs[1])
                 return 0
+            config = replace(config, compile=_compile_mode(config, device, start))
         return _train_in_folder(
             config, device, chain([start], starts), envs, fresh_episode
         )
+
+
+def _compile_mode(
+    config: TrainConfig, device: str, start: Start
+) -> Literal["on", "off"]:
+    """Whether the update is compiled; a run that continues keeps its mode."""
+    if config.compile != "auto":
+        return config.compile
+    if start.checkpoint is not None:
+        before = checkpoint_metadata(start.checkpoint)["settings"]["compile"]
+        return "on" if before == "on" else "off"
+    pays = config.total_steps >= COMPILE_STEPS
+    can = config.agent == "alm" and device == "cpu" and has_compiler()
+    return "on" if pays and can else "off"
 
 
 def _build_envs(config: TrainConfig) -> tuple[TransformedEnv, TransformedEnv]:
@@ -148,7 +167,10 @@ def _train_in_folder(
     watch, made = watch_folder(path), [envs]
     print(f"Task    {config.task}: {config.warmup_steps:,} random environment steps,")
     print(f"        then {config.total_steps:,} training steps")
-    print(f"Device  {device}, CPU threads: {torch.get_num_threads()}")
+    threads, mode = torch.get_num_threads(), "eager"
+    if config.compile == "on":
+        mode = "compiled at the first one, which takes a minute"
+    print(f"Device  {device}, CPU threads: {threads}\nUpdates {mode}")
     print(f"Folder  {path}", flush=True)
 
     def make(start: Start) -> tuple[ALMTrainer, TransformedEnv]:
@@ -197,7 +219,7 @@ def _train_in_folder(
         start, (trainer, eval_env) = _load(starts, make)
         print(trainer.loss_module, flush=True)
         writer = _open_folder(config, device, start, trainer)
-    with _stop_on_signal(trainer) as signals:
+    with stop_on_signal(trainer) as signals:
         try:
             _run_trainer(config, trainer, start, signals, writer.rows)
         except UserError:
@@ -308,50 +330,6 @@ def _lacks_memory(error: Exception) -> bool:
         # Of PyTorch's allocator on a CPU.
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
-
-
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-
-
-@contextmanager
-def _stop_on_signal(trainer: ALMTrainer) -> Iterator[list[int]]:
-    """Lets signals stop a trainer after its current step, which it saves.
-
-    An exception inside a step would leave parameters half updated. A second SIGINT
-    does not wait. Yields the list of the signal that came first. Only the main thread
-    can handle signals; elsewhere, and where a scheduler handles one, nothing changes.
-    """
-    signals: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def request_stop(number: int, frame: FrameType | None) -> None:
-        signals[:] = signals or [number]
-        trainer.request_stop(signal.Signals(number).name)
-        signal.signal(signal.SIGINT, previous.get(signal.SIGINT, signal.SIG_DFL))
-        # The signal may have come in the middle of a print(), which cannot be nested,
-        # or because the terminal is gone.
-        with suppress(OSError):
-            os.write(2, b"\nStopping after this step; Ctrl-C again stops at once.\n")
-
-    if threading.current_thread() is threading.main_thread():
-        for name in _SIGNALS:
-            number = getattr(signal, name, None)
-            if number is not None and _is_free(number):
-                previous[number] = signal.signal(number, request_stop)
-    try:
-        yield signals
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _is_free(number: int) -> bool:
-    """Whether nobody else handles a signal."""
-    free = [signal.SIG_DFL, signal.default_int_handler]
-    if number == signal.SIGINT:
-        # Ignored by those that start runs in the background.
-        free.append(signal.SIG_IGN)
-    return signal.getsignal(number) in free
 
 
 def _plot(path: Path, rows: Rows) -> None:

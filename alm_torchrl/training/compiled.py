@@ -8,6 +8,9 @@ numbers, branches, counters and hooks of networks, and draws from NumPy or Pytho
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
@@ -20,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from alm_torchrl.compat import compile_graph
 from alm_torchrl.training.capture import check_entries, entries_of, restored
 
-__all__ = ["CompiledUpdate"]
+__all__ = ["CompiledUpdate", "has_compiler"]
 
 # Batches after the first in which the eager update is compared.
 CHECKS = 2
@@ -213,6 +216,12 @@ class CompiledUpdate:
             failed,
             **{k: group[k] for k in ("betas", "eps")},
         )
+
+
+def has_compiler() -> bool:
+    """Whether Inductor's C++ compiler is installed."""
+    default = "clang++" if sys.platform == "darwin" else "g++"
+    return shutil.which(os.environ.get("CXX", default)) is not None
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:

@@ -22,7 +22,7 @@ def run(returns, steps=(0, 1000, 2000), **changes):
 def test_curves_group_seeds_and_nothing_else():
     runs = [
         run([0.0, 100.0, 300.0], seed=0),
-        run([10.0, 200.0, 500.0], seed=1, threads=1, compile=True, log_interval=7),
+        run([10.0, 200.0, 500.0], seed=1, threads=1, compile="on", log_interval=7),
         run([20.0, 600.0, 700.0], seed=2),
         run([1.0, 2.0, 3.0], seed=0, lr=3e-4),
     ]

@@ -1,0 +1,51 @@
+"""``--compile auto``: when the update is compiled, and that a run keeps its mode."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from alm_torchrl.runs import train as training
+from alm_torchrl.runs.folder import harmful_differences
+from alm_torchrl.runs.settings import preset_config
+from alm_torchrl.runs.start import Start
+
+
+def mode(monkeypatch, *, compiler=True, device="cpu", start=None, **settings):
+    monkeypatch.setattr(training, "has_compiler", lambda: compiler)
+    config = preset_config("quick", **settings)
+    return training._compile_mode(config, device, start or Start())
+
+
+@pytest.mark.parametrize(
+    ("circumstances", "expected"),
+    [
+        ({"total_steps": 2500}, "on"),
+        ({"total_steps": 2499}, "off"),
+        ({"compiler": False}, "off"),
+        ({"agent": "sac"}, "off"),
+        ({"device": "cuda"}, "off"),
+        ({"total_steps": 10, "compile": "on"}, "on"),
+        ({"compile": "off"}, "off"),
+    ],
+)
+def test_auto(circumstances, expected, monkeypatch):
+    assert mode(monkeypatch, **circumstances) == expected
+
+
+@pytest.mark.parametrize("before", ["on", "off"])
+def test_a_run_that_continues_keeps_its_mode(before, monkeypatch):
+    monkeypatch.setattr(
+        training, "checkpoint_metadata", lambda _: {"settings": {"compile": before}}
+    )
+    start = Start(Path("checkpoint"), 10)
+    for steps in (10, 5000):
+        assert mode(monkeypatch, start=start, total_steps=steps) == before
+    config = preset_config("quick")
+    stored = dataclasses.replace(config, compile=before)
+    assert harmful_differences(stored.to_dict(), config) == {}
+    other = dataclasses.replace(config, compile={"on": "off", "off": "on"}[before])
+    assert list(harmful_differences(stored.to_dict(), other)) == ["compile"]
+    assert stored.run_name == other.run_name == config.run_name
