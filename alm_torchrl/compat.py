@@ -1,4 +1,4 @@
-"""The private names of TorchRL and TensorDict that this library needs.
+"""The private names of PyTorch, TorchRL and TensorDict that this library needs.
 
 ``tests/test_compat.py`` says which feature breaks when one of them goes.
 """
@@ -13,6 +13,9 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictParams
 from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torchrl.collectors import Collector
 from torchrl.data import ReplayBuffer
 from torchrl.data.replay_buffers.storages import Storage
@@ -124,7 +127,13 @@ def uncount_update(trainer: Trainer) -> None:
 def compile_graph(
     graph: fx.GraphModule, example: Sequence[Tensor]
 ) -> Callable[..., Any]:
-    """Compiles a graph of operations; it draws the random numbers of eager mode."""
-    return torch._inductor.compile(
-        graph, list(example), options={"fallback_random": True}
-    )
+    """Compiles a graph of operations on tensors like those of ``example``.
+
+    It draws the random numbers of eager mode. What is compiled is cached on disk.
+    """
+    # Inductor's caches are off outside of such a context.
+    shapes = ShapeEnv(assume_static_by_default=True)
+    with tracing(TracingContext(FakeTensorMode(shape_env=shapes))):
+        return torch._inductor.compile(
+            graph, list(example), options={"fallback_random": True}
+        )

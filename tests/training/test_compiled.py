@@ -8,6 +8,7 @@ import pytest
 import torch
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
+from torch._dynamo.utils import counters
 
 from alm_torchrl import ALMOptimizationStepper, NonFiniteError
 from alm_torchrl.networks import make_decoder, make_reward
@@ -275,7 +276,9 @@ def test_the_compiled_update_is_the_eager_one(name, precision):
     )
     again.loss.load_state_dict(other.loss.state_dict())
     again.load_state_dict(copy.deepcopy(other.state_dict()))
+    hits = counters["inductor"]["fxgraph_cache_hit"]
     left, right = (run_updates(stepper, range(2)) for stepper in (other, again))
+    assert counters["inductor"]["fxgraph_cache_hit"] == hits + 1
     for one, two in zip(left, right, strict=True):
         assert changed(dict(one.items()), dict(two.items())) == set()
     assert changed(values_of(other), values_of(again)) == set()
