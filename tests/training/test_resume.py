@@ -168,7 +168,8 @@ def test_killed_at_random_moments(task, count, uninterrupted, tmp_path):
         left = {
             path.name.partition("-")[0] for path in (folder / "checkpoints").iterdir()
         }
-        assert left == {"checkpoint", "best"}
+        # Of a best that is newer than the newest checkpoint.
+        assert left - {"set"} == {"checkpoint", "best"}
     assert killed >= max(1, count * 2 // 3)
 
 
