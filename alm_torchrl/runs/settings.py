@@ -179,7 +179,7 @@ class TrainConfig:
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Precision of the hidden layers in updates; all else keeps fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the update; auto: ALM on a CPU, 2500 training steps or more."""
+    """Compile the update; auto: ALM on a CPU, 10,000 training steps or more."""
     cudagraph: bool | None = None
     """Run updates as one captured CUDA graph; None: wherever there is a GPU."""
 

@@ -185,7 +185,7 @@ FLAGS = {
     "clip_norm": (7.0, {"trainer.clip_norm": 7.0}),
     "tau": (0.75, {"trainer.tau": 0.75}),
     "precision": ("bf16", {"trainer.precision": "bf16"}),
-    "compile": ("off", {"trainer.compile": False}),
+    "compile": ("on", {"trainer.compile": True}),
     "cudagraph": (False, {"trainer.cudagraph": False}),
     "eval_interval": (13, {"trainer.eval_interval": 13}),
     "eval_episodes": (14, {"trainer.eval_episodes": 14}),

@@ -22,13 +22,13 @@ def mode(monkeypatch, *, compiler=True, device="cpu", start=None, **settings):
 @pytest.mark.parametrize(
     ("circumstances", "expected"),
     [
-        ({"total_steps": 2500}, "on"),
-        ({"total_steps": 2499}, "off"),
-        ({"compiler": False}, "off"),
-        ({"agent": "sac"}, "off"),
-        ({"device": "cuda"}, "off"),
+        ({"total_steps": 10_000}, "on"),
+        ({"total_steps": 9999}, "off"),
+        ({"total_steps": 10_000, "compiler": False}, "off"),
+        ({"total_steps": 10_000, "agent": "sac"}, "off"),
+        ({"total_steps": 10_000, "device": "cuda"}, "off"),
         ({"total_steps": 10, "compile": "on"}, "on"),
-        ({"compile": "off"}, "off"),
+        ({"total_steps": 10_000, "compile": "off"}, "off"),
     ],
 )
 def test_auto(circumstances, expected, monkeypatch):

@@ -94,7 +94,7 @@ def assert_equal_updates(eager, other, make=make_batch, atol=1e-5, updates=4):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[] if name == "entropy" else pytest.mark.slow)
+        pytest.param(name, marks=[] if name == "entropy" else pytest.mark.exhaustive)
         for name in VARIANTS
     ],
 )
@@ -104,7 +104,7 @@ def test_the_graph_is_the_eager_update(name, recorded):
     assert len(recorded) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_plain_slices_and_precisions(precision, recorded):
     steppers = pair(precision=precision)
@@ -112,7 +112,7 @@ def test_plain_slices_and_precisions(precision, recorded):
     assert_equal_updates(*steppers, make=lambda: make_rows(B, K), atol=atol)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_recording_leaves_no_trace(recorded):
     _, stepper = pair()
     batch = make_batch()
@@ -149,10 +149,14 @@ def loaded_optimizer(stepper):
         state["exp_avg_sq"].add_(1.0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "recordings"),
-    [(new_rate, 1), (new_eps, 2), (loaded, 2), (loaded_optimizer, 1)],
+    [
+        pytest.param(new_rate, 1, marks=pytest.mark.slow),
+        pytest.param(loaded, 2, marks=pytest.mark.slow),
+        pytest.param(new_eps, 2, marks=pytest.mark.exhaustive),
+        pytest.param(loaded_optimizer, 1, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_what_changes_between_updates_is_followed(change, recordings, recorded):
     eager, other = pair()
@@ -163,7 +167,7 @@ def test_what_changes_between_updates_is_followed(change, recordings, recorded):
     assert len(recorded) == recordings
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_loss_in_another_precision_is_recorded_anew(recorded):
     _, stepper = pair()
     stepper.step(None, make_batch())
@@ -190,7 +194,7 @@ def test_a_batch_unlike_the_first_is_refused(batch, message, recorded):
     assert changed(before, values_of(stepper)) == set()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("bad", ["loss_model", "loss_reward"])
 def test_a_step_that_is_not_finite_changes_nothing(bad, recorded):
     eager, other = pair()
