@@ -113,7 +113,10 @@ VALUES = [
     (lambda: ClampedNormal(ONES, ONES, high="one"), "high: expected .*, got 'one'"),
     (lambda: ClampedNormal(ONES.long(), 1), r"loc: expected .*, got torch\.int64"),
     # networks
-    (lambda: make_encoder(0), "observation_dim: expected an integer >= 1 and <= 65536, got 0"),
+    (
+        lambda: make_encoder(0),
+        "observation_dim: expected an integer >= 1 and <= 65536, got 0",
+    ),
     (lambda: make_encoder(3, latent_dim=2.5), r"latent_dim: expected .*, got 2\.5"),
     (lambda: make_encoder(3, hidden_dim=-1), "hidden_dim: expected .* got -1"),
     (lambda: make_identity_encoder(3, scale=0), "scale: expected a number > 0, got 0"),

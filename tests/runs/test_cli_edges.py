@@ -40,7 +40,7 @@ def test_help_does_not_import_pytorch():
 
 @pytest.mark.parametrize(
     ("words", "meant"),
-    [("trian", "did you mean train?"), ("evalaute", "evaluate?"), ("xyz", "'xyz'")],
+    [("trai", "did you mean train?"), ("evaluat", "evaluate?"), ("xyz", "'xyz'")],
 )
 def test_an_unknown_command_is_named(words, meant, capsys):
     with pytest.raises(SystemExit) as stop:

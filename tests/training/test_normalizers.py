@@ -77,5 +77,7 @@ def test_evaluations_checkpoints_and_resumes_share_the_moments(tmp_path):
 def test_an_evaluation_environment_without_the_wrappers_is_refused():
     env = make()
     loss = make_alm_loss(env, hidden_dim=8, model_hidden_dim=8)
-    with pytest.raises(ValueError, match=r"eval_env must have the normalising wrapp"):
+    with pytest.raises(
+        ValueError, match=r"eval_env must have the normalising wrappers"
+    ):
         make_trainer(env, loss, **STEPS, eval_env=make("Pendulum-v1"))
