@@ -291,12 +291,15 @@ class WindowReplayBuffer(TensorDictReplayBuffer):
         Raises:
             ValueError: if there are more rows than the buffer can hold, or the batch
                 size has another number of dimensions than one.
+            KeyError: if the rows have other entries than those stored.
         """
+        self._check_entries(tensordicts)
         capacity = self._storage.max_size
         if tensordicts.batch_dims != 1:
             raise ValueError(
-                "tensordicts: expected batch size [N], steps in the order of time, got "
-                f"{list(tensordicts.batch_size)}."
+                "tensordicts: expected batch size [N], steps in the order of time and "
+                f"breaks between episodes marked by {DONE_KEY} or {TRAJECTORY_KEY}, "
+                f"got {list(tensordicts.batch_size)}."
             )
         if len(tensordicts) > capacity:
             raise ValueError(
@@ -304,6 +307,30 @@ class WindowReplayBuffer(TensorDictReplayBuffer):
                 f"capacity) at once, got {len(tensordicts)}."
             )
         return super().extend(tensordicts, update_priority=update_priority)
+
+    def add(self, data: TensorDictBase) -> int:
+        """Stores a row.
+
+        Raises:
+            KeyError: if it has other entries than those stored.
+        """
+        self._check_entries(data)
+        return super().add(data)
+
+    def _check_entries(self, rows: TensorDictBase) -> None:
+        """A storage would leave old values where an entry is missing."""
+        stored = stored_rows(self._storage)
+        if stored is None or len(self._storage) == 0:
+            return
+        given, expected = (set(data.keys(True, True)) for data in (rows, stored))
+        given.discard("index")
+        expected.discard("index")
+        if given != expected:
+            differing = sorted(map(str, given ^ expected))
+            raise KeyError(
+                f"tensordicts: expected the entries of the stored rows, got others: "
+                f"{', '.join(differing)} missing on one side."
+            )
 
     def sample(
         self, batch_size: int | None = None, return_info: bool = False

@@ -93,7 +93,11 @@ def make_env(
     if seed is not None:
         seed = check_integer("seed", seed, 0, _MAX_SEED)
     dynamics_noise = check_number("dynamics_noise", dynamics_noise)
-    gym_env = _make_gym_env(task, gym_kwargs)
+    plain = {
+        name: value.item() if isinstance(value, np.generic) else value
+        for name, value in gym_kwargs.items()
+    }
+    gym_env = _make_gym_env(task, plain)
     try:
         if dynamics_noise:
             gym_env = DynamicsNoise(gym_env, dynamics_noise)

@@ -157,11 +157,23 @@ def check_batch(loss: ALMLoss, tensordict: TensorDictBase) -> None:
         ValueError: if an entry does not fit.
     """
     slices, rows = read_slices(loss, tensordict), read_transitions(loss, tensordict)
+    entries: dict[str, list[Tensor]] = {}
     for data in (slices.data, rows.data):
-        loss.latents.observations(data)
         following = read_entry(data, "next")
-        loss.latents.observations(following)
+        for part in (data, following):
+            for key, entry in loss.latents.observations(part).items(True, True):
+                entries.setdefault(str(key), []).append(entry.flatten(0, data.ndim - 1))
+        action = read_entry(data, loss.tensor_keys.action)
+        entries.setdefault("action", []).append(action.flatten(0, data.ndim - 1))
+    for key, found in entries.items():
+        kinds = [(list(e.shape[1:]), e.dtype, e.device) for e in found]
+        if any(kind != kinds[0] for kind in kinds):
+            raise ValueError(
+                f"tensordict: expected {key!r} alike in slices and transitions, now "
+                f"and next, got {kinds}."
+            )
     like = next(loss.parameters())
+    following = read_entry(rows.data, "next")
     for key in (loss.tensor_keys.reward, loss.tensor_keys.terminated):
         read_column(following, key, like)
 

@@ -165,15 +165,16 @@ def _starts_in(source: Path, config: TrainConfig) -> Iterator[Start]:
     saved = numbered_checkpoints(directory)
     if rows or saved:
         _check_settings(source, record["settings"], config)
+    reason = "all are damaged or fail to load"
     for checkpoint in usable_checkpoints(directory):
         try:
             yield _start_at(checkpoint, config)
         except (CheckpointError, UserError) as error:
             _warn(error)
+            reason = str(error)
     if saved:
         raise UserError(
-            f"all checkpoints in {directory} are damaged or fail to load; --fresh "
-            "starts anew"
+            f"no checkpoint in {directory} can be used: {reason}; --fresh starts anew"
         )
     if source.resolve() != config.run_path.resolve():
         raise UserError(f"{source} has no checkpoint to continue from")
@@ -227,7 +228,7 @@ def _check_settings(
         )
         raise UserError(
             f"{place} is of a run with other settings ({listed}). Give the same, "
-            "another folder with --run-dir, or --fresh to start anew"
+            "or start another run: with another --run-dir and no --resume, or --fresh"
         )
 
 

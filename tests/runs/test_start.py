@@ -170,7 +170,7 @@ def test_without_a_usable_checkpoint_nothing_moves(copy, capsys, monkeypatch, ki
     before = contents(copy)
     with pytest.warns(UserWarning, match="The checkpoint before it is used"):
         message = refused(capsys, run, copy, steps=15)
-    assert "all checkpoints" in message
+    assert "no checkpoint in" in message
     assert "--fresh" in message
     assert contents(copy) == before
 

@@ -210,6 +210,17 @@ def test_bf16_is_near_fp32_and_only_inside_the_hidden_layers():
         (lambda rows: rows.exclude(("next", "observation")), KeyError),
         (lambda rows: rows.exclude("observation"), KeyError),
         (
+            lambda rows: rows.set("action", rows["action"].repeat_interleave(2, -1)),
+            ValueError,
+        ),
+        (lambda rows: rows.set("action", rows["action"].double()), ValueError),
+        (
+            lambda rows: rows.set(
+                ("next", "observation"), rows["next", "observation"][..., :1]
+            ),
+            ValueError,
+        ),
+        (
             lambda rows: rows.set(
                 ("next", "reward"), rows["next", "reward"].expand(*rows.shape, 2)
             ),
