@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import io
 import logging
 import os
@@ -360,8 +361,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "" not in sys.path:
         sys.path.append("")  # a task's module may be in the working directory
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller
+            setattr(sys, name, Path(os.devnull).open("w"))
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     format_before = warnings.formatwarning
     warnings.formatwarning = _format_warning
@@ -376,12 +380,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nInterrupted.", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # What reads the output has closed it; Python would fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _drop_output()
+        print(f"alm-torchrl: error: {error}", file=sys.stderr)
+        return 1
     finally:
         warnings.formatwarning = format_before
     return code
+
+
+def _drop_output() -> None:
+    """What reads the output takes no more; Python would fail again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -457,3 +471,7 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
         if name == flag:
             found = value if equals else "".join(arguments[index + 1 : index + 2])
     return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -345,7 +345,10 @@ def test_rows_with_other_entries_than_the_stored_ones_are_refused(many):
     buffer = make_replay_buffer(9, horizon=2, batch_size=4)
     rows = make_rows([(4, CUT)])
     buffer.extend(rows)
-    for other in (rows.exclude("observation"), rows.clone().set("more", rows["observation"])):
+    for other in (
+        rows.exclude("observation"),
+        rows.clone().set("more", rows["observation"]),
+    ):
         with pytest.raises(KeyError, match="expected the entries of the stored rows"):
             buffer.extend(other) if many else buffer.add(other[0])
     assert len(buffer) == 4

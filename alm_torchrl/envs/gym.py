@@ -180,6 +180,8 @@ class _Float32Copies(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArg
         # Rounding to float32 may have moved the action across a bound.
         clipped = np.clip(action.astype(own.dtype), own.low, own.high)
         observation, reward, terminated, truncated, info = self.env.step(clipped)
+        if reward is None:  # TorchRL would make it 0
+            raise TypeError("reward: expected a number from the task, got None.")
         copied = np.array(observation, np.float32)
         return copied, reward, terminated, truncated, info
 
@@ -204,8 +206,8 @@ def _check_spaces(
         width = bounds.high - bounds.low
     if not (np.isfinite(width) & (width > 0)).all():
         raise ValueError(
-            "task: expected actions whose lower bounds are below their upper bounds, "
-            f"both finite as float32, got {actions} from {task}."
+            "task: expected actions with a range that is finite and above 0 in "
+            f"float32, got {actions} from {task}."
         )
 
 

@@ -75,6 +75,32 @@ def test_a_closed_pipe_ends_without_a_traceback():
     assert error == ""
 
 
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_closed_output(closed):
+    shell = [sys.executable, "-c", COMMAND, "tasks"]
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}>&-', "sh", *shell],
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_full_output_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", COMMAND, "tasks"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_warning_is_one_line_without_source(monkeypatch):
     shown = []
 

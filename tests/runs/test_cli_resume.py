@@ -139,7 +139,7 @@ def test_without_a_usable_checkpoint_nothing_is_lost(copy, capsys):
         (path / "manifest.json").write_text("{")
     with pytest.warns(UserWarning, match="no readable|Invalid"):
         message = fails_to_run(capsys, copy, steps=12)
-    assert "all checkpoints" in message
+    assert "no checkpoint in" in message
     assert "--fresh" in message
     assert read_metrics(copy / "metrics.csv")
 
