@@ -293,9 +293,10 @@ class WindowReplayBuffer(TensorDictReplayBuffer):
                 size has another number of dimensions than one.
             KeyError: if the rows have other entries than those stored.
         """
+        check_type("tensordicts", tensordicts, TensorDictBase)
         self._check_entries(tensordicts)
         capacity = self._storage.max_size
-        if tensordicts.batch_dims != 1:
+        if tensordicts.batch_dims != 1 or len(tensordicts) == 0:
             raise ValueError(
                 "tensordicts: expected batch size [N], steps in the order of time and "
                 f"breaks between episodes marked by {DONE_KEY} or {TRAJECTORY_KEY}, "

@@ -354,3 +354,14 @@ def test_rows_with_other_entries_than_the_stored_ones_are_refused(many):
     assert len(buffer) == 4
     buffer.empty()
     buffer.extend(rows.exclude("observation"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "error"),
+    [([1, 2], TypeError), (None, TypeError), (make_rows([(3, CUT)])[:0], ValueError)],
+)
+def test_what_is_no_row_is_refused(rows, error):
+    buffer = make_replay_buffer(9, horizon=2)
+    with pytest.raises(error, match=r"^tensordicts: expected"):
+        buffer.extend(rows)
+    assert len(buffer) == 0

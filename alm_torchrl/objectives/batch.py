@@ -174,8 +174,12 @@ def check_batch(loss: ALMLoss, tensordict: TensorDictBase) -> None:
             )
     like = next(loss.parameters())
     following = read_entry(rows.data, "next")
-    for key in (loss.tensor_keys.reward, loss.tensor_keys.terminated):
-        read_column(following, key, like)
+    read_column(following, loss.tensor_keys.terminated, like)
+    reward = read_column(following, loss.tensor_keys.reward, like)
+    if reward.dtype == torch.bool:
+        raise ValueError(
+            f"tensordict: expected numbers {loss.tensor_keys.reward!r}, got booleans."
+        )
 
 
 def _read_rows(

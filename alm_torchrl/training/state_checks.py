@@ -77,6 +77,10 @@ def check_stepper(saved: Any, stepper: Any) -> None:  # noqa: ANN401
     own, optimizers = stepper.state_dict(), stepper.optimizers
     own["optimizers"] = {name: {} for name in optimizers}
     check_state(saved, {**own, "metrics": {}} if "metrics" in own else own, "stepper")
+    if type(saved["count"]) is not int or saved["count"] < 0:
+        raise ValueError(
+            f"stepper.count: expected an integer >= 0, got {saved['count']!r}"
+        )
     names: dict[Tensor, str] = {p: name for name, p in stepper.loss.named_parameters()}
     for name, optimizer in optimizers.items():
         check_adam(saved["optimizers"][name], optimizer, f"optimizers.{name}", names)

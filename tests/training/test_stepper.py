@@ -210,6 +210,10 @@ def test_bf16_is_near_fp32_and_only_inside_the_hidden_layers():
         (lambda rows: rows.exclude(("next", "observation")), KeyError),
         (lambda rows: rows.exclude("observation"), KeyError),
         (
+            lambda rows: rows.set(("next", "reward"), rows["next", "reward"] > 0),
+            ValueError,
+        ),
+        (
             lambda rows: rows.set("action", rows["action"].repeat_interleave(2, -1)),
             ValueError,
         ),
@@ -241,3 +245,12 @@ def test_a_batch_is_checked_whole_before_anything_changes(part, spoil, error):
     else:
         # Nothing reads the recorded reward and end of slices.
         assert part == "slice"
+
+
+@pytest.mark.parametrize("count", [-1, None, float("nan"), True])
+def test_a_count_of_updates_that_is_none_is_refused(count):
+    stepper = make_stepper()
+    before = values_of(stepper)
+    with pytest.raises(ValueError, match=r"stepper\.count: expected"):
+        stepper.load_state_dict({**stepper.state_dict(), "count": count})
+    assert changed(before, values_of(stepper)) == set()
