@@ -177,14 +177,17 @@ class MetricsWriter:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a ``metrics.csv`` with integers and floats converted.
 
-    An incomplete last line is skipped.
-
     Raises:
-        ValueError: if the columns are not :data:`METRICS_FIELDS`, or a row is not of
-            their form.
+        ValueError: if the columns are not :data:`METRICS_FIELDS`, or a row is
+            incomplete or not of their form. A run never leaves such a row.
     """
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        lines = [line for line in file if line.endswith("\n")]
+        lines = list(file)
+    if lines and not lines[-1].endswith("\n"):
+        raise ValueError(
+            f"{path}, line {len(lines)}: expected a complete line, got "
+            f"{lines[-1][:80]!r}"
+        )
     reader = csv.DictReader(lines)
     if tuple(reader.fieldnames or ()) != METRICS_FIELDS:
         raise ValueError(

@@ -140,8 +140,6 @@ def test_rows_after_a_step_are_set_aside(tmp_path):
     first = MetricsWriter(path)
     for one in rows:
         first.write(one)
-    with path.open("a") as file:
-        file.write("0,20")  # by a process that was killed
     writer = MetricsWriter(path, until=rows[0]["environment_step"])
     assert writer.rows == read_metrics(path) == rows[:1]
     assert read_metrics(writer.aside) == rows[1:]
@@ -161,6 +159,16 @@ def test_a_malformed_row_is_named_with_its_line(tmp_path, line):
         read_metrics(path)
     assert f"{path}, line 3" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_row_that_was_cut_off_is_named_with_its_line(tmp_path):
+    path = tmp_path / "metrics.csv"
+    writer = MetricsWriter(path)
+    for step in (0, 1000):
+        writer.write(row(step, 1.0))
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="line 3: expected a complete line, got '0,"):
+        read_metrics(path)
 
 
 def test_metrics_are_written_where_open_files_cannot_be_replaced(tmp_path, monkeypatch):
