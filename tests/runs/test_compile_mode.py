@@ -15,7 +15,7 @@ from alm_torchrl.runs.start import Start
 
 def mode(monkeypatch, *, compiler=True, device="cpu", start=None, **settings):
     monkeypatch.setattr(training, "has_compiler", lambda: compiler)
-    config = preset_config("quick", **settings)
+    config = preset_config("quick", **{"compile": "auto", **settings})
     return training._compile_mode(config, device, start or Start())
 
 
@@ -43,7 +43,7 @@ def test_a_run_that_continues_keeps_its_mode(before, monkeypatch):
     start = Start(Path("checkpoint"), 10)
     for steps in (10, 5000):
         assert mode(monkeypatch, start=start, total_steps=steps) == before
-    config = preset_config("quick")
+    config = preset_config("quick", compile="auto")
     stored = dataclasses.replace(config, compile=before)
     assert harmful_differences(stored.to_dict(), config) == {}
     other = dataclasses.replace(config, compile={"on": "off", "off": "on"}[before])
