@@ -95,5 +95,5 @@ def test_command_trains_scores_and_keeps_a_policy(tmp_path, monkeypatch, capsys)
     first = make_loss(agent, env).acting_policy().state_dict()
     assert any(name.endswith("weight") for name in differing(state, first))
     with pytest.raises(SystemExit):
-        main([*common, "--agent", agent, "--compile", "on"])
+        main([*common, "--agent", agent, "--compile", "on", "--run-dir", "other"])
     assert "error: compile: expected False" in capsys.readouterr().err

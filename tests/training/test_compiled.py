@@ -94,7 +94,10 @@ def assert_equal_updates(eager, other, make=make_batch, atol=1e-5, updates=4):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[] if name == "entropy" else pytest.mark.exhaustive)
+        pytest.param(
+            name,
+            marks=pytest.mark.slow if name == "entropy" else pytest.mark.exhaustive,
+        )
         for name in VARIANTS
     ],
 )
