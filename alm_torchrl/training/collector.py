@@ -11,7 +11,7 @@ __all__ = ["OpenCollector"]
 
 
 class OpenCollector(Collector):
-    """A collector that its trainer closes: an error shall not, before all is saved."""
+    """A collector that only its trainer closes, after all is saved."""
 
     def shutdown(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing; see :meth:`close`."""
