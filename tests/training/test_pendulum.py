@@ -15,9 +15,14 @@ from alm_torchrl import (
 )
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(0, marks=pytest.mark.slow),
+        pytest.param(1, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_pendulum_is_swung_up(seed):
     env, eval_env = (make_env("Pendulum-v1", action_bounds="rescale") for _ in "ab")
     torch.manual_seed(seed)
