@@ -327,10 +327,10 @@ class WindowReplayBuffer(TensorDictReplayBuffer):
         given.discard("index")
         expected.discard("index")
         if given != expected:
-            differing = sorted(map(str, given ^ expected))
             raise KeyError(
-                f"tensordicts: expected the entries of the stored rows, got others: "
-                f"{', '.join(differing)} missing on one side."
+                "tensordicts: expected the entries of the stored rows, got missing "
+                f"ones {sorted(map(str, expected - given))} and new ones "
+                f"{sorted(map(str, given - expected))}."
             )
 
     def sample(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import traceback
@@ -18,10 +17,16 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from alm_torchrl.runs.folder import Run, holds_run, read_metrics, read_run
+from alm_torchrl.runs.folder import (
+    Run,
+    available_cores,
+    holds_run,
+    read_metrics,
+    read_run,
+)
 from alm_torchrl.runs.settings import TrainConfig, UserError
 
-__all__ = ["available_cores", "is_complete", "make_runs"]
+__all__ = ["is_complete", "make_runs"]
 
 
 def is_complete(config: TrainConfig) -> bool:
@@ -54,12 +59,6 @@ def make_runs(
         outcomes = {config.run_path: why for config, why in _outcomes(missing, jobs)}
     made = [read_run(config.run_path) for config in configs if is_complete(config)]
     return made, {path: reason for path, reason in outcomes.items() if reason}
-
-
-def available_cores() -> int:
-    """The processor cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return (os.cpu_count() or 1) if affinity is None else len(affinity(0))
 
 
 def _outcomes(

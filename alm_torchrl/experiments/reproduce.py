@@ -17,7 +17,6 @@ from alm_torchrl.experiments.catalogue import (
     plan,
 )
 from alm_torchrl.experiments.execution import (
-    available_cores,
     is_complete,
     make_runs,
 )
@@ -32,7 +31,7 @@ from alm_torchrl.experiments.tables import (
     write_rows,
 )
 from alm_torchrl.runs.curves import Curve, reference_curve
-from alm_torchrl.runs.folder import Run
+from alm_torchrl.runs.folder import Run, available_cores
 from alm_torchrl.runs.options import ReproduceOptions
 from alm_torchrl.runs.settings import TrainConfig
 

@@ -65,6 +65,7 @@ __all__ = [
     "FolderGoneError",
     "MetricsWriter",
     "Run",
+    "available_cores",
     "harmful_differences",
     "holds_run",
     "lock_run",
@@ -393,6 +394,12 @@ def read_run(path: Path) -> Run:
     return Run(path, config, read_metrics(path / "metrics.csv"))
 
 
+def available_cores() -> int:
+    """The processor cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return (os.cpu_count() or 1) if affinity is None else len(affinity(0))
+
+
 def provenance(device: str) -> dict[str, Any]:
     """The ``versions``, ``commit`` and ``hardware`` of a record; see this module."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
@@ -400,10 +407,9 @@ def provenance(device: str) -> dict[str, Any]:
         versions[name] = None
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    affinity = getattr(os, "sched_getaffinity", None)
     hardware = {
         "cpu": _cpu_model(),
-        "cores": os.cpu_count() if affinity is None else len(affinity(0)),
+        "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "device": device,
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,

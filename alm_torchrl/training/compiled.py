@@ -77,7 +77,7 @@ class CompiledUpdate:
         self._names: list[str] = []
         self._inputs: list[int | Tensor] = []
         self._entries: dict[NestedKey, tuple[object, ...]] = {}
-        self._circumstances: list[object] = []
+        self._conditions: list[object] = []
 
     def tensors(self) -> Iterator[Tensor]:
         """All that an update may change, and the buffers of the loss."""
@@ -105,7 +105,7 @@ class CompiledUpdate:
         tensors = list(self.tensors())
         if self._graph is not None:
             check_entries(batch, self._entries, "compile")
-        if self._graph is None or self._circumstances != self._describe(tensors):
+        if self._graph is None or self._conditions != self._describe(tensors):
             self._compile(batch)
             tensors = list(self.tensors())
         elif self._unchecked:
@@ -189,7 +189,7 @@ class CompiledUpdate:
         places = {_memory(tensor): place for place, tensor in enumerate(tensors)}
         self._inputs = [places.get(_memory(tensor), tensor) for tensor in held]
         self._names, self._entries = names, entries
-        self._circumstances = self._describe(tensors)
+        self._conditions = self._describe(tensors)
         self._unchecked = CHECKS
 
     @contextmanager

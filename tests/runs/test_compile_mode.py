@@ -20,7 +20,7 @@ def mode(monkeypatch, *, compiler=True, device="cpu", start=None, **settings):
 
 
 @pytest.mark.parametrize(
-    ("circumstances", "expected"),
+    ("settings", "expected"),
     [
         ({"total_steps": 10_000}, "on"),
         ({"total_steps": 9999}, "off"),
@@ -31,8 +31,8 @@ def mode(monkeypatch, *, compiler=True, device="cpu", start=None, **settings):
         ({"total_steps": 10_000, "compile": "off"}, "off"),
     ],
 )
-def test_auto(circumstances, expected, monkeypatch):
-    assert mode(monkeypatch, **circumstances) == expected
+def test_auto(settings, expected, monkeypatch):
+    assert mode(monkeypatch, **settings) == expected
 
 
 @pytest.mark.parametrize("before", ["on", "off"])
