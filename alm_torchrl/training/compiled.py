@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
@@ -19,6 +19,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.optim.adam import adam
 
 from alm_torchrl.compat import compile_graph
 from alm_torchrl.training.capture import check_entries, entries_of, restored
@@ -29,6 +30,7 @@ __all__ = ["CompiledUpdate", "has_compiler"]
 CHECKS = 2
 # Largest difference of a metric from the eager one, relative to 1 + its magnitude.
 TOLERANCE = {False: 1e-3, True: 5e-2}
+ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
 class RecordableUpdate(Protocol):
@@ -39,6 +41,7 @@ class RecordableUpdate(Protocol):
     reduced: bool
     clip: Callable[[list[nn.Parameter], float], Tensor]
     descend: Callable[[str, Tensor], None]
+    move: Callable[[list[Tensor], list[Tensor], Tensor], None]
 
     def tensors(self) -> Iterator[Tensor]:
         """All that an update may change, and the buffers of the loss."""
@@ -174,7 +177,7 @@ class CompiledUpdate:
 
         values = [batch.get(key) for key in entries]
         try:
-            with self._traceless(), self._plain_optimizers():
+            with self._traceless(), self._one_call_each():
                 recorded = make_fx(run)(*values)
             graph, held = _make_inputs(recorded)
             with torch.no_grad():
@@ -193,28 +196,41 @@ class CompiledUpdate:
         self._unchecked = CHECKS
 
     @contextmanager
-    def _plain_optimizers(self) -> Iterator[None]:
-        """Has the update clip and descend in operations that Inductor can fuse."""
+    def _one_call_each(self) -> Iterator[None]:
+        """Has the update clip, descend and move its targets in one operation each."""
         update = self._update
-        before = update.clip, update.descend
-        update.clip = clip_gradients
+        before = update.clip, update.descend, update.move
+        update.clip = self._clip
         update.descend = self._descend
+        update.move = _move
         try:
             yield
         finally:
-            update.clip, update.descend = before
+            update.clip, update.descend, update.move = before
             for optimizer in update.optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
 
+    def _clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
+        trained = [p for p in parameters if p.grad is not None]
+        norm = _global_norm([cast("Tensor", p.grad) for p in trained])
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+        for parameter in trained:
+            parameter.grad = cast("Tensor", parameter.grad) * scale
+        return norm
+
     def _descend(self, name: str, failed: Tensor) -> None:
-        (group,) = self.optimizers[name].param_groups
-        states = [self.optimizers[name].state[p] for p in group["params"]]
-        adam_step(
-            group["params"],
-            states,
+        optimizer = self.optimizers[name]
+        (group,) = optimizer.param_groups
+        trained = [p for p in group["params"] if p.grad is not None]
+        states = [optimizer.state[p] for p in trained]
+        _adam_step(
+            [p.detach() for p in trained],
+            [p.grad for p in trained],
+            *([state[key] for state in states] for key in ADAM_STATE),
             self._rates[name],
             failed,
-            **{k: group[k] for k in ("betas", "eps")},
+            *group["betas"],
+            group["eps"],
         )
 
 
@@ -224,43 +240,58 @@ def has_compiler() -> bool:
     return shutil.which(os.environ.get("CXX", default)) is not None
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
-    """Clips the global norm of gradients, and returns it."""
-    squares = [p.grad.square().sum() for p in parameters if p.grad is not None]
-    norm = torch.stack(squares).sum().sqrt()
-    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad = parameter.grad * scale
-    return norm
+@torch.library.custom_op("alm_torchrl::global_norm", mutates_args=())
+def _global_norm(gradients: list[Tensor]) -> Tensor:
+    """Norm of all gradients together, a scalar."""
+    return nn.utils.get_total_norm(gradients)
 
 
-def adam_step(
-    parameters: Sequence[nn.Parameter],
-    states: Sequence[dict[str, Tensor]],
+@_global_norm.register_fake
+def _(gradients: list[Tensor]) -> Tensor:
+    return gradients[0].new_empty(())
+
+
+@torch.library.custom_op(
+    "alm_torchrl::adam_step",
+    mutates_args=("parameters", "means", "squares", "steps"),
+)
+def _adam_step(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    steps: list[Tensor],
     lr: Tensor,
     skip: Tensor,
-    *,
-    betas: tuple[float, float],
+    beta1: float,
+    beta2: float,
     eps: float,
 ) -> None:
-    """One step of Adam (Kingma & Ba, 2015, Algorithm 1), or none where ``skip``."""
-    beta1, beta2 = betas
-    trained = [p for p in zip(parameters, states, strict=True) if p[0].grad is not None]
-    step = trained[0][1]["step"] + 1  # The same for all.
-    size, root = lr / (1 - beta1**step), (1 - beta2**step).sqrt()
-    for parameter, state in trained:
-        gradient, value = cast("Tensor", parameter.grad), parameter.detach()
-        mean = torch.lerp(state["exp_avg"], gradient, 1 - beta1)
-        square = beta2 * state["exp_avg_sq"] + (1 - beta2) * gradient * gradient
-        moved = value - size * mean / (square.sqrt() / root + eps)
-        for old, new in (
-            (value, moved),
-            (state["exp_avg"], mean),
-            (state["exp_avg_sq"], square),
-            (state["step"], step),
-        ):
-            old.copy_(torch.where(skip, old, new))
+    """One step of Adam, or none where ``skip``: what the eager update does."""
+    adam(
+        parameters,
+        gradients,
+        means,
+        squares,
+        [],
+        steps,
+        fused=True,
+        found_inf=skip.to(torch.float32),
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=lr,
+        weight_decay=0.0,
+        eps=eps,
+        maximize=False,
+    )
+
+
+@torch.library.custom_op("alm_torchrl::move", mutates_args=("targets",))
+def _move(targets: list[Tensor], sources: list[Tensor], weight: Tensor) -> None:
+    """Moves each target towards its source."""
+    for target, source in zip(targets, sources, strict=True):
+        target.lerp_(source, weight)
 
 
 def _make_inputs(recorded: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:

@@ -152,6 +152,7 @@ class Update:
             nn.utils.clip_grad_norm_
         )
         self.descend: Callable[[str, Tensor], None] = self._fused_step
+        self.move: Callable[[list[Tensor], list[Tensor], Tensor], None] = move
 
     def _params(self, *parts: str) -> Iterator[nn.Parameter]:
         for part in parts:
@@ -234,13 +235,15 @@ class Update:
 
     def _move_targets(self, failed: Tensor) -> None:
         """Moves the targets towards the online networks, or not after a failure."""
+        targets, sources = [], []
         for part in ("encoder", "qvalue"):
             online = getattr(self.loss, f"{part}_params")
-            targets = getattr(self.loss, f"target_{part}_params")
+            held = getattr(self.loss, f"target_{part}_params")
             for key, source in online.items(include_nested=True, leaves_only=True):
                 if source.requires_grad:
-                    weight = self.tau * (~failed).to(source.dtype)
-                    targets.get(key).data.lerp_(source.data, weight)
+                    targets.append(held.get(key).data)
+                    sources.append(source.data)
+        self.move(targets, sources, self.tau * (~failed).to(sources[0].dtype))
 
     def _note(self, checked: dict[str, Tensor], failed: Tensor) -> None:
         """Notes the first term that was not finite, unless one was before."""
@@ -249,6 +252,12 @@ class Update:
         first = torch.stack([self.count, position])
         is_new = failed & (self.failure[0] == 0)
         self.failure.copy_(torch.where(is_new, first, self.failure))
+
+
+def move(targets: list[Tensor], sources: list[Tensor], weight: Tensor) -> None:
+    """Moves each target towards its source."""
+    for target, source in zip(targets, sources, strict=True):
+        target.lerp_(source, weight)
 
 
 class ALMOptimizationStepper(OptimizationStepper):

@@ -130,9 +130,9 @@ def assert_same(one, other, atol=0.0):
         torch.testing.assert_close(other[name], value, rtol=atol, atol=atol, msg=name)
 
 
-def bad_batch(term):
+def bad_batch(term, size=2):
     """A batch that by itself makes this term the first that is not finite."""
-    batch = make_batch(2)
+    batch = make_batch(size)
     if term == "loss_model":
         batch["slice", "observation"][0, 0, 0] = math.inf
     elif term == "loss_reward":

@@ -205,7 +205,7 @@ def test_a_step_that_is_not_finite_changes_nothing(bad, recorded):
         run_updates(stepper, range(3))
         with without_reading(stepper):
             torch.manual_seed(3)
-            stepper.step(None, bad_batch(bad))
+            stepper.step(None, bad_batch(bad, B))
         with pytest.raises(NonFiniteError, match=f"{bad} was not finite in update 4"):
             stepper.raise_if_nonfinite()
     assert_same(values_of(eager), values_of(other), 1e-5)
