@@ -178,8 +178,8 @@ class TrainConfig:
     """Step of the target networks towards the online ones."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Precision of the hidden layers in updates; all else keeps fp32."""
-    compile: Literal["auto", "on", "off"] = "off"
-    """Compile the update; auto: ALM on a CPU, 10,000 training steps or more."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the update; auto: ALM on a CPU, from 2,500 training steps on."""
     cudagraph: bool | None = None
     """Run updates as one captured CUDA graph; None: wherever there is a GPU."""
 

@@ -53,7 +53,7 @@ __all__ = ["find_device", "train"]
 Rows = list[dict[str, Any]]
 
 # Training steps from which compiling saves more time than it takes.
-COMPILE_STEPS = 10_000
+COMPILE_STEPS = 2500
 
 
 def train(

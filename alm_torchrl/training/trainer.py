@@ -238,7 +238,8 @@ def make_trainer(
         tau (float): share by which the targets move. Default: ``0.005``.
         precision (str): ``"fp32"``, ``"tf32"`` (CUDA only) or ``"bf16"``, see
             :class:`~alm_torchrl.ALMOptimizationStepper`. Default: ``"fp32"``.
-        compile (bool): compile the terms of the update. Default: ``False``.
+        compile (bool): run the update as one compiled graph, see
+            :class:`~alm_torchrl.ALMOptimizationStepper`. Default: ``False``.
         cudagraph (bool, optional): capture the update as a CUDA graph.
             Default: ``None``, where the loss is on CUDA.
         eval_env (EnvBase, optional): environment for evaluations, not ``env`` itself.

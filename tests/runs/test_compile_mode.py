@@ -22,8 +22,8 @@ def mode(monkeypatch, *, compiler=True, device="cpu", start=None, **settings):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"total_steps": 10_000}, "on"),
-        ({"total_steps": 9999}, "off"),
+        ({"total_steps": 2500}, "on"),
+        ({"total_steps": 2499}, "off"),
         ({"total_steps": 10_000, "compiler": False}, "off"),
         ({"total_steps": 10_000, "agent": "sac"}, "off"),
         ({"total_steps": 10_000, "device": "cuda"}, "off"),

@@ -90,6 +90,17 @@ def test_stopped_and_continued_equals_uninterrupted(
 
 
 @pytest.mark.slow
+def test_a_compiled_run_continues_exactly(tmp_path):
+    task, whole, stopped = "Pendulum-v1", tmp_path / "whole", tmp_path / "stopped"
+    finish(train, whole, task, compile=True)
+    finish(train, stopped, task, stop=HALF, compile=True)
+    assert WARMUP + LIMIT < final(stopped)["/counts/0"] < TOTAL
+    finish(train, stopped, task, compile=True)
+    assert differing(final(stopped), final(whole)) == []
+    assert logged(stopped / "log.txt") == logged(whole / "log.txt")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "left_out",
     [
