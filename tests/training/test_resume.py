@@ -90,6 +90,7 @@ def test_stopped_and_continued_equals_uninterrupted(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_compiled_run_continues_exactly(tmp_path):
     task, whole, stopped = "Pendulum-v1", tmp_path / "whole", tmp_path / "stopped"
     finish(train, whole, task, compile=True)
