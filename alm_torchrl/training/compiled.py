@@ -231,6 +231,7 @@ class CompiledUpdate:
             failed,
             *group["betas"],
             group["eps"],
+            group["weight_decay"],
         )
 
 
@@ -266,8 +267,9 @@ def _adam_step(
     beta1: float,
     beta2: float,
     eps: float,
+    weight_decay: float,
 ) -> None:
-    """One step of Adam, or none where ``skip``: what the eager update does."""
+    """One step of AdamW, or none where ``skip``: what the eager update does."""
     adam(
         parameters,
         gradients,
@@ -281,8 +283,9 @@ def _adam_step(
         beta1=beta1,
         beta2=beta2,
         lr=lr,
-        weight_decay=0.0,
+        weight_decay=weight_decay,
         eps=eps,
+        decoupled_weight_decay=True,
         maximize=False,
     )
 

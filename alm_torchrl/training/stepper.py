@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 from torchrl.trainers import OptimizationStepper, Trainer
 
-from alm_torchrl.checks import check_choice, check_number, check_type
+from alm_torchrl.checks import check_choice, check_integer, check_number, check_type
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.objectives.batch import check_batch
 from alm_torchrl.training.capture import CapturedUpdate
@@ -120,8 +121,13 @@ class ALMOptimizationStepper(OptimizationStepper):
 
     Keyword Args:
         lr (float): learning rate of all Adams. Default: ``1e-4``.
+        lr_final (float, optional): learning rate that ``lr`` changes to linearly.
+            Default: ``None``, no change.
+        lr_steps (int): updates until ``lr_final``. Default: ``200_000``.
         clip_norm (float): largest global gradient norm of each step.
             Default: ``100.0``.
+        weight_decay (float): decoupled weight decay of all parameters, times the
+            learning rate (AdamW, https://arxiv.org/abs/1711.05101). Default: ``0.0``.
         tau (float): share by which targets move towards the online networks.
             Default: ``0.005``.
         precision (str): what the matrix products of the hidden layers are computed in;
@@ -134,9 +140,8 @@ class ALMOptimizationStepper(OptimizationStepper):
             Default: ``None``, on CUDA only.
 
     Raises:
-        ValueError: if ``lr``, ``clip_norm``, ``tau`` or ``precision`` is out of range,
-            ``cudagraph`` or ``"tf32"`` is asked for without CUDA, or the loss has
-            ``reduction="none"``.
+        ValueError: if a number or ``precision`` is out of range, ``cudagraph`` or
+            ``"tf32"`` is asked for without CUDA, or the loss has ``reduction="none"``.
         TypeError: if ``loss`` is no :class:`~alm_torchrl.ALMLoss`, or ``compile`` or
             ``cudagraph`` no boolean.
 
@@ -168,7 +173,10 @@ class ALMOptimizationStepper(OptimizationStepper):
         loss: ALMLoss,
         *,
         lr: float = 1e-4,
+        lr_final: float | None = None,
+        lr_steps: int = 200_000,
         clip_norm: float = 100.0,
+        weight_decay: float = 0.0,
         tau: float = 0.005,
         precision: Literal["fp32", "tf32", "bf16"] = "fp32",
         compile: bool = False,
@@ -181,18 +189,25 @@ class ALMOptimizationStepper(OptimizationStepper):
                 "reduction='none'."
             )
         lr = check_number("lr", lr, open_low=True)
+        if lr_final is not None:
+            lr_final = check_number("lr_final", lr_final)
+        lr_steps = check_integer("lr_steps", lr_steps)
         clip_norm = check_number("clip_norm", clip_norm, open_low=True)
+        weight_decay = check_number("weight_decay", weight_decay)
         tau = check_number("tau", tau, 0, 1, open_low=True)
         check_choice("precision", precision, ("fp32", "tf32", "bf16"))
         check_type("compile", compile, bool)
+        device = next(loss.parameters()).device
+        # A captured graph reads the rate from the device.
+        on_device = lr_final is not None and device.type == "cuda"
         self._update = Update(
             loss,
-            lr=lr,
+            lr=torch.tensor(lr, device=device) if on_device else lr,
             clip_norm=clip_norm,
+            weight_decay=weight_decay,
             tau=tau,
             precision=precision,
         )
-        device = self._update.device
         if cudagraph is None:
             cudagraph = device.type == "cuda"
         check_type("cudagraph", cudagraph, bool)
@@ -203,9 +218,12 @@ class ALMOptimizationStepper(OptimizationStepper):
                     f"{device}."
                 )
         self.loss = loss
-        self._options = {
+        self._options: dict[str, Any] = {
             "lr": lr,
+            "lr_final": lr_final,
+            "lr_steps": lr_steps,
             "clip_norm": clip_norm,
+            "weight_decay": weight_decay,
             "tau": tau,
             "precision": precision,
             "compile": compile,
@@ -256,6 +274,7 @@ class ALMOptimizationStepper(OptimizationStepper):
                 their tensors, and in a captured update copy none to the device.
         """
         check_batch(self.loss, sub_batch)
+        self._anneal()
         self._count += 1
         self._update.count.fill_(self._count)
         with _matrix_products(self.precision):
@@ -263,6 +282,20 @@ class ALMOptimizationStepper(OptimizationStepper):
         if self._update.device.type == "cpu":
             self.raise_if_nonfinite()
         return TensorDict(metrics, batch_size=[])
+
+    def _anneal(self) -> None:
+        """Sets the learning rate of the next update."""
+        start, end = self._options["lr"], self._options["lr_final"]
+        if end is None:
+            return
+        share = min(self._count / self._options["lr_steps"], 1.0)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                rate = start + share * (end - start)
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
 
     def recapture(self) -> None:
         """Has the next update recorded or captured anew; does nothing in eager mode."""

@@ -181,7 +181,10 @@ def make_trainer(
     capacity: int = 100_000,
     memmap_dir: str | Path | None = None,
     lr: float = 1e-4,
+    lr_final: float | None = None,
+    lr_steps: int = 200_000,
     clip_norm: float = 100.0,
+    weight_decay: float = 0.0,
     tau: float = 0.005,
     precision: Literal["fp32", "tf32", "bf16"] = "fp32",
     compile: bool = False,
@@ -234,7 +237,11 @@ def make_trainer(
         memmap_dir (str or Path, optional): keep the replay in files there.
             Default: ``None``, in memory.
         lr (float): learning rate of all optimizers. Default: ``1e-4``.
+        lr_final (float, optional): of ALM, as of
+            :class:`~alm_torchrl.ALMOptimizationStepper`. Default: ``None``.
+        lr_steps (int): likewise. Default: ``200_000``.
         clip_norm (float): largest gradient norm of each. Default: ``100.0``.
+        weight_decay (float): of ALM, likewise. Default: ``0.0``.
         tau (float): share by which the targets move. Default: ``0.005``.
         precision (str): ``"fp32"``, ``"tf32"`` (CUDA only) or ``"bf16"``, see
             :class:`~alm_torchrl.ALMOptimizationStepper`. Default: ``"fp32"``.
@@ -366,6 +373,9 @@ def make_trainer(
         stepper = ALMOptimizationStepper(
             loss,
             **optimization,
+            lr_final=lr_final,
+            lr_steps=lr_steps,
+            weight_decay=weight_decay,
             precision=precision,
             compile=compile,
             cudagraph=cudagraph,

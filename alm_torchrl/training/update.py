@@ -30,6 +30,7 @@ class Update:
     Keyword Args:
         lr (float): learning rate.
         clip_norm (float): largest global gradient norm of each step.
+        weight_decay (float): decoupled weight decay of each optimizer.
         tau (float): share by which the targets move.
         precision (str): ``"fp32"``, ``"tf32"`` or ``"bf16"``.
     """
@@ -38,8 +39,9 @@ class Update:
         self,
         loss: ALMLoss,
         *,
-        lr: float,
+        lr: float | Tensor,
         clip_norm: float,
+        weight_decay: float,
         tau: float,
         precision: Precision,
     ) -> None:
@@ -60,8 +62,10 @@ class Update:
         self.trained: dict[str, list[nn.Parameter]] = trained
         """The parameters that each step of an update trains, by the loss's method."""
         # Only the fused implementation can skip a step on the device.
-        self.optimizers = {
-            name: torch.optim.Adam(params, lr=lr, fused=True)
+        self.optimizers: dict[str, torch.optim.Adam] = {
+            name: torch.optim.AdamW(
+                params, lr=lr, weight_decay=weight_decay, fused=True
+            )
             for name, params in trained.items()
         }
         self.device = trained["model_loss"][0].device

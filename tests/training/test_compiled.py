@@ -108,6 +108,11 @@ def test_the_graph_is_the_eager_update(name, recorded):
 
 
 @pytest.mark.exhaustive
+def test_decay_of_weights_and_rate(recorded):
+    assert_equal_updates(*pair(weight_decay=0.1, lr_final=1e-4, lr_steps=3))
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_plain_slices_and_precisions(precision, recorded):
     steppers = pair(precision=precision)

@@ -40,7 +40,7 @@ def test_four_optimizers_share_all_online_parameters():
     seen = []
     for method, parts in PARTS.items():
         optimizer = stepper.optimizers[method]
-        assert type(optimizer) is torch.optim.Adam
+        assert type(optimizer) is torch.optim.AdamW
         [group] = optimizer.param_groups
         expected = [p for part in parts for p in part_parameters(stepper.loss, part)]
         assert {id(p) for p in group["params"]} == {id(p) for p in expected}
@@ -85,6 +85,35 @@ def test_gradients_are_clipped_and_targets_move_by_tau(scale, clip_norm, bites):
     online = dict(stepper.loss.named_parameters())
     for name, target in targets(stepper.loss).items():
         torch.testing.assert_close(target, (before[name] + online[name]).detach() / 2)
+
+
+def test_weights_decay_beside_the_gradient():
+    stepper = make_stepper(lr=1e-2, weight_decay=0.1)
+    plain = copy.deepcopy(stepper)
+    for optimizer in plain.optimizers.values():
+        optimizer.param_groups[0]["weight_decay"] = 0.0
+    before = {k: v.clone() for k, v in plain.loss.named_parameters()}
+    batch = make_batch()
+    # The first step only: the later ones see other networks.
+    for each in (stepper, plain):
+        torch.manual_seed(1)
+        Watch(each).step(batch)
+    decayed = dict(stepper.loss.named_parameters())
+    for name, value in plain.loss.named_parameters():
+        if name.startswith(("encoder_params", "model_params")):
+            torch.testing.assert_close(
+                decayed[name], value - 1e-2 * 0.1 * before[name], rtol=0, atol=1e-6
+            )
+
+
+def test_the_learning_rate_falls_linearly():
+    stepper = make_stepper(lr=1e-2, lr_final=2e-3, lr_steps=4)
+    rates = []
+    for _ in range(6):
+        stepper.step(None, make_batch())
+        rates += [[o.param_groups[0]["lr"] for o in stepper.optimizers.values()]]
+    expected = [1e-2, 8e-3, 6e-3, 4e-3, 2e-3, 2e-3]
+    assert rates == [pytest.approx([rate] * 4) for rate in expected]
 
 
 # -- what goes in and comes out --------------------------------------------------------
