@@ -175,7 +175,7 @@ def rows_table(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
 
 def loop_table(loop: Mapping[str, Any]) -> str:
     """Steps per second of both loops, and where their time goes."""
-    ours, plain = loop["ours"], loop["hand_written"]
+    ours, plain, outside = loop["ours"], loop["hand_written"], ("update", "simulator")
     lines = [
         f"{ours['steps_per_second']:.1f} steps/s, hand-written "
         f"{plain['steps_per_second']:.1f}, ratio {loop['speed']:.2f}",
@@ -184,6 +184,12 @@ def loop_table(loop: Mapping[str, Any]) -> str:
     for part, seconds in ours["parts"].items():
         other = _number(plain["parts"].get(part), 1e-3, 12)
         lines.append(f"{part:12} {1e3 * seconds:8.2f} {other}")
+    own, other = (
+        sum(t for part, t in loop["parts"].items() if part not in outside)
+        for loop in (ours, plain)
+    )
+    lines.append(f"{'overhead':12} {1e3 * own:8.2f} {1e3 * other:12.2f}")
+    lines.append("overhead: all but update and simulator")
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torchrl.record.loggers.csv import CSVLogger
 
+from alm_torchrl.compat import gymnasium_env
 from alm_torchrl.envs import make_env
 from alm_torchrl.runs.settings import TrainConfig
 from alm_torchrl.training.trainer import ALMTrainer, make_trainer
@@ -17,6 +18,9 @@ from benchmarks.timing import Clock, quartiles
 
 WARMUP_STEPS = 200
 """Random steps before the first update, at least."""
+
+CALLS = {"collector": ("env", "policy"), "env": ("simulator",)}
+"""The parts that call others, outer ones first."""
 
 
 class Meter:
@@ -49,9 +53,9 @@ class Meter:
     def parts(self, elapsed: float, steps: int) -> dict[str, float]:
         """Seconds of a step by part; ``rest`` is what no part took. Starts anew."""
         parts, self.seconds = self.seconds, {}
-        if "collector" in parts:
-            # It calls these two.
-            parts["collector"] -= parts["env"] + parts["policy"]
+        for part, called in CALLS.items():
+            if part in parts:
+                parts[part] -= sum(parts[other] for other in called)
         parts["rest"] = elapsed - sum(parts.values())
         return {part: seconds / steps for part, seconds in parts.items()}
 
@@ -122,9 +126,10 @@ def compare_loops(
     meter = Meter(clock)
     plain = HandWritten(problem)
     meter.watch(
+        simulator=(plain.env.unwrapped, "step"),
         env=(plain.env, "step"),
         policy=(plain.agent, "act"),
-        extend=(plain.replay, "add"),
+        store=(plain.replay, "add"),
         sample=(plain.replay, "sample"),
         update=(plain.agent, "update"),
     )
@@ -154,10 +159,11 @@ def compare_loops(
     with TemporaryDirectory() as folder:
         trainer = _trainer(problem, arguments, (rounds + 2) * steps, Path(folder))
         meter.watch(
+            simulator=(gymnasium_env(trainer.env.base_env).unwrapped, "step"),
             env=(trainer.collector.env, "step_and_maybe_reset"),
             policy=(trainer.collector.policy, "forward"),
             collector=(trainer.collector, "rollout"),
-            extend=(trainer.replay_buffer, "extend"),
+            store=(trainer.replay_buffer, "add"),
             sample=(trainer.replay_buffer, "sample"),
             update=(trainer.optimization_stepper, "step"),
         )

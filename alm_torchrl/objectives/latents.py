@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
-from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential, dispatch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -263,7 +263,7 @@ class Latents:
                 raise KeyError(
                     f"{part}: expected the outputs {missing}, got {written}."
                 )
-        return TensorDictSequential(
+        return _LatentPolicy(
             AlwaysSample(encoder), actor, selected_out_keys=[self.keys.action]
         )
 
@@ -328,6 +328,19 @@ class Latents:
                 f"{part}: expected {key!r} of shape {expected}, got {list(shape)}."
             )
         return output
+
+
+class _LatentPolicy(TensorDictSequential):
+    """A sequence that looks at no entry but those it reads and writes."""
+
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        entries = tensordict.select(*self.in_keys)
+        for module in self.module:
+            entries = module(entries)
+        for key in self.out_keys:
+            tensordict.set(key, entries.get(key))
+        return tensordict
 
 
 def split_dist(dist: Distribution) -> tuple[Distribution, Distribution] | None:

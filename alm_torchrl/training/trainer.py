@@ -427,13 +427,14 @@ def make_trainer(
 
     def extend(batch: TensorDictBase) -> None:
         trainer.whole_at = None
-        rows = batch.select(*stored)
-        for key, value in rows.items(include_nested=True, leaves_only=True):
+        row = batch.select(*stored)[0]
+        for key, value in row.items(include_nested=True, leaves_only=True):
             if value.is_floating_point() and not value.isfinite().all():
                 name = key if isinstance(key, str) else "/".join(key)
                 step = trainer.collected_frames + 1
                 raise NonFiniteError(name, step, unit="environment step")
-        buffer.extend(rows)
+        # The rows of a batch of one step would be written by index, at twice the cost.
+        buffer.add(row)
 
     def sample(_: TensorDictBase) -> TensorDictBase:
         # The Trainer would update after the last random step already, and has
