@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torch.nn import functional
 from torchrl.data import (
     LazyMemmapStorage,
     LazyTensorStorage,
@@ -70,7 +71,8 @@ class UniformWindowSampler(Sampler):
     is being overwritten, or a resume that starts a fresh episode. Every valid window is
     equally likely. (`torchrl.data.SliceSampler` draws trajectories uniformly, which
     favours steps of short ones.) In the buffer of `make_replay_buffer` it draws single
-    rows, too: every stored row is equally likely, and independent of the windows.
+    rows, too: every stored row is equally likely, and independent of the windows. There
+    it adds the rows that follow a single one, as far as the episode was recorded.
 
     A queue holds the rows at which a window may start, oldest first. A write appends
     new starts and drops overwritten ones, so the cost of a draw does not grow with what
@@ -106,7 +108,8 @@ class UniformWindowSampler(Sampler):
 
     def __init__(self, horizon: int) -> None:
         self.horizon = check_integer("horizon", horizon)
-        self.single_rows = False  # set by the buffer that can tell them from windows
+        # Columns from a single row on; set by the buffer that tells them from windows.
+        self.n_step = 0
         self._last_row: int | None = None
         self._revision = -1  # of the storage, after the writes that were seen
         self._pending = 0  # rows written since the last draw
@@ -144,8 +147,9 @@ class UniformWindowSampler(Sampler):
             batch_size (int): windows to draw, B.
 
         Returns:
-            The index [B, K], or [B, K + 1] with single rows in the last column, and an
-            empty dictionary.
+            The index [B, K], and an empty dictionary. With single rows it is [B, K + n]:
+            after the windows come the row and the n - 1 after it; where its episode ends
+            before, its last row is repeated.
 
         Raises:
             RuntimeError: if no valid window is stored.
@@ -162,10 +166,34 @@ class UniformWindowSampler(Sampler):
         rank = self._draw(self._count, batch_size)
         starts = self._starts[(self._head + rank) % capacity]
         index = (starts[:, None] + np.arange(self.horizon)) % capacity
-        if self.single_rows:
-            row = self._draw(stored, batch_size)
-            index = np.concatenate((index, row[:, None]), axis=1)
+        if self.n_step:
+            rows = self._follow(storage, self._draw(stored, batch_size))
+            index = np.concatenate((index, rows), axis=1)
         return torch.from_numpy(index), {}
+
+    def _follow(self, storage: Storage, row: np.ndarray) -> np.ndarray:
+        """Positions [B] and those of the rows after them, [B, n], the last repeated."""
+        row, capacity = row[:, None], storage.max_size
+        if self.n_step == 1:
+            return row
+        newer = (self._written - 1 - row) % capacity
+        steps = np.minimum(np.arange(self.n_step), newer)
+        ends = self._ends(storage, (row + steps) % capacity)
+        before = ~np.logical_or.accumulate(ends, axis=1)
+        steps = np.minimum(steps, before.sum(1, keepdims=True))
+        return (row + steps) % capacity
+
+    @staticmethod
+    def _ends(storage: Storage, rows: np.ndarray) -> np.ndarray:
+        """Whether another episode follows rows [*, N] but the last, [*, N - 1]."""
+        data, shape = stored_rows(storage), rows.shape
+        done = _read(data.get(DONE_KEY), rows[..., :-1].reshape(-1))
+        ends: np.ndarray = done.any(axis=1).reshape(*shape[:-1], -1)
+        trajectory = data.get(TRAJECTORY_KEY, None)
+        if trajectory is not None:
+            ids = _read(trajectory, rows.reshape(-1)).reshape(*shape, -1)
+            ends |= (ids[..., :-1, :] != ids[..., 1:, :]).any(axis=-1)
+        return ends
 
     def _draw(self, high: int, size: int) -> np.ndarray:
         device = "cpu" if self._rng is None else self._rng.device
@@ -222,12 +250,7 @@ class UniformWindowSampler(Sampler):
         if self.horizon == 1:
             return np.arange(stop - first)
         rows = np.arange(first, stop) % storage.max_size
-        done = _read(stored_rows(storage).get(DONE_KEY), rows[:-1])
-        cut: np.ndarray = np.logical_or.reduce(done, axis=1)
-        trajectory = stored_rows(storage).get(TRAJECTORY_KEY, None)
-        if trajectory is not None:
-            ids = _read(trajectory, rows)
-            cut |= (ids[:-1] != ids[1:]).any(axis=1)
+        cut = self._ends(storage, rows)
         windows = len(rows) - self.horizon + 1
         crossed = cut[:windows].copy()
         for step in range(1, self.horizon - 1):
@@ -279,8 +302,10 @@ class WindowReplayBuffer(TensorDictReplayBuffer):
     `make_replay_buffer` makes and documents it.
     """
 
-    def __init__(self, *, sampler: UniformWindowSampler, **kwargs: Any) -> None:
-        sampler.single_rows = True
+    def __init__(
+        self, *, sampler: UniformWindowSampler, n_step: int, **kwargs: Any
+    ) -> None:
+        sampler.n_step = self.n_step = n_step
         super().__init__(sampler=sampler, **kwargs)
 
     def extend(
@@ -339,15 +364,21 @@ class WindowReplayBuffer(TensorDictReplayBuffer):
         """Draws slices and transitions, independent of each other.
 
         Returns:
-            A TensorDict [B] with "slice" [B, K] and "transition" [B]; with
-            ``return_info`` also the index [B, K + 1] that was read, as
-            ``info["index"]``.
+            A TensorDict [B] with "slice" [B, K] and "transition" [B], which has
+            "lookahead" [B, n] if n is not 1; with ``return_info`` also the index
+            [B, K + n] that was read, as ``info["index"]``.
 
         Raises:
             RuntimeError: if no valid window is stored.
         """
         data, info = super().sample(batch_size, return_info=True)
-        slices, transitions = _split(data, data.shape[1] - 1)
+        horizon = data.shape[1] - self.n_step
+        slices, transitions = _split(data, horizon)
+        if self.n_step > 1:
+            lookahead = data[:, horizon:]
+            moved = info["index"][:, horizon:].diff(dim=1) != 0
+            lookahead["mask"] = functional.pad(moved, (1, 0), value=True)
+            transitions["lookahead"] = lookahead
         batch = TensorDict(
             {"slice": slices, "transition": transitions},
             batch_size=data.shape[:1],
@@ -361,6 +392,7 @@ def make_replay_buffer(
     *,
     batch_size: int = 512,
     horizon: int = 3,
+    n_step: int = 1,
     memmap_dir: str | Path | None = None,
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
@@ -371,7 +403,12 @@ def make_replay_buffer(
     windows of K consecutive steps of one episode, and "transition" [B], drawn
     uniformly and independently from all stored rows. Both reach an episode's last
     transition; episodes shorter than K serve as transitions only. Otherwise it is
-    TorchRL's buffer. Transforms on reading see rows [B, K + 1], before the split.
+    TorchRL's buffer. Transforms on reading see rows [B, K + n], before the split.
+
+    For targets of n > 1 steps each transition comes with "lookahead" [B, n]: itself
+    and the next n - 1 rows of its episode. Its boolean entry "mask" is true on the m
+    rows that there are before the episode's end, a time limit or the newest row; the
+    last of them is repeated on the others, so that it is always in the last column.
 
     Write steps in the order of time, with the keys of a TorchRL collector:
     ("next", "done"), and ("collector", "traj_ids") where an episode may break off
@@ -384,6 +421,7 @@ def make_replay_buffer(
     Keyword Args:
         batch_size (int): slices, and transitions, per sample, B. Default: ``512``.
         horizon (int): steps per slice, K. Default: ``3``.
+        n_step (int): rows of the look-ahead, n. Default: ``1``, without one.
         memmap_dir (str or Path, optional): directory of memory-mapped files for the
             rows; existing ones are overwritten. Default: ``None``, in memory.
         device (torch.device or str): device of the rows. Default: ``"cpu"``, the only
@@ -439,6 +477,7 @@ def make_replay_buffer(
     return WindowReplayBuffer(
         storage=storage,
         sampler=sampler,
+        n_step=check_integer("n_step", n_step),
         batch_size=batch_size,
         generator=generator,
     )
