@@ -147,9 +147,9 @@ class UniformWindowSampler(Sampler):
             batch_size (int): windows to draw, B.
 
         Returns:
-            The index [B, K], and an empty dictionary. With single rows it is [B, K + n]:
-            after the windows come the row and the n - 1 after it; where its episode ends
-            before, its last row is repeated.
+            The index [B, K], and an empty dictionary. With single rows it is
+            [B, K + n]: the row and the n - 1 after it follow the window; where its
+            episode ends before, its last row is repeated.
 
         Raises:
             RuntimeError: if no valid window is stored.

@@ -410,7 +410,9 @@ def test_the_lookahead_matches_brute_force(episodes, n_step, capacity, with_ids)
         assert lookahead.batch_size == (64, n_step)
         rows = batch["transition", "observation"].flatten().long().tolist()
         ahead = lookahead["observation"].squeeze(-1).long().tolist()
-        for row, read, mask in zip(rows, ahead, lookahead["mask"].tolist(), strict=True):
+        for row, read, mask in zip(
+            rows, ahead, lookahead["mask"].tolist(), strict=True
+        ):
             expected = brute_force_lookahead(data[:written], row, n_step)
             rest = n_step - len(expected)
             assert read == expected + expected[-1:] * rest

@@ -2,6 +2,7 @@
 
 from alm_torchrl.objectives.alm import ALMLoss
 from alm_torchrl.objectives.builder import make_alm_loss
+from alm_torchrl.objectives.critics import HLGauss, TDTarget
 from alm_torchrl.objectives.latents import Encoding
 from alm_torchrl.objectives.variants import (
     EntropyBonus,
@@ -15,9 +16,11 @@ __all__ = [
     "ALMLoss",
     "Encoding",
     "EntropyBonus",
+    "HLGauss",
     "Logarithms",
     "QValueObjective",
     "Reconstruction",
+    "TDTarget",
     "ValuePrediction",
     "make_alm_loss",
 ]

@@ -28,6 +28,10 @@ class Rows(NamedTuple):
     shape: torch.Size
     """Shape of the rows before they were flattened."""
 
+    def unflattened(self) -> TensorDictBase:
+        """The transitions in the shape that the batch had, ``[B]`` or ``[B, K]``."""
+        return self.data.reshape(self.shape)
+
     def reduce(self, loss: Tensor, reduction: str) -> Tensor:
         """Reduces a loss ``[N]`` over the rows that count.
 
@@ -149,6 +153,50 @@ def read_transitions(loss: ALMLoss, tensordict: TensorDictBase) -> Rows:
     return Rows(data.reshape(-1), mask, shape)
 
 
+def read_lookahead(
+    loss: ALMLoss, transitions: TensorDictBase, n_step: int
+) -> tuple[TensorDictBase, Tensor]:
+    """The n steps from each transition on, and those that count.
+
+    Of slices ``[B, K]`` they end with the slice or before a masked step.
+
+    Returns:
+        tuple of TensorDict and Tensor: steps ``[*, n]``, where the last one that counts
+        is repeated on the others, and the mask of those that count.
+
+    Raises:
+        KeyError: if transitions have no look-ahead.
+        ValueError: if it does not fit.
+    """
+    key, shape = loss.tensor_keys.lookahead, transitions.batch_size
+    steps = transitions.get(key, default=None)
+    if steps is not None:
+        given = read_entry(steps, "mask")
+        expected = (*shape, n_step)
+        if steps.batch_size != expected or given.shape != expected:
+            raise ValueError(
+                f"tensordict: expected {key!r} with batch size and mask "
+                f"{list(expected)}, got {list(steps.batch_size)} and "
+                f"{list(given.shape)}."
+            )
+        return steps, given
+    if len(shape) != 2:
+        raise KeyError(
+            f"tensordict: expected the entry {key!r}, which make_replay_buffer(n_step="
+            f"{n_step}) gives, or slices [B, K], got {entry_names(transitions)}."
+        )
+    row = torch.arange(shape[0], device=transitions.device)[:, None, None]
+    step = torch.arange(shape[1], device=transitions.device)[:, None]
+    ahead = torch.arange(n_step, device=transitions.device)
+    counts = (step + ahead < shape[1]).expand(*shape, n_step)
+    mask = read_mask(loss, transitions)
+    if mask is not None:
+        counts = counts & mask[:, (step + ahead).clamp_max(shape[1] - 1)]
+        counts = counts.cumprod(-1) > 0
+    last = counts.sum(-1, keepdim=True) - 1
+    return transitions[row, step + torch.minimum(ahead, last.clamp_min(0))], counts
+
+
 def check_batch(loss: ALMLoss, tensordict: TensorDictBase) -> None:
     """Checks what all terms read of a batch, before the first one changes anything.
 
@@ -176,6 +224,8 @@ def check_batch(loss: ALMLoss, tensordict: TensorDictBase) -> None:
     following = read_entry(rows.data, "next")
     read_column(following, loss.tensor_keys.terminated, like)
     reward = read_column(following, loss.tensor_keys.reward, like)
+    if loss.critic_target.n_step > 1:
+        read_lookahead(loss, rows.unflattened(), loss.critic_target.n_step)
     if reward.dtype == torch.bool:
         raise ValueError(
             f"tensordict: expected numbers {loss.tensor_keys.reward!r}, got booleans."
@@ -215,7 +265,22 @@ def _read_rows(
             "tensordict: expected at least one row and step, got batch size "
             f"{list(shape)}."
         )
-    mask = None
+    mask = read_mask(loss, rows)
+    if mask is None:
+        return rows, None
+    hidden = ~mask
+    return rows.apply(
+        lambda x: x.masked_fill(hidden.reshape(shape + (1,) * (x.ndim - len(shape))), 0)
+    ), mask
+
+
+def read_mask(loss: ALMLoss, rows: TensorDictBase) -> Tensor | None:
+    """The rows ``[*]`` that count, or ``None`` without a mask.
+
+    Raises:
+        ValueError: if a mask is not boolean or has another shape.
+    """
+    mask, shape = None, rows.batch_size
     for name in mask_keys(loss):
         entry = rows.get(name, default=None)
         if entry is not None:
@@ -226,12 +291,7 @@ def _read_rows(
                 )
             entry = entry.reshape(shape)
             mask = entry if mask is None else mask & entry
-    if mask is None:
-        return rows, None
-    hidden = ~mask
-    return rows.apply(
-        lambda x: x.masked_fill(hidden.reshape(shape + (1,) * (x.ndim - len(shape))), 0)
-    ), mask
+    return mask
 
 
 def explain_mismatch(
