@@ -20,7 +20,7 @@ from torchrl.data import (
 )
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
-from alm_torchrl import replay
+from alm_torchrl import windows
 from alm_torchrl.replay import UniformWindowSampler, make_replay_buffer
 
 TERMINATED, TRUNCATED, CUT = "terminated", "truncated", "cut"
@@ -179,9 +179,9 @@ def test_no_window_crosses_a_resume_that_starts_a_fresh_episode():
 
 def test_one_row_writes_cost_the_same_whatever_is_stored(monkeypatch):
     read = []
-    original = replay._read
+    original = windows._read
     monkeypatch.setattr(
-        replay,
+        windows,
         "_read",
         lambda column, rows: read.append(len(rows)) or original(column, rows),
     )
@@ -365,72 +365,3 @@ def test_what_is_no_row_is_refused(rows, error):
     with pytest.raises(error, match=r"^tensordicts: expected"):
         buffer.extend(rows)
     assert len(buffer) == 0
-
-
-# -- the rows after a transition -------------------------------------------------------
-
-
-def brute_force_lookahead(data, row, n_step):
-    """The rows from ``row`` of all rows ever written on that its episode has."""
-    done = data["next", "done"].flatten().tolist()
-    ids = data.get(("collector", "traj_ids"), torch.zeros(len(data))).tolist()
-    found = [row]
-    while len(found) < n_step and found[-1] + 1 < len(data) and not done[found[-1]]:
-        if ids[found[-1] + 1] != ids[row]:
-            break
-        found.append(found[-1] + 1)
-    return found
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    episodes=st.lists(
-        st.tuples(st.integers(1, 7), st.sampled_from([TERMINATED, TRUNCATED, CUT])),
-        min_size=1,
-        max_size=14,
-    ),
-    n_step=st.integers(2, 5),
-    capacity=st.integers(1, 20),
-    with_ids=st.booleans(),
-)
-def test_the_lookahead_matches_brute_force(episodes, n_step, capacity, with_ids):
-    data = make_rows(episodes, with_ids=with_ids)
-    buffer = make_replay_buffer(
-        capacity, horizon=1, batch_size=64, n_step=n_step, generator=torch.Generator()
-    )
-    one_step = make_replay_buffer(
-        capacity, horizon=1, batch_size=64, generator=torch.Generator()
-    )
-    for written in range(1, len(data) + 1):
-        for each in (buffer, one_step):
-            each.extend(data[written - 1 : written])
-        batch, known = buffer.sample(), one_step.sample()
-        lookahead = batch["transition"].pop("lookahead")
-        assert (batch == known).all()  # the same draws
-        assert lookahead.batch_size == (64, n_step)
-        rows = batch["transition", "observation"].flatten().long().tolist()
-        ahead = lookahead["observation"].squeeze(-1).long().tolist()
-        for row, read, mask in zip(
-            rows, ahead, lookahead["mask"].tolist(), strict=True
-        ):
-            expected = brute_force_lookahead(data[:written], row, n_step)
-            rest = n_step - len(expected)
-            assert read == expected + expected[-1:] * rest
-            assert mask == [True] * len(expected) + [False] * rest
-    assert set(rows) <= set(range(len(data) - min(capacity, len(data)), len(data)))
-
-
-def test_every_row_starts_a_lookahead_and_loading_keeps_it():
-    episodes = [(4, TERMINATED), (3, TRUNCATED), (5, CUT), (2, CUT)]
-    buffer = filled(episodes, horizon=2, n_step=3, batch_size=600)
-    batch = buffer.sample()
-    assert set(batch["transition", "index"].tolist()) == set(range(14))
-    whole = batch["transition", "lookahead", "mask"].all(1)
-    starts = batch["transition", "index"][whole]
-    assert set(starts.tolist()) == {0, 1, 4, 7, 8, 9}
-    other = make_replay_buffer(14, horizon=2, n_step=3, batch_size=600)
-    other.load_state_dict(buffer.state_dict())
-    torch.manual_seed(1)
-    expected = buffer.sample()
-    torch.manual_seed(1)
-    assert (other.sample() == expected).all()
