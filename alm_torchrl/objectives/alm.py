@@ -23,10 +23,9 @@ from torchrl.objectives import LossModule, ValueEstimators
 from alm_torchrl import functional
 from alm_torchrl.checks import check_choice, check_discount, check_number, check_type
 from alm_torchrl.networks import NoiseSchedule
-from alm_torchrl.objectives import outputs, rollouts
+from alm_torchrl.objectives import critics, outputs, rollouts
 from alm_torchrl.objectives.batch import read_horizon, read_slices, read_transitions
 from alm_torchrl.objectives.binding import bind_network, tie_networks
-from alm_torchrl.objectives.critics import SquaredError, TDTarget, ValueHead
 from alm_torchrl.objectives.latents import Encoding, Latents
 from alm_torchrl.objectives.variants import (
     EntropyBonus,
@@ -72,7 +71,8 @@ class ALMLoss(LossModule):
     The terms sample, whatever exploration type surrounds the call; with
     ``deterministic_sampling_mode = ExplorationType.DETERMINISTIC`` each sample is its
     distribution's mean. Masks are found as in every TorchRL loss (``loss_mask_key``);
-    a slice with a masked step is dropped whole from ``model_loss``.
+    in ``model_loss`` a slice counts up to its first masked step, its value in whole
+    slices only.
 
     Keyword Args:
         encoder (ProbabilisticTensorDictSequential): ``e(z | s)``, a diagonal Gaussian.
@@ -188,8 +188,8 @@ class ALMLoss(LossModule):
         discount_model_loss: bool = False,
         reward_transform: Callable[[Tensor], Tensor] | None = None,
         pessimism: float = 1.0,
-        critic_target: TDTarget | None = None,
-        value_head: ValueHead | None = None,
+        critic_target: critics.TDTarget | None = None,
+        value_head: critics.ValueHead | None = None,
         logarithms: Logarithms | None = None,
         model_terms: Sequence[ModelTerm] = (),
         entropy: EntropyBonus | None = None,
@@ -218,9 +218,9 @@ class ALMLoss(LossModule):
             raise TypeError(f"reward_transform: expected a function, got {got}.")
         self.reward_transform = reward_transform
         self.pessimism = check_number("pessimism", pessimism)
-        check_type("critic_target", critic_target, (TDTarget, NoneType))
-        self.critic_target = critic_target or TDTarget()
-        self.value_head = value_head or SquaredError()
+        check_type("critic_target", critic_target, (critics.TDTarget, NoneType))
+        self.critic_target = critic_target or critics.TDTarget()
+        self.value_head = value_head or critics.SquaredError()
         self.logarithms = check_type("logarithms", logarithms, (Logarithms, NoneType))
         self.policy_objective = policy_objective
         check_choice("reduction", reduction, (None, "mean", "sum", "none"))
@@ -265,13 +265,14 @@ class ALMLoss(LossModule):
         gain, end = reward, value
         if self.logarithms is not None:
             gain, end = self.logarithms.in_model_loss(reward, value, self.gamma)
+        kl, gain, end = map(slices.visible, (kl, gain, end))
         gamma = self.gamma if self.discount_model_loss else 1.0
         loss = functional.model_objective(
             self.kl_coef * kl, self.reward_coef * gain, self.value_coef * end, gamma
         )
         means = {"kl": kl, "model_reward": reward, "terminal_value": value}
         for term in cast("Sequence[ModelTerm]", self.model_terms):
-            steps = term(self, slices.data, latent)
+            steps = slices.visible(term(self, slices.data, latent))
             loss = loss + term.coef * functional.discounted_sum(steps, gamma)
             means[term.name] = steps
         metadata = {k: slices.mean(v) for k, v in means.items() if k in self.out_keys}
@@ -351,9 +352,7 @@ class ALMLoss(LossModule):
         Metadata: ``pred_value``, ``target_value`` and ``td_error`` (absolute).
         """
         rows = read_transitions(self, tensordict)
-        one_step = self.critic_target.n_step == 1
-        starts = rows.data if one_step else rows.unflattened()
-        target = self.td_target(starts, encoded).reshape(-1)
+        target = critics.read_target(self, rows, encoded)
         latent = self.draw_latent(rows.data, encoded)
         action = rows.data[self.tensor_keys.action]
         output = self.latents.critics_output(latent, action, "live")

@@ -6,7 +6,7 @@ The checks look at keys, shapes, types and devices, never at values.
 from __future__ import annotations
 
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -27,10 +27,27 @@ class Rows(NamedTuple):
     """The rows that count, of shape :attr:`shape`."""
     shape: torch.Size
     """Shape of the rows before they were flattened."""
+    steps: Tensor | None = None
+    """The steps of slices that count, ``[B, K]``: those before the first masked one."""
 
-    def unflattened(self) -> TensorDictBase:
-        """The transitions in the shape that the batch had, ``[B]`` or ``[B, K]``."""
-        return self.data.reshape(self.shape)
+    def visible(self, values: Tensor) -> Tensor:
+        """Values ``[B, T]`` at the steps or states of slices, zero where none counts.
+
+        Values ``[B]`` at the end of the slices count where all steps do.
+        """
+        if self.steps is None:
+            return values
+        return values.masked_fill(~self._seen(values), 0)
+
+    def _seen(self, values: Tensor) -> Tensor:
+        """Which of such values count."""
+        steps = cast("Tensor", self.steps)
+        if values.ndim == 1:
+            return steps.all(1)
+        count, length = values.shape[1], steps.shape[1]
+        # Of K + 1 states, the first counts if its step does.
+        first = steps[:, : max(count - length, 0)]
+        return torch.cat([first, steps[:, :count]], 1)
 
     def reduce(self, loss: Tensor, reduction: str) -> Tensor:
         """Reduces a loss ``[N]`` over the rows that count.
@@ -54,6 +71,9 @@ class Rows(NamedTuple):
         values = values.detach()
         if self.mask is None:
             return values.mean()
+        if self.steps is not None:
+            seen = self._seen(values)
+            return values.masked_fill(~seen, 0).sum() / seen.sum().clamp_min(1)
         mask = self.mask.reshape(-1, *(1,) * (values.ndim - 1)).expand_as(values)
         return values.masked_fill(~mask, 0).sum() / mask.sum().clamp_min(1)
 
@@ -114,7 +134,7 @@ def read_part(
 
 
 def read_slices(loss: ALMLoss, tensordict: TensorDictBase) -> Rows:
-    """The slices ``[B, K]`` of a batch; one with a masked step does not count.
+    """The slices ``[B, K]`` of a batch, which count up to their first masked step.
 
     Raises:
         ValueError: if there are none, or an entry does not fit.
@@ -125,8 +145,9 @@ def read_slices(loss: ALMLoss, tensordict: TensorDictBase) -> Rows:
             "model_loss expects slices with batch size [B, K], alone or under the key "
             f"{loss.tensor_keys.slice!r}, got batch size {list(data.batch_size)}."
         )
-    mask = None if mask is None else mask.all(1)
-    return Rows(data, mask, data.batch_size[:1])
+    steps = None if mask is None else mask.cumprod(1) > 0
+    first = None if steps is None else steps[:, 0]
+    return Rows(data, first, data.batch_size[:1], steps)
 
 
 def read_horizon(loss: ALMLoss, tensordict: TensorDictBase) -> int | None:
@@ -225,7 +246,8 @@ def check_batch(loss: ALMLoss, tensordict: TensorDictBase) -> None:
     read_column(following, loss.tensor_keys.terminated, like)
     reward = read_column(following, loss.tensor_keys.reward, like)
     if loss.critic_target.n_step > 1:
-        read_lookahead(loss, rows.unflattened(), loss.critic_target.n_step)
+        starts = rows.data.reshape(rows.shape)
+        read_lookahead(loss, starts, loss.critic_target.n_step)
     if reward.dtype == torch.bool:
         raise ValueError(
             f"tensordict: expected numbers {loss.tensor_keys.reward!r}, got booleans."

@@ -16,7 +16,12 @@ from torch.distributions import Distribution
 
 from alm_torchrl import functional
 from alm_torchrl.checks import LARGEST_FLOAT, check_integer, check_number
-from alm_torchrl.objectives.batch import read_column, read_entry, read_lookahead
+from alm_torchrl.objectives.batch import (
+    Rows,
+    read_column,
+    read_entry,
+    read_lookahead,
+)
 from alm_torchrl.objectives.latents import Encoding
 from alm_torchrl.objectives.rollouts import policy_value
 
@@ -113,6 +118,14 @@ class TDTarget:
         names = ("n_step", "pessimism", "noise_std", "noise_clip")
         listed = ", ".join(f"{name}={getattr(self, name)}" for name in names)
         return f"TDTarget({listed})"
+
+
+def read_target(loss: ALMLoss, rows: Rows, encoded: Encoding | None) -> Tensor:
+    """The critics' target for transitions of a batch, flattened to ``[N]``."""
+    # Only slices that are not flattened show what follows a transition.
+    one_step = loss.critic_target.n_step == 1
+    starts = rows.data if one_step else rows.data.reshape(rows.shape)
+    return loss.td_target(starts, encoded).reshape(-1)
 
 
 def _reward_and_discount(

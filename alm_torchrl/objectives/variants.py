@@ -185,8 +185,7 @@ class ValuePrediction(nn.Module):
         steps = 1 if self.where == "encoder" else latent.shape[1] - 1
         rows = slices[:, :steps]
         action = read_entry(rows, loss.tensor_keys.action)
-        values = loss.latents.state_action_value(latent[:, :steps], action)
-        value = loss.combine(values)
+        value = loss.latents.state_action_value(latent[:, :steps], action).amin(-1)
         return (value - loss.td_target(rows)).square()
 
 
