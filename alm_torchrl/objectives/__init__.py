@@ -4,6 +4,7 @@ from alm_torchrl.objectives.alm import ALMLoss
 from alm_torchrl.objectives.builder import make_alm_loss
 from alm_torchrl.objectives.critics import HLGauss, TDTarget
 from alm_torchrl.objectives.latents import Encoding
+from alm_torchrl.objectives.rewards import RewardScale
 from alm_torchrl.objectives.variants import (
     EntropyBonus,
     Logarithms,
@@ -20,6 +21,7 @@ __all__ = [
     "Logarithms",
     "QValueObjective",
     "Reconstruction",
+    "RewardScale",
     "TDTarget",
     "ValuePrediction",
     "make_alm_loss",

@@ -96,10 +96,10 @@ class ALMLoss(LossModule):
             Default: ``False``.
         reward_transform (callable, optional): applied to the rewards of a batch before
             reward model and critics learn them, such as
-            :func:`~alm_torchrl.functional.shifted_log` (A.8). Default: ``None``.
-        pessimism (float): weight of the critics' disagreement in the values that model
-            and policy maximise: 1 takes the smallest value, 0 the mean of the critics.
-            Default: ``1.0``.
+            :func:`~alm_torchrl.functional.shifted_log` (A.8) or
+            :class:`~.rewards.RewardScale`. Default: ``None``.
+        pessimism (float): weight of the critics' disagreement where their value is
+            maximised: 1 takes their minimum, 0 their mean. Default: ``1.0``.
         critic_target, value_head: exchangeable parts of the critics, see
             :mod:`alm_torchrl.objectives.critics`. Default: ``None``, the one-step
             target and the squared error (Eq. 10).
@@ -276,7 +276,7 @@ class ALMLoss(LossModule):
             loss = loss + term.coef * functional.discounted_sum(steps, gamma)
             means[term.name] = steps
         metadata = {k: slices.mean(v) for k, v in means.items() if k in self.out_keys}
-        return slices.reduce(loss, self.reduction), metadata
+        return slices.reduce(loss, self.reduction), self.in_raw_units(metadata)
 
     def reward_loss(
         self,
@@ -364,7 +364,7 @@ class ALMLoss(LossModule):
             "td_error": rows.mean(error.abs().mean(-1)),
         }
         loss = self.value_head.loss(output, target).mean(-1)
-        return rows.reduce(loss, self.reduction), metadata
+        return rows.reduce(loss, self.reduction), self.in_raw_units(metadata)
 
     def actor_loss(
         self,
@@ -389,7 +389,7 @@ class ALMLoss(LossModule):
         objective, metrics = policy(self, latent, horizon)
         rows_of = {k: v.reshape(len(v), -1).mean(-1) for k, v in metrics.items()}
         means = {k: rows.mean(v) for k, v in rows_of.items()}
-        return -rows.reduce(objective, self.reduction), means
+        return -rows.reduce(objective, self.reduction), self.in_raw_units(means)
 
     def alpha_loss(
         self, tensordict: TensorDictBase, encoded: Encoding | None = None
@@ -437,6 +437,7 @@ class ALMLoss(LossModule):
     td_target = rollouts.td_target
     recorded_reward = rollouts.recorded_reward
     combine = rollouts.combine
+    in_raw_units = outputs.in_raw_units
     lower_bound = rollouts.lower_bound
 
     def acting_policy(self) -> TensorDictSequential:
@@ -479,7 +480,7 @@ class ALMLoss(LossModule):
         for part in TARGETS:
             online = getattr(self, f"{part}_params").data
             self._modules[f"target_{part}_params"].data.update_(online)
-        for part in (*self.model_terms, self.entropy):
+        for part in (*self.model_terms, self.entropy, self.reward_transform):
             if hasattr(part, "reset_parameters"):
                 part.reset_parameters()
 

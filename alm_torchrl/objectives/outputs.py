@@ -7,9 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tensordict import NestedKey, unravel_key
+from torch import Tensor
+
+from alm_torchrl.objectives.rewards import RewardScale
 
 if TYPE_CHECKING:
     from alm_torchrl.objectives.alm import ALMLoss
+
+# Metrics in the units of rewards.
+SCALED = (
+    *("model_reward", "terminal_value", "pred_value", "target_value", "td_error"),
+    *("imagined_reward", "imagined_value", "lambda_return"),
+)
 
 
 @dataclass
@@ -71,6 +80,14 @@ def present_keys(loss: ALMLoss) -> list[str]:
     if loss.entropy is None:
         absent |= {"loss_alpha", "alpha", "entropy"}
     return [key for key in keys if key not in absent]
+
+
+def in_raw_units(loss: ALMLoss, metadata: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Metrics in the units of the environment's rewards."""
+    if not isinstance(loss.reward_transform, RewardScale):
+        return metadata
+    scale = loss.reward_transform.scale
+    return {k: v * scale if k in SCALED else v for k, v in metadata.items()}
 
 
 def describe(loss: ALMLoss, parts: tuple[str, ...]) -> str:
