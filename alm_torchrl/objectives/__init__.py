@@ -2,7 +2,7 @@
 
 from alm_torchrl.objectives.alm import ALMLoss
 from alm_torchrl.objectives.builder import make_alm_loss
-from alm_torchrl.objectives.critics import HLGauss, TDTarget
+from alm_torchrl.objectives.critics import HLGauss, HuberError, TDTarget
 from alm_torchrl.objectives.latents import Encoding
 from alm_torchrl.objectives.rewards import RewardScale
 from alm_torchrl.objectives.variants import (
@@ -18,6 +18,7 @@ __all__ = [
     "Encoding",
     "EntropyBonus",
     "HLGauss",
+    "HuberError",
     "Logarithms",
     "QValueObjective",
     "Reconstruction",

@@ -1,7 +1,7 @@
 """How critics learn: exchangeable parts of :class:`~alm_torchrl.ALMLoss`.
 
 - ``critic_target``: :class:`TDTarget`, of one or more steps
-- ``value_head``: :class:`SquaredError` (Eq. 10), :class:`HLGauss`
+- ``value_head``: :class:`SquaredError` (Eq. 10), :class:`HuberError`, :class:`HLGauss`
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.nn.functional import huber_loss
 
 from alm_torchrl import functional
 from alm_torchrl.checks import LARGEST_FLOAT, check_integer, check_number
@@ -28,7 +29,7 @@ from alm_torchrl.objectives.rollouts import policy_value
 if TYPE_CHECKING:
     from alm_torchrl.objectives.alm import ALMLoss
 
-__all__ = ["HLGauss", "SquaredError", "TDTarget", "ValueHead"]
+__all__ = ["HLGauss", "HuberError", "SquaredError", "TDTarget", "ValueHead"]
 
 
 class TDTarget:
@@ -165,6 +166,41 @@ class SquaredError:
 
     def __repr__(self) -> str:
         return "SquaredError()"
+
+
+class HuberError:
+    """Critics write values ``[*, N]`` and learn by Huber's loss.
+
+    ``(Q_i - y)^2 / 2`` where ``|Q_i - y| <= delta``, else
+    ``delta (|Q_i - y| - delta / 2)``: a large error pulls no harder. MR.Q learns its
+    critics so (https://arxiv.org/abs/2501.16142), with rewards of magnitude 1.
+
+    Args:
+        delta (float): error from which on the loss is linear, above 0.
+            Default: ``1.0``.
+
+    Raises:
+        ValueError: if ``delta`` is out of range.
+
+    Examples:
+        >>> HuberError().loss(torch.tensor([[1.5, 4.0]]), torch.tensor([2.0]))
+        tensor([[0.1250, 1.5000]])
+    """
+
+    def __init__(self, delta: float = 1.0) -> None:
+        self.delta = check_number("delta", delta, open_low=True)
+
+    def values(self, output: Tensor) -> Tensor:
+        """The output itself, ``[*, N]``."""
+        return output
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Huber's loss of each critic, ``[*, N]``, for targets ``[*]``."""
+        wanted = target.unsqueeze(-1).expand_as(output)
+        return huber_loss(output, wanted, reduction="none", delta=self.delta)
+
+    def __repr__(self) -> str:
+        return f"HuberError({self.delta:g})"
 
 
 class HLGauss(nn.Module):

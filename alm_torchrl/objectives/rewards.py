@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from alm_torchrl.checks import check_discount, check_number
+from alm_torchrl.checks import check_choice, check_discount, check_number
 
 __all__ = ["RewardScale"]
 
 
 class RewardScale(nn.Module):
-    """Divides rewards by the running scale of their discounted sums.
+    """Divides rewards by a running scale, over all steps seen.
 
-    ``R / max(std(G), max|G| / limit)`` with ``G_t = gamma G_{t-1} + R_t`` from each
-    episode's start and both statistics over all steps seen. So the values that the
+    By the ``"returns"``: ``R / max(std(G), max|G| / limit)`` with
+    ``G_t = gamma G_{t-1} + R_t`` from each episode's start. So the values that the
     critics learn have a spread of about 1, and hardly leave ``[-limit, limit]``.
     Source: Lee et al., "Hyperspherical Normalization for Scalable Deep Reinforcement
     Learning" (SimbaV2), https://arxiv.org/abs/2502.15280.
+
+    By the ``"rewards"``: ``R / mean|R|``. Source: Fujimoto et al., "Towards
+    General-Purpose Model-Free Reinforcement Learning" (MR.Q),
+    https://arxiv.org/abs/2501.16142.
 
     The replay keeps the rewards as they are. Whoever steps the environment calls
     :meth:`observe` on each step, in the order of time; until then the scale is 1. The
@@ -27,12 +32,15 @@ class RewardScale(nn.Module):
     them. Metrics of the loss are in the units of the environment, the losses and the
     networks in those of the scale.
 
+    Args:
+        by (str): ``"returns"`` or ``"rewards"``. Default: ``"returns"``.
+
     Keyword Args:
-        gamma (float): discount of the sums, in [0, 1). Default: ``0.99``.
-        limit (float): largest magnitude of a scaled sum, above 0. Default: ``5.0``.
+        gamma (float): discount of G, in [0, 1). Default: ``0.99``.
+        limit (float): largest magnitude of G when scaled, above 0. Default: ``5.0``.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if ``by`` is neither of the two, or a number is out of range.
 
     Examples:
         >>> scale = RewardScale(gamma=0.5, limit=2.0)
@@ -44,12 +52,19 @@ class RewardScale(nn.Module):
     statistics: Tensor
     scale: Tensor
 
-    def __init__(self, *, gamma: float = 0.99, limit: float = 5.0) -> None:
+    def __init__(
+        self,
+        by: Literal["returns", "rewards"] = "returns",
+        *,
+        gamma: float = 0.99,
+        limit: float = 5.0,
+    ) -> None:
         super().__init__()
+        self.by = check_choice("by", by, ("returns", "rewards"))
         self.gamma = check_discount("gamma", gamma)
         self.limit = check_number("limit", limit, open_low=True)
-        # Of G: now, its number, mean, variance and largest magnitude.
-        statistics = torch.zeros(5, dtype=torch.float64)
+        # G now; steps; mean, variance and largest magnitude of G; mean magnitude of R.
+        statistics = torch.zeros(6, dtype=torch.float64)
         self.register_buffer("statistics", statistics)
         self.register_buffer("scale", torch.ones(()))
 
@@ -64,7 +79,7 @@ class RewardScale(nn.Module):
             reward (Tensor): rewards of N steps, any shape.
             done (Tensor): whether the episode ended with the step, likewise.
         """
-        now, count, mean, variance, largest = self.statistics.tolist()
+        now, count, mean, variance, largest, size = self.statistics.tolist()
         steps = zip(reward.flatten().tolist(), done.flatten().tolist(), strict=True)
         for reward_t, done_t in steps:
             now = self.gamma * now + reward_t
@@ -73,10 +88,12 @@ class RewardScale(nn.Module):
             mean += shift / count
             variance += (shift * (now - mean) - variance) / count
             largest = max(largest, abs(now))
+            size += (abs(reward_t) - size) / count
             now = 0.0 if done_t else now
-        found = [now, count, mean, variance, largest]
+        found = [now, count, mean, variance, largest, size]
         self.statistics.copy_(torch.tensor(found, dtype=torch.float64))
-        scale = max(math.sqrt(variance), largest / self.limit)
+        of_returns = max(math.sqrt(variance), largest / self.limit)
+        scale = of_returns if self.by == "returns" else size
         self.scale.fill_(scale if scale > 0 else 1.0)
 
     def reset_parameters(self) -> None:
@@ -85,5 +102,5 @@ class RewardScale(nn.Module):
         self.scale.fill_(1.0)
 
     def extra_repr(self) -> str:
-        """The discount and the limit."""
-        return f"gamma={self.gamma:g}, limit={self.limit:g}"
+        """The arguments."""
+        return f"{self.by!r}, gamma={self.gamma:g}, limit={self.limit:g}"

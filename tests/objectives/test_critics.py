@@ -14,13 +14,27 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.testing import assert_close
 
-from alm_torchrl import functional, make_replay_buffer, testing
-from alm_torchrl.objectives import EntropyBonus, HLGauss, QValueObjective, TDTarget
+from alm_torchrl import (
+    ALMOptimizationStepper,
+    functional,
+    make_replay_buffer,
+    testing,
+)
+from alm_torchrl.objectives import (
+    EntropyBonus,
+    HLGauss,
+    HuberError,
+    QValueObjective,
+    RewardScale,
+    TDTarget,
+)
 from alm_torchrl.objectives.batch import read_lookahead
 from alm_torchrl.objectives.critics import SquaredError
+from alm_torchrl.training import compiled
 from tests.helpers import (
     ACTION,
     LATENT,
+    OBSERVATION,
     TRAINS,
     B,
     K,
@@ -361,6 +375,27 @@ class Critics(nn.Sequential):
         return super().forward(torch.cat(inputs, -1))
 
 
+class TestHuberError:
+    def test_value_and_gradient(self):
+        output = torch.tensor([[3.5, 9.0, -4.0]], requires_grad=True)
+        loss = HuberError(2.0).loss(output, torch.tensor([3.0]))
+        assert_close(loss, torch.tensor([[0.125, 2 * 6 - 2.0, 2 * 7 - 2.0]]))
+        loss.sum().backward()
+        assert output.grad.tolist() == [[0.5, 2.0, -2.0]]
+        assert HuberError().values(output) is output
+
+    def test_a_large_delta_is_half_the_squared_error(self, batch):
+        one = make_loss(deterministic=True)
+        other = variant(one, value_head=HuberError(1e6))
+        (value, metadata), (half, same) = (
+            one.qvalue_loss(batch),
+            other.qvalue_loss(batch),
+        )
+        assert_close(half, value / 2)
+        assert metadata == same
+        assert "value_head=HuberError(1e+06)" in " ".join(repr(other).split())
+
+
 def make_histogram_critics(bins=7, in_dim=LATENT + ACTION):
     net = Critics(nn.Linear(in_dim, 8), nn.ELU(), nn.Linear(8, 2 * bins))
     return TensorDictModule(net, ["latent", "action"], ["state_action_value"])
@@ -442,6 +477,7 @@ def test_the_parts_are_printed_and_float64_and_state_dict_work():
         (lambda: TDTarget(pessimism=-0.1), "pessimism"),
         (lambda: TDTarget(noise_std=-1.0), "noise_std"),
         (lambda: TDTarget(noise_clip=-1.0), "noise_clip"),
+        (lambda: HuberError(0.0), "delta"),
         (lambda: HLGauss(1.0, 1.0), "high"),
         (lambda: HLGauss(0.0, 1.0, bins=1), "bins"),
         (lambda: HLGauss(0.0, 1.0, sigma_ratio=0.0), "sigma_ratio"),
@@ -452,3 +488,31 @@ def test_the_parts_are_printed_and_float64_and_state_dict_work():
 def test_values_out_of_range(make, name):
     with pytest.raises(ValueError, match=f"^{name}: expected .* got "):
         make()
+
+
+@pytest.mark.slow
+def test_a_recorded_update_is_the_eager_one(monkeypatch):
+    """With short slices, a look-ahead and a scale that changes between updates."""
+    monkeypatch.setattr(compiled, "compile_graph", lambda graph, _: graph)
+    sizes = testing.Sizes(batch=8, observation_dim=OBSERVATION, latent_dim=LATENT)
+    buffer = make_replay_buffer(
+        40, batch_size=8, n_step=2, short_slices=True, recency_decay=0.9
+    )
+    rows = make_rows(40)
+    rows["next", "done"] = rows["next", "terminated"].clone()
+    buffer.extend(rows)
+
+    def train(compile):
+        scale = RewardScale()
+        more = {"reward_transform": scale, "policy_objective": QValueObjective()}
+        loss = testing.make_loss(sizes, **combined(sizes), **more)
+        stepper = ALMOptimizationStepper(loss, compile=compile)
+        torch.manual_seed(0)
+        for step in range(4):
+            scale.observe(torch.tensor([3.0**step]), torch.tensor([False]))
+            metrics = stepper.step(None, buffer.sample())
+        return metrics
+
+    recorded = train(compile=True)
+    for name, value in train(compile=False).items():
+        assert_close(recorded[name], value, rtol=1e-3, atol=1e-4)

@@ -37,6 +37,11 @@ def test_scale_by_hand(found, cut, limit):
     assert_close(scale.scale.item(), expected, rtol=1e-5, atol=1e-6)
     reward = torch.tensor([2.0, -3.0])
     assert_close(scale(reward), reward / scale.scale)
+    by_rewards = RewardScale("rewards")
+    by_rewards.load_state_dict(scale.state_dict())
+    by_rewards.observe(torch.tensor([1.0]), torch.tensor([True]))
+    expected = (sum(abs(r) for r, _ in found) + 1) / (len(found) + 1)
+    assert_close(by_rewards.scale.item(), expected, rtol=1e-5, atol=1e-6)
     scaled = max(abs(number) for number in sums) / scale.scale.item()
     assert scaled <= limit * 1.0001
 
@@ -98,7 +103,7 @@ def test_it_travels_and_is_reset():
     loss.reset_parameters_recursive()
     assert loss.reward_transform.scale == 1
     assert not loss.reward_transform.statistics.any()
-    assert "reward_transform=RewardScale(gamma=0.99, limit=5)" in repr(loss)
+    assert "reward_transform=RewardScale('returns', gamma=0.99, limit=5)" in repr(loss)
 
 
 def test_an_update_leaves_it_alone_and_reads_it():
@@ -119,7 +124,9 @@ def test_contract_of_the_loss():
     assert total(value).isfinite()
 
 
-@pytest.mark.parametrize(("name", "value"), [("gamma", 1.0), ("limit", 0.0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("by", "std"), ("gamma", 1.0), ("limit", 0.0)]
+)
 def test_values_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected "):
         RewardScale(**{name: value})
