@@ -61,6 +61,16 @@ def check_number(
     return given
 
 
+def check_discount(name: str, value: object) -> float:
+    """Returns a discount or trace decay in [0, 1]; ``gamma`` is below 1.
+
+    >>> check_discount("gamma", 1.0)
+    Traceback (most recent call last):
+    ValueError: gamma: expected a number >= 0 and < 1, got 1.0.
+    """
+    return check_number(name, value, 0, 1, open_high=name == "gamma")
+
+
 def check_choice(name: str, value: T, choices: Iterable[object]) -> T:
     """Returns a value that equals one of the choices and has its type.
 

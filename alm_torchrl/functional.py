@@ -25,6 +25,8 @@ __all__ = [
     "lambda_return",
     "log_density_ratio",
     "model_objective",
+    "n_step_target",
+    "pessimistic_value",
     "reconstruction_error",
     "shifted_log",
     "soft_value",
@@ -331,6 +333,61 @@ def td_target(reward: Tensor, discount: Tensor, next_value: Tensor) -> Tensor:
         tensor([10.,  1.])
     """
     return reward + discount * next_value
+
+
+def n_step_target(
+    reward: Tensor, discount: Tensor, next_value: Tensor, mask: Tensor
+) -> Tensor:
+    """Target of the critic from n recorded steps, or as many as there are.
+
+    ``G_m = next_value`` and, for ``t = m-1 .. 0``,
+    ``G_t = reward_t + discount_t G_{t+1}``; the target is ``G_0``.
+
+    m is the number of steps that count. One step is :func:`td_target`. Source: Sutton &
+    Barto, "Reinforcement Learning", 2018, Eq. 7.1.
+
+    Args:
+        reward (Tensor): rewards of the steps, ``[*, n]``.
+        discount (Tensor): ``gamma * (1 - terminated)`` of each step, ``[*, n]``.
+        next_value (Tensor): value after the last step that counts, ``[*]``.
+        mask (Tensor): booleans, true for the first m steps, ``[*, n]``.
+
+    Returns:
+        Tensor: target, ``[*]``.
+
+    Examples:
+        >>> ones, value = torch.ones(3), torch.tensor(8.0)
+        >>> n_step_target(ones, 0.5 * ones, value, torch.tensor([True, True, False]))
+        tensor(3.5000)
+    """
+    total = next_value
+    steps = (reward.unbind(-1), discount.unbind(-1), mask.unbind(-1))
+    for reward_t, discount_t, mask_t in reversed(list(zip(*steps, strict=True))):
+        total = torch.where(mask_t, reward_t + discount_t * total, total)
+    return total
+
+
+def pessimistic_value(values: Tensor, pessimism: float = 1.0) -> Tensor:
+    """One value from those of several critics, the lower the more they disagree.
+
+    ``mean_j Q_j - pessimism (mean_j Q_j - min_j Q_j)``: their minimum at 1, their mean
+    at 0. With two critics it is ``mean - pessimism (max - min) / 2``.
+
+    Args:
+        values (Tensor): one for each of N critics, ``[*, N]``.
+        pessimism (float): weight of the disagreement. Default: ``1.0``.
+
+    Returns:
+        Tensor: ``[*]``.
+
+    Examples:
+        >>> pessimistic_value(torch.tensor([2.0, 6.0]), 0.5)
+        tensor(3.)
+    """
+    if pessimism == 1:
+        return values.amin(-1)
+    mean = values.mean(-1)
+    return mean if pessimism == 0 else torch.lerp(mean, values.amin(-1), pessimism)
 
 
 def soft_value(value: Tensor, log_prob: Tensor, alpha: Tensor | float) -> Tensor:

@@ -15,31 +15,29 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torch.nn import functional
 from torchrl.data import (
     LazyMemmapStorage,
     LazyTensorStorage,
     TensorDictReplayBuffer,
-    TensorStorage,
 )
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.storages import Storage
 
-from alm_torchrl.checks import check_device, check_integer, check_type
+from alm_torchrl.checks import check_device, check_integer, check_number, check_type
 from alm_torchrl.compat import last_written, storage_revision, stored_rows
+from alm_torchrl.windows import (
+    DONE_KEY,
+    TRAJECTORY_KEY,
+    check_storage,
+    follow_rows,
+    recent_age,
+    window_offsets,
+)
 
 __all__ = ["UniformWindowSampler", "make_replay_buffer"]
 
-DONE_KEY = ("next", "done")
-TRAJECTORY_KEY = ("collector", "traj_ids")
-
-
-def _read(column: torch.Tensor, rows: np.ndarray) -> np.ndarray:
-    """Rows of a stored entry, [N, elements per row]."""
-    if column.device.type == "cpu":
-        values = column.numpy()[rows]
-    else:
-        values = column[torch.from_numpy(rows)].cpu().numpy()
-    return values.reshape(len(rows), -1)
+MASK_KEY = ("collector", "mask")
 
 
 def _split(data: TensorDictBase, horizon: int) -> tuple[TensorDictBase, TensorDictBase]:
@@ -70,7 +68,8 @@ class UniformWindowSampler(Sampler):
     is being overwritten, or a resume that starts a fresh episode. Every valid window is
     equally likely. (`torchrl.data.SliceSampler` draws trajectories uniformly, which
     favours steps of short ones.) In the buffer of `make_replay_buffer` it draws single
-    rows, too: every stored row is equally likely, and independent of the windows.
+    rows, too: every stored row is equally likely, and independent of the windows. There
+    it adds the rows that follow a single one, as far as the episode was recorded.
 
     A queue holds the rows at which a window may start, oldest first. A write appends
     new starts and drops overwritten ones, so the cost of a draw does not grow with what
@@ -80,11 +79,22 @@ class UniformWindowSampler(Sampler):
 
     Draws come from the buffer's generator, or else from torch's global one.
 
+    With a ``recency_decay`` below 1 they prefer what is new: a window's weight is
+    ``max(recency_decay^age, recency_floor)``, its age the number of newer windows, and
+    that of a single row likewise. No weights are stored. Source: the faded replay of
+    DR.Q, with 0.9999 and 0.1.
+
     Args:
         horizon (int): steps per window, K.
 
+    Keyword Args:
+        recency_decay (float): weight of one step of age, in (0, 1]. Default: ``1.0``,
+            uniform.
+        recency_floor (float): smallest weight, in (0, 1]. Default: ``0.1``.
+
     Raises:
-        ValueError: if ``horizon`` is not a positive integer.
+        ValueError: if ``horizon`` is not a positive integer, or a number is out of
+            range.
 
     Examples:
         >>> import torch
@@ -104,9 +114,19 @@ class UniformWindowSampler(Sampler):
         True
     """
 
-    def __init__(self, horizon: int) -> None:
+    def __init__(
+        self, horizon: int, *, recency_decay: float = 1.0, recency_floor: float = 0.1
+    ) -> None:
         self.horizon = check_integer("horizon", horizon)
-        self.single_rows = False  # set by the buffer that can tell them from windows
+        self.recency_decay = check_number(
+            "recency_decay", recency_decay, 0, 1, open_low=True
+        )
+        self.recency_floor = check_number(
+            "recency_floor", recency_floor, 0, 1, open_low=True
+        )
+        # Columns from a single row on; set by the buffer that tells them from windows.
+        self.n_step = 0
+        self.short = False  # Whether windows may be short; set by that buffer, too.
         self._last_row: int | None = None
         self._revision = -1  # of the storage, after the writes that were seen
         self._pending = 0  # rows written since the last draw
@@ -132,7 +152,7 @@ class UniformWindowSampler(Sampler):
     def can_sample(self, storage: Storage, batch_size: int) -> bool:
         """Whether the storage holds a valid window; draws are with replacement."""
         self._settle(storage)
-        return self._count > 0
+        return len(storage) > 0 if self.short else self._count > 0
 
     def sample(
         self, storage: Storage, batch_size: int
@@ -144,8 +164,9 @@ class UniformWindowSampler(Sampler):
             batch_size (int): windows to draw, B.
 
         Returns:
-            The index [B, K], or [B, K + 1] with single rows in the last column, and an
-            empty dictionary.
+            The index [B, K], and an empty dictionary. With single rows it is
+            [B, K + n]: the row and the n - 1 after it follow the window; where its
+            episode ends before, its last row is repeated. So is that of short windows.
 
         Raises:
             RuntimeError: if no valid window is stored.
@@ -154,21 +175,41 @@ class UniformWindowSampler(Sampler):
         batch_size = check_integer("batch_size", batch_size)
         self._settle(storage)
         stored, capacity = len(storage), storage.max_size
-        if self._count == 0:
+        if not self.can_sample(storage, batch_size):
             raise RuntimeError(
                 f"No valid window among the {stored} stored rows: horizon "
                 f"{self.horizon} needs {self.horizon} consecutive steps of one episode."
             )
-        rank = self._draw(self._count, batch_size)
-        starts = self._starts[(self._head + rank) % capacity]
-        index = (starts[:, None] + np.arange(self.horizon)) % capacity
-        if self.single_rows:
-            row = self._draw(stored, batch_size)
-            index = np.concatenate((index, row[:, None]), axis=1)
+        if self.short:
+            starts = self._draw_rows(storage, batch_size)
+            index = follow_rows(storage, starts, self.horizon, self._written)
+        else:
+            rank = self._draw(self._count, batch_size)
+            starts = self._starts[(self._head + rank) % capacity]
+            index = (starts[:, None] + np.arange(self.horizon)) % capacity
+        if self.n_step:
+            rows = self._draw_rows(storage, batch_size)
+            ahead = follow_rows(storage, rows, self.n_step, self._written)
+            index = np.concatenate((index, ahead), axis=1)
         return torch.from_numpy(index), {}
 
+    def _draw_rows(self, storage: Storage, size: int) -> np.ndarray:
+        """Positions [size] of stored rows."""
+        stored = len(storage)
+        rank = self._draw(stored, size)
+        if self.recency_decay == 1:
+            return rank
+        return (self._written - stored + rank) % storage.max_size
+
     def _draw(self, high: int, size: int) -> np.ndarray:
+        """Ranks [size] below ``high``, where the oldest comes first."""
         device = "cpu" if self._rng is None else self._rng.device
+        decay, floor = self.recency_decay, self.recency_floor
+        if decay < 1:
+            share = torch.rand(
+                size, generator=self._rng, device=device, dtype=torch.float64
+            )
+            return high - 1 - recent_age(share.cpu().numpy(), high, decay, floor)
         drawn = torch.randint(high, (size,), generator=self._rng, device=device)
         return drawn.cpu().numpy()
 
@@ -183,7 +224,7 @@ class UniformWindowSampler(Sampler):
             new = self._written
             written = new + self._pending
         else:
-            self._check_storage(storage)
+            check_storage(storage)
             self._starts = np.empty(capacity, dtype=np.int64)
             self._head = self._count = 0
             written = stored if stored < capacity else capacity + self._cursor(storage)
@@ -196,7 +237,7 @@ class UniformWindowSampler(Sampler):
         self._count -= expired
         # The first windows that end in a new row start before that row.
         first = max(new - self.horizon + 1, oldest)
-        starts = first + self._valid_offsets(storage, first, written)
+        starts = first + window_offsets(storage, first, written, self.horizon)
         self._starts[self._slots(self._count, len(starts))] = starts
         self._count += len(starts)
         self._written = written
@@ -214,39 +255,6 @@ class UniformWindowSampler(Sampler):
         """Positions in the circular queue, from ``offset`` after its head."""
         positions = np.arange(self._head + offset, self._head + offset + length)
         return positions % len(self._starts)
-
-    def _valid_offsets(self, storage: Storage, first: int, stop: int) -> np.ndarray:
-        """Offsets from ``first`` of the valid windows within rows [first, stop)."""
-        if stop - first < self.horizon:
-            return np.empty(0, dtype=np.int64)
-        if self.horizon == 1:
-            return np.arange(stop - first)
-        rows = np.arange(first, stop) % storage.max_size
-        done = _read(stored_rows(storage).get(DONE_KEY), rows[:-1])
-        cut: np.ndarray = np.logical_or.reduce(done, axis=1)
-        trajectory = stored_rows(storage).get(TRAJECTORY_KEY, None)
-        if trajectory is not None:
-            ids = _read(trajectory, rows)
-            cut |= (ids[:-1] != ids[1:]).any(axis=1)
-        windows = len(rows) - self.horizon + 1
-        crossed = cut[:windows].copy()
-        for step in range(1, self.horizon - 1):
-            crossed |= cut[step : step + windows]
-        return np.flatnonzero(~crossed)
-
-    @staticmethod
-    def _check_storage(storage: Storage) -> None:
-        if not isinstance(storage, TensorStorage) or storage.ndim != 1:
-            raise ValueError(
-                "storage: expected a TensorStorage with ndim=1, got "
-                f"{type(storage).__name__} with ndim={storage.ndim}."
-            )
-        data = stored_rows(storage)
-        if data is not None and data.get(DONE_KEY, None) is None:
-            raise KeyError(
-                f"replay: expected rows with the key {DONE_KEY}, got "
-                f"{sorted(data.keys(True, True), key=str)}."
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the last row written; the rest follows from the storage."""
@@ -273,14 +281,22 @@ class UniformWindowSampler(Sampler):
         return f"{type(self).__name__}(horizon={self.horizon})"
 
 
+def _first_reads(index: torch.Tensor) -> torch.Tensor:
+    """Where [B, K] positions are not those of the step before, [B, K]."""
+    return functional.pad(index.diff(dim=1) != 0, (1, 0), value=True)
+
+
 class WindowReplayBuffer(TensorDictReplayBuffer):
     """A `TensorDictReplayBuffer` that samples slices and single transitions.
 
     `make_replay_buffer` makes and documents it.
     """
 
-    def __init__(self, *, sampler: UniformWindowSampler, **kwargs: Any) -> None:
-        sampler.single_rows = True
+    def __init__(
+        self, *, sampler: UniformWindowSampler, n_step: int, short: bool, **kwargs: Any
+    ) -> None:
+        sampler.n_step = self.n_step = n_step
+        sampler.short = self.short = short
         super().__init__(sampler=sampler, **kwargs)
 
     def extend(
@@ -339,15 +355,22 @@ class WindowReplayBuffer(TensorDictReplayBuffer):
         """Draws slices and transitions, independent of each other.
 
         Returns:
-            A TensorDict [B] with "slice" [B, K] and "transition" [B]; with
-            ``return_info`` also the index [B, K + 1] that was read, as
-            ``info["index"]``.
+            A TensorDict [B] with "slice" [B, K] and "transition" [B], which has
+            "lookahead" [B, n] if n is not 1; with ``return_info`` also the index
+            [B, K + n] that was read, as ``info["index"]``.
 
         Raises:
             RuntimeError: if no valid window is stored.
         """
         data, info = super().sample(batch_size, return_info=True)
-        slices, transitions = _split(data, data.shape[1] - 1)
+        horizon = data.shape[1] - self.n_step
+        slices, transitions = _split(data, horizon)
+        if self.short:
+            slices[MASK_KEY] = _first_reads(info["index"][:, :horizon])
+        if self.n_step > 1:
+            lookahead = data[:, horizon:]
+            lookahead["mask"] = _first_reads(info["index"][:, horizon:])
+            transitions["lookahead"] = lookahead
         batch = TensorDict(
             {"slice": slices, "transition": transitions},
             batch_size=data.shape[:1],
@@ -361,6 +384,10 @@ def make_replay_buffer(
     *,
     batch_size: int = 512,
     horizon: int = 3,
+    n_step: int = 1,
+    short_slices: bool = False,
+    recency_decay: float = 1.0,
+    recency_floor: float = 0.1,
     memmap_dir: str | Path | None = None,
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
@@ -371,7 +398,16 @@ def make_replay_buffer(
     windows of K consecutive steps of one episode, and "transition" [B], drawn
     uniformly and independently from all stored rows. Both reach an episode's last
     transition; episodes shorter than K serve as transitions only. Otherwise it is
-    TorchRL's buffer. Transforms on reading see rows [B, K + 1], before the split.
+    TorchRL's buffer. Transforms on reading see rows [B, K + n], before the split.
+
+    For targets of n > 1 steps each transition comes with "lookahead" [B, n]: itself
+    and the next n - 1 rows of its episode. Its boolean entry "mask" is true on the m
+    rows that there are before the episode's end, a time limit or the newest row; the
+    last of them is repeated on the others, so that it is always in the last column.
+
+    With ``short_slices`` every stored row starts a slice, the last ones of an episode
+    too. Such a slice is filled up in the same way, and ("collector", "mask") [B, K] is
+    true where its steps are real: TorchRL's losses and ALM's leave out the others.
 
     Write steps in the order of time, with the keys of a TorchRL collector:
     ("next", "done"), and ("collector", "traj_ids") where an episode may break off
@@ -384,6 +420,12 @@ def make_replay_buffer(
     Keyword Args:
         batch_size (int): slices, and transitions, per sample, B. Default: ``512``.
         horizon (int): steps per slice, K. Default: ``3``.
+        n_step (int): rows of the look-ahead, n. Default: ``1``, without one.
+        short_slices (bool): whether slices may reach beyond their episode's end.
+            Default: ``False``.
+        recency_decay (float): weight of a row that is one row older, in (0, 1]; see
+            :class:`UniformWindowSampler`. Default: ``1.0``, uniform.
+        recency_floor (float): smallest weight, in (0, 1]. Default: ``0.1``.
         memmap_dir (str or Path, optional): directory of memory-mapped files for the
             rows; existing ones are overwritten. Default: ``None``, in memory.
         device (torch.device or str): device of the rows. Default: ``"cpu"``, the only
@@ -395,9 +437,9 @@ def make_replay_buffer(
         The empty buffer.
 
     Raises:
-        ValueError: if a number is not a positive integer, ``capacity`` is below
-            ``horizon``, the device does not exist, or ``memmap_dir`` is given with
-            another device than the CPU.
+        ValueError: if a number is out of range, ``capacity`` is below ``horizon``, the
+            device does not exist, or ``memmap_dir`` is given with another device than
+            the CPU.
         TypeError: if ``generator`` is no ``torch.Generator``.
 
     Examples:
@@ -418,7 +460,9 @@ def make_replay_buffer(
         >>> bool((batch["slice", "observation"].diff(dim=1) == 1).all())
         True
     """
-    sampler = UniformWindowSampler(horizon)
+    sampler = UniformWindowSampler(
+        horizon, recency_decay=recency_decay, recency_floor=recency_floor
+    )
     capacity = check_integer("capacity", capacity)
     if capacity < sampler.horizon:
         raise ValueError(
@@ -439,6 +483,8 @@ def make_replay_buffer(
     return WindowReplayBuffer(
         storage=storage,
         sampler=sampler,
+        n_step=check_integer("n_step", n_step),
+        short=check_type("short_slices", short_slices, bool),
         batch_size=batch_size,
         generator=generator,
     )

@@ -20,7 +20,7 @@ from torchrl.data import (
 )
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
-from alm_torchrl import replay
+from alm_torchrl import windows
 from alm_torchrl.replay import UniformWindowSampler, make_replay_buffer
 
 TERMINATED, TRUNCATED, CUT = "terminated", "truncated", "cut"
@@ -179,9 +179,9 @@ def test_no_window_crosses_a_resume_that_starts_a_fresh_episode():
 
 def test_one_row_writes_cost_the_same_whatever_is_stored(monkeypatch):
     read = []
-    original = replay._read
+    original = windows._read
     monkeypatch.setattr(
-        replay,
+        windows,
         "_read",
         lambda column, rows: read.append(len(rows)) or original(column, rows),
     )

@@ -2,7 +2,9 @@
 
 from alm_torchrl.objectives.alm import ALMLoss
 from alm_torchrl.objectives.builder import make_alm_loss
+from alm_torchrl.objectives.critics import HLGauss, HuberError, TDTarget
 from alm_torchrl.objectives.latents import Encoding
+from alm_torchrl.objectives.rewards import RewardScale
 from alm_torchrl.objectives.variants import (
     EntropyBonus,
     Logarithms,
@@ -15,9 +17,13 @@ __all__ = [
     "ALMLoss",
     "Encoding",
     "EntropyBonus",
+    "HLGauss",
+    "HuberError",
     "Logarithms",
     "QValueObjective",
     "Reconstruction",
+    "RewardScale",
+    "TDTarget",
     "ValuePrediction",
     "make_alm_loss",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal, cast
 
@@ -22,13 +21,12 @@ from torchrl.envs.utils import ExplorationType
 from torchrl.objectives import LossModule, ValueEstimators
 
 from alm_torchrl import functional
-from alm_torchrl.checks import check_choice, check_number, check_type
+from alm_torchrl.checks import check_choice, check_discount, check_number, check_type
 from alm_torchrl.networks import NoiseSchedule
-from alm_torchrl.objectives import rollouts
+from alm_torchrl.objectives import critics, outputs, rollouts
 from alm_torchrl.objectives.batch import read_horizon, read_slices, read_transitions
 from alm_torchrl.objectives.binding import bind_network, tie_networks
 from alm_torchrl.objectives.latents import Encoding, Latents
-from alm_torchrl.objectives.outputs import describe, present_keys, read_keys
 from alm_torchrl.objectives.variants import (
     EntropyBonus,
     Logarithms,
@@ -73,7 +71,8 @@ class ALMLoss(LossModule):
     The terms sample, whatever exploration type surrounds the call; with
     ``deterministic_sampling_mode = ExplorationType.DETERMINISTIC`` each sample is its
     distribution's mean. Masks are found as in every TorchRL loss (``loss_mask_key``);
-    a slice with a masked step is dropped whole from ``model_loss``.
+    in ``model_loss`` a slice counts up to its first masked step, its value in whole
+    slices only.
 
     Keyword Args:
         encoder (ProbabilisticTensorDictSequential): ``e(z | s)``, a diagonal Gaussian.
@@ -97,7 +96,13 @@ class ALMLoss(LossModule):
             Default: ``False``.
         reward_transform (callable, optional): applied to the rewards of a batch before
             reward model and critics learn them, such as
-            :func:`~alm_torchrl.functional.shifted_log` (A.8). Default: ``None``.
+            :func:`~alm_torchrl.functional.shifted_log` (A.8) or
+            :class:`~.rewards.RewardScale`. Default: ``None``.
+        pessimism (float): weight of the critics' disagreement where their value is
+            maximised: 1 takes their minimum, 0 their mean. Default: ``1.0``.
+        critic_target, value_head: exchangeable parts of the critics, see
+            :mod:`alm_torchrl.objectives.critics`. Default: ``None``, the one-step
+            target and the squared error (Eq. 10).
         logarithms, model_terms, entropy, policy_objective: exchangeable parts, see
             :mod:`alm_torchrl.objectives.variants`. Default: none of them; the policy
             maximises the lower bound (Eq. 8).
@@ -136,23 +141,9 @@ class ALMLoss(LossModule):
         ['pred_value', 'target_value', 'td_error']
     """
 
-    @dataclass
-    class _AcceptedKeys:
-        """Keys that ``set_keys`` accepts, nested ones included."""
-
-        latent: NestedKey = "latent"  # the classifier reads ("next", latent) too
-        action: NestedKey = "action"
-        reward: NestedKey = "reward"  # under "next"
-        terminated: NestedKey = "terminated"  # under "next"; a time limit is not one
-        predicted_reward: NestedKey = "predicted_reward"  # of the reward model
-        state_action_value: NestedKey = "state_action_value"  # of the critics, [*, N]
-        logits: NestedKey = "logits"  # of the classifier
-        imagined: NestedKey = "imagined"  # optional: rows imagined for the classifier
-        slice: NestedKey = "slice"  # of a two-draw batch
-        transition: NestedKey = "transition"  # of a two-draw batch
-
-    tensor_keys: _AcceptedKeys
-    default_keys = _AcceptedKeys
+    _AcceptedKeys = outputs.AcceptedKeys
+    tensor_keys: outputs.AcceptedKeys
+    default_keys = outputs.AcceptedKeys
     default_value_estimator = ValueEstimators.TDLambda
     deterministic_sampling_mode = ExplorationType.RANDOM
     _schedulable_buffers = frozenset({"gamma", "lmbda"})
@@ -196,6 +187,9 @@ class ALMLoss(LossModule):
         noise_clip: float | None = 0.3,
         discount_model_loss: bool = False,
         reward_transform: Callable[[Tensor], Tensor] | None = None,
+        pessimism: float = 1.0,
+        critic_target: critics.TDTarget | None = None,
+        value_head: critics.ValueHead | None = None,
         logarithms: Logarithms | None = None,
         model_terms: Sequence[ModelTerm] = (),
         entropy: EntropyBonus | None = None,
@@ -203,8 +197,8 @@ class ALMLoss(LossModule):
         reduction: Literal["mean", "sum", "none"] | None = None,
     ) -> None:
         super().__init__()
-        self.register_buffer("gamma", torch.tensor(_check_discount("gamma", gamma)))
-        self.register_buffer("lmbda", torch.tensor(_check_discount("lmbda", lmbda)))
+        self.register_buffer("gamma", torch.tensor(check_discount("gamma", gamma)))
+        self.register_buffer("lmbda", torch.tensor(check_discount("lmbda", lmbda)))
         # Floats: a tensor cannot be multiplied by a large Python integer.
         self.classifier_coef = check_number("classifier_coef", classifier_coef)
         self.kl_coef = check_number("kl_coef", kl_coef)
@@ -223,6 +217,10 @@ class ALMLoss(LossModule):
             got = type(reward_transform).__name__
             raise TypeError(f"reward_transform: expected a function, got {got}.")
         self.reward_transform = reward_transform
+        self.pessimism = check_number("pessimism", pessimism)
+        check_type("critic_target", critic_target, (critics.TDTarget, NoneType))
+        self.critic_target = critic_target or critics.TDTarget()
+        self.value_head = value_head or critics.SquaredError()
         self.logarithms = check_type("logarithms", logarithms, (Logarithms, NoneType))
         self.policy_objective = policy_objective
         check_choice("reduction", reduction, (None, "mean", "sum", "none"))
@@ -242,8 +240,9 @@ class ALMLoss(LossModule):
             self._modules,
             self.tensor_keys,
             noise_clip=noise_clip if entropy is None else None,
+            values=self.value_head.values,
         )
-        self.out_keys = present_keys(self)
+        self.out_keys = outputs.present_keys(self)
 
     # The terms, in the order of an update.
 
@@ -266,17 +265,18 @@ class ALMLoss(LossModule):
         gain, end = reward, value
         if self.logarithms is not None:
             gain, end = self.logarithms.in_model_loss(reward, value, self.gamma)
+        kl, gain, end = map(slices.visible, (kl, gain, end))
         gamma = self.gamma if self.discount_model_loss else 1.0
         loss = functional.model_objective(
             self.kl_coef * kl, self.reward_coef * gain, self.value_coef * end, gamma
         )
         means = {"kl": kl, "model_reward": reward, "terminal_value": value}
         for term in cast("Sequence[ModelTerm]", self.model_terms):
-            steps = term(self, slices.data, latent)
+            steps = slices.visible(term(self, slices.data, latent))
             loss = loss + term.coef * functional.discounted_sum(steps, gamma)
             means[term.name] = steps
         metadata = {k: slices.mean(v) for k, v in means.items() if k in self.out_keys}
-        return slices.reduce(loss, self.reduction), metadata
+        return slices.reduce(loss, self.reduction), self.in_raw_units(metadata)
 
     def reward_loss(
         self,
@@ -347,22 +347,24 @@ class ALMLoss(LossModule):
     def qvalue_loss(
         self, tensordict: TensorDictBase, encoded: Encoding | None = None
     ) -> tuple[Tensor, Metadata]:
-        """Squared TD error of the critics, averaged over them (Eq. 10).
+        """Loss of the critics for their target, averaged over them (Eq. 10).
 
         Metadata: ``pred_value``, ``target_value`` and ``td_error`` (absolute).
         """
         rows = read_transitions(self, tensordict)
-        target = self.td_target(rows.data, encoded).unsqueeze(-1)
+        target = critics.read_target(self, rows, encoded)
         latent = self.draw_latent(rows.data, encoded)
         action = rows.data[self.tensor_keys.action]
-        value = self.latents.state_action_value(latent, action, "live")
-        error = value - target
+        output = self.latents.critics_output(latent, action, "live")
+        value = self.value_head.values(output)
+        error = value - target.unsqueeze(-1)
         metadata = {
             "pred_value": rows.mean(value.mean(-1)),
-            "target_value": rows.mean(target.squeeze(-1)),
+            "target_value": rows.mean(target),
             "td_error": rows.mean(error.abs().mean(-1)),
         }
-        return rows.reduce(error.square().mean(-1), self.reduction), metadata
+        loss = self.value_head.loss(output, target).mean(-1)
+        return rows.reduce(loss, self.reduction), self.in_raw_units(metadata)
 
     def actor_loss(
         self,
@@ -387,7 +389,7 @@ class ALMLoss(LossModule):
         objective, metrics = policy(self, latent, horizon)
         rows_of = {k: v.reshape(len(v), -1).mean(-1) for k, v in metrics.items()}
         means = {k: rows.mean(v) for k, v in rows_of.items()}
-        return -rows.reduce(objective, self.reduction), means
+        return -rows.reduce(objective, self.reduction), self.in_raw_units(means)
 
     def alpha_loss(
         self, tensordict: TensorDictBase, encoded: Encoding | None = None
@@ -434,6 +436,8 @@ class ALMLoss(LossModule):
     imagine = rollouts.imagine
     td_target = rollouts.td_target
     recorded_reward = rollouts.recorded_reward
+    combine = rollouts.combine
+    in_raw_units = outputs.in_raw_units
     lower_bound = rollouts.lower_bound
 
     def acting_policy(self) -> TensorDictSequential:
@@ -451,7 +455,7 @@ class ALMLoss(LossModule):
     @property
     def in_keys(self) -> list[NestedKey]:
         """Entries of plain slices; what ``forward`` takes as keyword arguments."""
-        return read_keys(self)
+        return outputs.read_keys(self)
 
     def make_value_estimator(
         self,
@@ -466,9 +470,9 @@ class ALMLoss(LossModule):
                 f"ALMLoss supports value_type=TDLambda only, got {value_type}."
             )
         if gamma is not None:
-            self.gamma = _check_discount("gamma", gamma)  # type: ignore[assignment]
+            self.gamma = check_discount("gamma", gamma)  # type: ignore[assignment]
         if lmbda is not None:
-            self.lmbda = _check_discount("lmbda", lmbda)  # type: ignore[assignment]
+            self.lmbda = check_discount("lmbda", lmbda)  # type: ignore[assignment]
 
     def reset_parameters_recursive(self) -> None:
         """Draws all parameters anew; targets and parts are as at the start."""
@@ -476,7 +480,7 @@ class ALMLoss(LossModule):
         for part in TARGETS:
             online = getattr(self, f"{part}_params").data
             self._modules[f"target_{part}_params"].data.update_(online)
-        for part in (*self.model_terms, self.entropy):
+        for part in (*self.model_terms, self.entropy, self.reward_transform):
             if hasattr(part, "reset_parameters"):
                 part.reset_parameters()
 
@@ -493,8 +497,4 @@ class ALMLoss(LossModule):
         tie_networks(self, PARTS)
 
     def __repr__(self) -> str:
-        return describe(self, PARTS)
-
-
-def _check_discount(name: str, value: float) -> float:
-    return check_number(name, value, 0, 1, open_high=name == "gamma")
+        return outputs.describe(self, PARTS)

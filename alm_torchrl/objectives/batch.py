@@ -6,7 +6,7 @@ The checks look at keys, shapes, types and devices, never at values.
 from __future__ import annotations
 
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -27,6 +27,27 @@ class Rows(NamedTuple):
     """The rows that count, of shape :attr:`shape`."""
     shape: torch.Size
     """Shape of the rows before they were flattened."""
+    steps: Tensor | None = None
+    """The steps of slices that count, ``[B, K]``: those before the first masked one."""
+
+    def visible(self, values: Tensor) -> Tensor:
+        """Values ``[B, T]`` at the steps or states of slices, zero where none counts.
+
+        Values ``[B]`` at the end of the slices count where all steps do.
+        """
+        if self.steps is None:
+            return values
+        return values.masked_fill(~self._seen(values), 0)
+
+    def _seen(self, values: Tensor) -> Tensor:
+        """Which of such values count."""
+        steps = cast("Tensor", self.steps)
+        if values.ndim == 1:
+            return steps.all(1)
+        count, length = values.shape[1], steps.shape[1]
+        # Of K + 1 states, the first counts if its step does.
+        first = steps[:, : max(count - length, 0)]
+        return torch.cat([first, steps[:, :count]], 1)
 
     def reduce(self, loss: Tensor, reduction: str) -> Tensor:
         """Reduces a loss ``[N]`` over the rows that count.
@@ -50,6 +71,9 @@ class Rows(NamedTuple):
         values = values.detach()
         if self.mask is None:
             return values.mean()
+        if self.steps is not None:
+            seen = self._seen(values)
+            return values.masked_fill(~seen, 0).sum() / seen.sum().clamp_min(1)
         mask = self.mask.reshape(-1, *(1,) * (values.ndim - 1)).expand_as(values)
         return values.masked_fill(~mask, 0).sum() / mask.sum().clamp_min(1)
 
@@ -110,7 +134,7 @@ def read_part(
 
 
 def read_slices(loss: ALMLoss, tensordict: TensorDictBase) -> Rows:
-    """The slices ``[B, K]`` of a batch; one with a masked step does not count.
+    """The slices ``[B, K]`` of a batch, which count up to their first masked step.
 
     Raises:
         ValueError: if there are none, or an entry does not fit.
@@ -121,8 +145,9 @@ def read_slices(loss: ALMLoss, tensordict: TensorDictBase) -> Rows:
             "model_loss expects slices with batch size [B, K], alone or under the key "
             f"{loss.tensor_keys.slice!r}, got batch size {list(data.batch_size)}."
         )
-    mask = None if mask is None else mask.all(1)
-    return Rows(data, mask, data.batch_size[:1])
+    steps = None if mask is None else mask.cumprod(1) > 0
+    first = None if steps is None else steps[:, 0]
+    return Rows(data, first, data.batch_size[:1], steps)
 
 
 def read_horizon(loss: ALMLoss, tensordict: TensorDictBase) -> int | None:
@@ -147,6 +172,50 @@ def read_transitions(loss: ALMLoss, tensordict: TensorDictBase) -> Rows:
             f"size {list(shape)}."
         )
     return Rows(data.reshape(-1), mask, shape)
+
+
+def read_lookahead(
+    loss: ALMLoss, transitions: TensorDictBase, n_step: int
+) -> tuple[TensorDictBase, Tensor]:
+    """The n steps from each transition on, and those that count.
+
+    Of slices ``[B, K]`` they end with the slice or before a masked step.
+
+    Returns:
+        tuple of TensorDict and Tensor: steps ``[*, n]``, where the last one that counts
+        is repeated on the others, and the mask of those that count.
+
+    Raises:
+        KeyError: if transitions have no look-ahead.
+        ValueError: if it does not fit.
+    """
+    key, shape = loss.tensor_keys.lookahead, transitions.batch_size
+    steps = transitions.get(key, default=None)
+    if steps is not None:
+        given = read_entry(steps, "mask")
+        expected = (*shape, n_step)
+        if steps.batch_size != expected or given.shape != expected:
+            raise ValueError(
+                f"tensordict: expected {key!r} with batch size and mask "
+                f"{list(expected)}, got {list(steps.batch_size)} and "
+                f"{list(given.shape)}."
+            )
+        return steps, given
+    if len(shape) != 2:
+        raise KeyError(
+            f"tensordict: expected the entry {key!r}, which make_replay_buffer(n_step="
+            f"{n_step}) gives, or slices [B, K], got {entry_names(transitions)}."
+        )
+    row = torch.arange(shape[0], device=transitions.device)[:, None, None]
+    step = torch.arange(shape[1], device=transitions.device)[:, None]
+    ahead = torch.arange(n_step, device=transitions.device)
+    counts = (step + ahead < shape[1]).expand(*shape, n_step)
+    mask = read_mask(loss, transitions)
+    if mask is not None:
+        counts = counts & mask[:, (step + ahead).clamp_max(shape[1] - 1)]
+        counts = counts.cumprod(-1) > 0
+    last = counts.sum(-1, keepdim=True) - 1
+    return transitions[row, step + torch.minimum(ahead, last.clamp_min(0))], counts
 
 
 def check_batch(loss: ALMLoss, tensordict: TensorDictBase) -> None:
@@ -176,6 +245,9 @@ def check_batch(loss: ALMLoss, tensordict: TensorDictBase) -> None:
     following = read_entry(rows.data, "next")
     read_column(following, loss.tensor_keys.terminated, like)
     reward = read_column(following, loss.tensor_keys.reward, like)
+    if loss.critic_target.n_step > 1:
+        starts = rows.data.reshape(rows.shape)
+        read_lookahead(loss, starts, loss.critic_target.n_step)
     if reward.dtype == torch.bool:
         raise ValueError(
             f"tensordict: expected numbers {loss.tensor_keys.reward!r}, got booleans."
@@ -215,7 +287,22 @@ def _read_rows(
             "tensordict: expected at least one row and step, got batch size "
             f"{list(shape)}."
         )
-    mask = None
+    mask = read_mask(loss, rows)
+    if mask is None:
+        return rows, None
+    hidden = ~mask
+    return rows.apply(
+        lambda x: x.masked_fill(hidden.reshape(shape + (1,) * (x.ndim - len(shape))), 0)
+    ), mask
+
+
+def read_mask(loss: ALMLoss, rows: TensorDictBase) -> Tensor | None:
+    """The rows ``[*]`` that count, or ``None`` without a mask.
+
+    Raises:
+        ValueError: if a mask is not boolean or has another shape.
+    """
+    mask, shape = None, rows.batch_size
     for name in mask_keys(loss):
         entry = rows.get(name, default=None)
         if entry is not None:
@@ -226,12 +313,7 @@ def _read_rows(
                 )
             entry = entry.reshape(shape)
             mask = entry if mask is None else mask & entry
-    if mask is None:
-        return rows, None
-    hidden = ~mask
-    return rows.apply(
-        lambda x: x.masked_fill(hidden.reshape(shape + (1,) * (x.ndim - len(shape))), 0)
-    ), mask
+    return mask
 
 
 def explain_mismatch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
@@ -68,6 +68,7 @@ class Latents:
 
     Keyword Args:
         noise_clip (float, optional): clip of the action noise, or ``None``.
+        values (callable): values ``[*, N]`` from the critics' output.
 
     Examples:
         >>> from alm_torchrl import make_alm_loss
@@ -88,10 +89,12 @@ class Latents:
         keys: Any,  # noqa: ANN401
         *,
         noise_clip: float | None,
+        values: Callable[[Tensor], Tensor],
     ) -> None:
         self.networks = networks
         self.keys = keys
         self.noise_clip = noise_clip
+        self.values = values
         self._params = params
         self._swaps: dict[tuple[str, Parameters], swapped_params] = {}
 
@@ -166,6 +169,22 @@ class Latents:
         # Without an event dimension, each number of the action has its own density.
         return action, log_prob.sum(-1) if log_prob.ndim == action.ndim else log_prob
 
+    def smoothed_action(self, latent: Tensor, std: float, clip: float) -> Tensor:
+        """The actor's mean with noise of a given deviation, clamped, ``[*, A]``.
+
+        Raises a TypeError where the actor has no :class:`~alm_torchrl.ClampedNormal`.
+        """
+        dist = None
+        if hasattr(self._network("actor"), "get_dist"):
+            dist = self._run("actor", "frozen", self.inputs(latent=latent))
+        if not isinstance(dist, ClampedNormal):
+            raise TypeError(
+                "actor: expected one with a ClampedNormal for noise_std, got "
+                f"{type(dist).__name__}."
+            )
+        scale = torch.full_like(dist.loc, std)
+        return draw(ClampedNormal(dist.loc, scale, dist.low, dist.high), clip)
+
     def mean_action(self, latent: Tensor) -> Tensor:
         """Action under deterministic exploration, not clamped, ``[*, A]``."""
         inputs = self.inputs(latent=latent)
@@ -177,6 +196,12 @@ class Latents:
         self, latent: Tensor, action: Tensor, parameters: Parameters = "frozen"
     ) -> Tensor:
         """Values of all critics, ``Q_i(z, a)``, ``[*, number of critics]``."""
+        return self.values(self.critics_output(latent, action, parameters))
+
+    def critics_output(
+        self, latent: Tensor, action: Tensor, parameters: Parameters = "frozen"
+    ) -> Tensor:
+        """What the critics write, from which the ``value_head`` reads the values."""
         inputs = self.inputs(latent=latent, action=action)
         return self._output("qvalue", parameters, inputs, self.keys.state_action_value)
 

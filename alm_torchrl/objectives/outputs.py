@@ -3,12 +3,39 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tensordict import NestedKey, unravel_key
+from torch import Tensor
+
+from alm_torchrl.objectives.rewards import RewardScale
 
 if TYPE_CHECKING:
     from alm_torchrl.objectives.alm import ALMLoss
+
+# Metrics in the units of rewards.
+SCALED = (
+    *("model_reward", "terminal_value", "pred_value", "target_value", "td_error"),
+    *("imagined_reward", "imagined_value", "lambda_return"),
+)
+
+
+@dataclass
+class AcceptedKeys:
+    """Keys that ``set_keys`` accepts, nested ones included."""
+
+    latent: NestedKey = "latent"  # the classifier reads ("next", latent) too
+    action: NestedKey = "action"
+    reward: NestedKey = "reward"  # under "next"
+    terminated: NestedKey = "terminated"  # under "next"; a time limit is not one
+    predicted_reward: NestedKey = "predicted_reward"  # of the reward model
+    state_action_value: NestedKey = "state_action_value"  # of the critics, [*, N]
+    logits: NestedKey = "logits"  # of the classifier
+    imagined: NestedKey = "imagined"  # optional: rows imagined for the classifier
+    lookahead: NestedKey = "lookahead"  # of transitions: [*, n], for n-step targets
+    slice: NestedKey = "slice"  # of a two-draw batch
+    transition: NestedKey = "transition"  # of a two-draw batch
 
 
 def read_keys(loss: ALMLoss) -> list[NestedKey]:
@@ -55,6 +82,14 @@ def present_keys(loss: ALMLoss) -> list[str]:
     return [key for key in keys if key not in absent]
 
 
+def in_raw_units(loss: ALMLoss, metadata: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Metrics in the units of the environment's rewards."""
+    if not isinstance(loss.reward_transform, RewardScale):
+        return metadata
+    scale = loss.reward_transform.scale
+    return {k: v * scale if k in SCALED else v for k, v in metadata.items()}
+
+
 def describe(loss: ALMLoss, parts: tuple[str, ...]) -> str:
     """The number of parameters of each network, and the settings of the loss."""
     lines = []
@@ -63,12 +98,13 @@ def describe(loss: ALMLoss, parts: tuple[str, ...]) -> str:
             params = getattr(loss, f"{part}_params").parameters()
             count = sum(parameter.numel() for parameter in params)
             lines.append(f"    {part:<10} {count:>11,} parameters")
-    numbers = ("gamma", "lmbda", "classifier_coef", "kl_coef", "value_coef")
+    coefs = ("classifier_coef", "kl_coef", "value_coef", "reward_coef", "pessimism")
+    numbers = ("gamma", "lmbda", *coefs)
     settings = {name: f"{float(getattr(loss, name)):g}" for name in numbers}
-    settings["reward_coef"] = f"{loss.reward_coef:g}"
     settings["noise_clip"] = str(loss.latents.noise_clip)
     settings["discount_model_loss"] = str(loss.discount_model_loss)
-    for name in ("reward_transform", "logarithms", "entropy", "policy_objective"):
+    named = ("critic_target", "value_head", "reward_transform", "logarithms")
+    for name in (*named, "entropy", "policy_objective"):
         part = getattr(loss, name)
         if part is not None:
             settings[name] = getattr(part, "__name__", repr(part))

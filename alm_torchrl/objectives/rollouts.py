@@ -101,7 +101,7 @@ def model_rollout(loss: ALMLoss, slices: TensorDictBase) -> TensorDict:
         with torch.no_grad():
             last_action = loss.latents.act(latents[-1])
         value = loss.latents.state_action_value(latents[-1], last_action)
-        rollout["terminal_value"] = value.amin(-1)
+        rollout["terminal_value"] = loss.combine(value)
     return rollout
 
 
@@ -126,7 +126,8 @@ def imagine(loss: ALMLoss, latent: Tensor, horizon: int) -> TensorDict:
     bonus = loss.entropy
     z, a, log_prob = loss.latents.imagine(latent, horizon, log_prob=bonus is not None)
     reward, log_ratio = loss.latents.score(z, a[:, :-1])
-    value = loss.latents.state_action_value(z[:, 1:], a[:, 1:].detach()).amin(-1)
+    values = loss.latents.state_action_value(z[:, 1:], a[:, 1:].detach())
+    value = loss.combine(values)
     gain, end = in_return(loss, reward, value)
     total = gain + loss.classifier_coef * log_ratio
     if bonus is not None and log_prob is not None:
@@ -150,23 +151,16 @@ def imagine(loss: ALMLoss, latent: Tensor, horizon: int) -> TensorDict:
 def td_target(
     loss: ALMLoss, transitions: TensorDictBase, encoded: Encoding | None = None
 ) -> Tensor:
-    """Target of the critics (Eq. 10), with the target networks' minimum.
+    """What the critics learn (Eq. 10), the loss's ``critic_target``.
 
-    ``R + gamma (1 - terminated) min_i Q'_i(z', pi(z'))`` with ``z' ~ e'(s')`` and
-    R after ``reward_transform``; with an entropy bonus, of
+    By default ``R + gamma (1 - terminated) min_i Q'_i(z', pi(z'))`` with
+    ``z' ~ e'(s')`` and R after ``reward_transform``; with an entropy bonus, of
     ``min_i Q'_i(z', a') - alpha log pi(a' | z')``.
 
     Returns:
         Tensor: ``[*]`` for transitions ``[*]``, without gradient.
     """
-    following = read_entry(transitions, "next")
-    dist = loss.latents.encode(following) if encoded is None else encoded.next
-    latent = loss.latents.sample(dist)
-    value = policy_value(loss, latent, "frozen", "target")
-    reward = loss.recorded_reward(transitions, value)
-    terminated = read_column(following, loss.tensor_keys.terminated, value)
-    discount = loss.gamma * (1 - terminated.to(value.dtype))
-    return functional.td_target(reward, discount, value)
+    return loss.critic_target(loss, transitions, encoded)
 
 
 @sampling
@@ -191,7 +185,7 @@ def lower_bound(loss: ALMLoss, transitions: TensorDictBase, horizon: int) -> Ten
         actions.append(loss.latents.mean_action(latents[-1]))
     z, a = torch.stack(latents, 1), torch.stack(actions, 1)
     reward, log_ratio = loss.latents.score(z, a[:, :-1])
-    value = loss.latents.state_action_value(z[:, -1], a[:, -1]).amin(-1)
+    value = loss.combine(loss.latents.state_action_value(z[:, -1], a[:, -1]))
     gain, end = in_return(loss, reward, value)
     return functional.k_step_bound(
         gain + loss.classifier_coef * log_ratio, end, loss.gamma
@@ -238,15 +232,34 @@ def policy_bound(
 
 
 def policy_value(
-    loss: ALMLoss, latent: Tensor, actor: Parameters, critics: Parameters
+    loss: ALMLoss,
+    latent: Tensor,
+    actor: Parameters,
+    critics: Parameters,
+    *,
+    pessimism: float,
+    noise: tuple[float, float] | None = None,
 ) -> Tensor:
-    """The critics' smallest value of the policy's action, with its bonus, ``[*]``."""
-    if loss.entropy is None:
+    """The critics' value of the policy's action, with its bonus, ``[*]``.
+
+    ``noise`` is the standard deviation and clip of the action's, or the actor's own.
+    """
+    if loss.entropy is not None:
+        action, log_prob = loss.latents.act_and_score(latent, actor)
+        values = loss.latents.state_action_value(latent, action, critics)
+        value = functional.pessimistic_value(values, pessimism)
+        return loss.entropy.add(value, log_prob)
+    if noise is None:
         action = loss.latents.act(latent, actor)
-        return loss.latents.state_action_value(latent, action, critics).amin(-1)
-    action, log_prob = loss.latents.act_and_score(latent, actor)
-    value = loss.latents.state_action_value(latent, action, critics).amin(-1)
-    return loss.entropy.add(value, log_prob)
+    else:
+        action = loss.latents.smoothed_action(latent, *noise)
+    values = loss.latents.state_action_value(latent, action, critics)
+    return functional.pessimistic_value(values, pessimism)
+
+
+def combine(loss: ALMLoss, values: Tensor) -> Tensor:
+    """One value ``[*]`` from those of the critics ``[*, N]``, to be maximised."""
+    return functional.pessimistic_value(values, loss.pessimism)
 
 
 def recorded_reward(loss: ALMLoss, transitions: TensorDictBase, like: Tensor) -> Tensor:

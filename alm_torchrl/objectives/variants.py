@@ -315,8 +315,9 @@ class QValueObjective:
 
     ``min_i Q_i(z, pi(z))`` on ALM's representation, with the noise clipped as in all
     losses; with an entropy bonus SAC's objective, ``min_i Q_i(z, a) - alpha log pi``.
-    The gradient reaches the actor through the action. Nothing reads the classifier
-    then: ``classifier_coef=0`` saves its cost.
+    The loss's ``pessimism`` may exchange the minimum. The gradient reaches the actor
+    through the action. Nothing reads the classifier then: ``classifier_coef=0`` saves
+    its cost.
 
     Examples:
         >>> from alm_torchrl import make_alm_loss
@@ -334,7 +335,8 @@ class QValueObjective:
         self, loss: ALMLoss, latent: Tensor, horizon: int | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The value of each start ``[N, L]``, ``[N]``, and no metrics."""
-        return policy_value(loss, latent, "live", "frozen"), {}
+        pessimism = loss.pessimism
+        return policy_value(loss, latent, "live", "frozen", pessimism=pessimism), {}
 
     def __repr__(self) -> str:
         return "QValueObjective()"

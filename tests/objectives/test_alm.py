@@ -156,6 +156,6 @@ def test_repr():
     encoder = HIDDEN * (OBSERVATION + 1 + HIDDEN + 1 + 2 * LATENT) + 2 * LATENT
     assert ["encoder", str(encoder), "parameters"] in [line.split() for line in lines]
     assert max(map(len, lines)) <= 80
-    settings = " ".join(lines[-3:-1])
+    settings = " ".join(lines)
     assert "gamma=0.5," in settings
     assert "kl_coef=2," in settings

@@ -9,7 +9,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.distributions import Categorical
 
-from alm_torchrl import ALMLoss, make_actor, make_encoder
+from alm_torchrl import ALMLoss, make_actor, make_decoder, make_encoder
 from alm_torchrl.objectives import (
     EntropyBonus,
     Logarithms,
@@ -34,6 +34,7 @@ from tests.helpers import (
     make_rows,
     probabilistic,
     total,
+    variant,
 )
 
 MASK = torch.ones(B, K, dtype=torch.bool)
@@ -47,6 +48,23 @@ def spoil(rows, mask):
         if rows[key].is_floating_point():
             rows[key][~mask] = float("nan")
     return rows.set(("collector", "mask"), mask.unsqueeze(-1))
+
+
+def model_terms(loss, slices, mask):
+    """Loss and metrics of slices one by one, up to their first masked step."""
+    valueless = variant(loss, value_coef=0.0)
+    parts = []
+    for row, valid in zip(slices, mask, strict=True):
+        length = int(valid.long().cumprod(0).sum())
+        if length:
+            of_row = loss if length == len(row) else valueless
+            parts.append((length, *of_row.model_loss(row[None, :length])))
+    values = {"loss_model": sum(value for _, value, _ in parts) / len(parts)}
+    for name in ("kl", "model_reward"):
+        total = sum(length * metrics[name] for length, _, metrics in parts)
+        values[name] = total / sum(length for length, _, _ in parts)
+    ends = [metrics["terminal_value"] for _, _, metrics in parts if len(metrics) == 3]
+    return {**values, "terminal_value": sum(ends) / len(ends)}
 
 
 class TestMasks:
@@ -65,12 +83,13 @@ class TestMasks:
                     batch_size=[B],
                 )
                 kept = transition[keep]
-            expected = TensorDict(slice=slices[mask.all(1)], transition=kept)
-            self.check(loss, batch, expected)
+            self.check(loss, batch, slices, mask, kept)
 
     @staticmethod
-    def check(loss, batch, expected_batch):
-        values, expected = loss(batch), loss(expected_batch)
+    def check(loss, batch, slices, mask, kept):
+        values = loss(batch)
+        expected = loss(TensorDict(slice=slices, transition=kept))
+        expected.update(model_terms(loss, slices, mask))
         assert_equal(values, expected, exact=False)
         expected = gradients(total(expected), loss)
         assert_equal(gradients(total(values), loss), expected, exact=False)
@@ -80,10 +99,12 @@ class TestMasks:
         slices = alternate(make_rows(B, K))
         values, clean = loss(spoil(slices, MASK)), loss(slices)
         dropped = ~MASK.all(1)
-        assert (values["loss_model"][dropped] == 0).all()
+        assert (values["loss_model"][~MASK[:, 0]] == 0).all()
         torch.testing.assert_close(
             values["loss_model"][~dropped], clean["loss_model"][~dropped]
         )
+        cut = variant(loss, value_coef=0.0, reduction="none").model_loss(slices[:, :2])
+        torch.testing.assert_close(values["loss_model"][1], cut[0][1])
         for term in set(TRAINS) - {"loss_model"}:
             assert values[term].shape == (B,)
             assert (values[term][~MASK.any(1)] == 0).all()
@@ -105,8 +126,8 @@ class TestMasks:
         clean, masked = loss(slices), loss(slices.copy().set("valid", MASK))
         assert_equal(masked, clean)
         loss.loss_mask_key = "valid"
-        expected = TensorDict(slice=slices[MASK.all(1)], transition=slices[MASK])
-        self.check(loss, slices.copy().set("valid", MASK), expected)
+        masked = slices.copy().set("valid", MASK)
+        self.check(loss, masked, slices, MASK, slices[MASK])
         loss.loss_mask_key = None
         assert_equal(loss(slices.copy().set(("collector", "mask"), MASK)), clean)
 
@@ -116,8 +137,8 @@ class TestMasks:
         both = spoil(slices, MASK)
         shifted = torch.arange(B * K).reshape(B, K, 1) % 5 > 0
         keep = MASK & shifted.squeeze(-1)
-        expected = TensorDict(slice=slices[keep.all(1)], transition=slices[keep])
-        self.check(loss, both.set("shifted_valid", shifted), expected)
+        both.set("shifted_valid", shifted)
+        self.check(loss, both, slices, keep, slices[keep])
 
 
 # -- what is refused: a call, its error, and a part of the message ---------------------
@@ -414,3 +435,29 @@ def test_refused(call, error, message):
     with pytest.raises(error, match=message) as raised:
         call()
     assert type(raised.value) is error
+
+
+def test_each_part_is_masked_at_its_steps_and_states():
+    parts = [Reconstruction(make_decoder(OBSERVATION, latent_dim=LATENT, hidden_dim=8))]
+    parts += [ValuePrediction("encoder"), ValuePrediction("model")]
+    slices = make_rows(B, K)
+    for term in parts:
+        loss = make_loss(deterministic=True, model_terms=[term], reduction="none")
+        for terms in ([term], []):
+            other = variant(loss, model_terms=terms, reduction="none", value_coef=0.0)
+            # Steps after an end are not read, whatever they hold.
+            found, means = other.model_loss(spoil(slices, MASK))
+            expected, _ = other.model_loss(slices[:, :2])
+            torch.testing.assert_close(found[1], expected[1])
+            assert (found[[3, 4]] == 0).all()
+        assert all(mean.isfinite() for mean in means.values())
+
+
+@pytest.mark.parametrize("where", ["model", "bound"])
+def test_logarithms_of_masked_steps_do_not_count(where):
+    loss = make_loss(deterministic=True, reduction="none", value_coef=0.0)
+    loss = variant(loss, logarithms=Logarithms(where), reduction="none", value_coef=0.0)
+    slices = make_rows(B, K)
+    found, _ = loss.model_loss(spoil(slices, MASK))
+    expected, _ = loss.model_loss(slices[:, :2])
+    torch.testing.assert_close(found[1], expected[1])

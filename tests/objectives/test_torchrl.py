@@ -55,7 +55,8 @@ KEYS = {
     name: name
     for name in (
         *("latent", "action", "reward", "terminated", "predicted_reward"),
-        *("state_action_value", "logits", "imagined", "slice", "transition"),
+        *("state_action_value", "logits", "imagined"),
+        *("lookahead", "slice", "transition"),
     )
 }
 NESTED = {name: ("group", "inner", name) for name in KEYS}
