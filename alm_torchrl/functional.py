@@ -24,6 +24,7 @@ __all__ = [
     "k_step_bound",
     "lambda_return",
     "log_density_ratio",
+    "merge_moments",
     "model_objective",
     "reconstruction_error",
     "shifted_log",
@@ -375,3 +376,34 @@ def temperature_loss(
         tensor([ 1., -2.])
     """
     return -log_alpha.exp() * (log_prob.detach() + target_entropy)
+
+
+def merge_moments(
+    a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and count of two sets of rows together.
+
+    With ``d = mean_b - mean_a`` and ``n = n_a + n_b``: mean ``mean_a + d n_b / n``,
+    variance ``(n_a var_a + n_b var_b + d^2 n_a n_b / n) / n``. Source: Chan, Golub and
+    LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+    Variances", 1979.
+
+    Args:
+        a (tuple of Tensor): mean and variance ``[*]`` and number of rows ``[]``, a
+            float. The variance is the mean squared distance from the mean.
+        b (tuple of Tensor): likewise; one number at least is not 0.
+
+    Returns:
+        tuple of Tensor: mean, variance and number of all rows.
+
+    Examples:
+        >>> zero, one, two = torch.tensor([0.0, 1.0, 2.0])
+        >>> merge_moments((one, one, two), (two + two, zero, one))
+        (tensor(2.), tensor(2.6667), tensor(3.))
+    """
+    (mean_a, var_a, count_a), (mean_b, var_b, count_b) = a, b
+    count, shift = count_a + count_b, mean_b - mean_a
+    # Shares: a product of two counts would soon lose its last digits.
+    share_a, share_b = count_a / count, count_b / count
+    var = share_a * var_a + share_b * var_b + shift.square() * share_a * share_b
+    return mean_a + shift * share_b, var, count

@@ -3,21 +3,23 @@
 from alm_torchrl.objectives.alm import ALMLoss
 from alm_torchrl.objectives.builder import make_alm_loss
 from alm_torchrl.objectives.latents import Encoding
-from alm_torchrl.objectives.variants import (
-    EntropyBonus,
-    Logarithms,
-    QValueObjective,
+from alm_torchrl.objectives.model_terms import (
+    Consistency,
     Reconstruction,
+    RewardFidelity,
     ValuePrediction,
 )
+from alm_torchrl.objectives.variants import EntropyBonus, Logarithms, QValueObjective
 
 __all__ = [
     "ALMLoss",
+    "Consistency",
     "Encoding",
     "EntropyBonus",
     "Logarithms",
     "QValueObjective",
     "Reconstruction",
+    "RewardFidelity",
     "ValuePrediction",
     "make_alm_loss",
 ]

@@ -28,14 +28,9 @@ from alm_torchrl.objectives import rollouts
 from alm_torchrl.objectives.batch import read_horizon, read_slices, read_transitions
 from alm_torchrl.objectives.binding import bind_network, tie_networks
 from alm_torchrl.objectives.latents import Encoding, Latents
+from alm_torchrl.objectives.model_terms import ModelTerm, check_term
 from alm_torchrl.objectives.outputs import describe, present_keys, read_keys
-from alm_torchrl.objectives.variants import (
-    EntropyBonus,
-    Logarithms,
-    ModelTerm,
-    PolicyObjective,
-    check_term,
-)
+from alm_torchrl.objectives.variants import EntropyBonus, Logarithms, PolicyObjective
 
 __all__ = ["ALMLoss"]
 
@@ -73,7 +68,8 @@ class ALMLoss(LossModule):
     The terms sample, whatever exploration type surrounds the call; with
     ``deterministic_sampling_mode = ExplorationType.DETERMINISTIC`` each sample is its
     distribution's mean. Masks are found as in every TorchRL loss (``loss_mask_key``);
-    a slice with a masked step is dropped whole from ``model_loss``.
+    a slice with a masked step is dropped whole from ``model_loss``. Where the encoder
+    normalises its observations, call :meth:`observe` once before each update.
 
     Keyword Args:
         encoder (ProbabilisticTensorDictSequential): ``e(z | s)``, a diagonal Gaussian.
@@ -428,6 +424,7 @@ class ALMLoss(LossModule):
         return TensorDict(outputs, batch_size=[])
 
     # What the terms are computed from.
+    observe = rollouts.observe
     encode_transitions = rollouts.encode_transitions
     draw_latent = rollouts.draw_latent
     model_rollout = rollouts.model_rollout

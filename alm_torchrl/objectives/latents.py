@@ -16,7 +16,7 @@ from torchrl.modules import IndependentNormal
 
 from alm_torchrl import functional
 from alm_torchrl.checks import check_integer
-from alm_torchrl.distributions import ClampedNormal, draw, is_random
+from alm_torchrl.distributions import ClampedNormal, PointNormal, draw, is_random
 from alm_torchrl.networks import AlwaysSample
 from alm_torchrl.objectives.batch import entry_names, explain_mismatch
 from alm_torchrl.objectives.binding import can_swap, swapped_params
@@ -24,6 +24,7 @@ from alm_torchrl.objectives.binding import can_swap, swapped_params
 __all__ = ["Encoding", "Latents", "Rollout", "normal_parameters"]
 
 Parameters = Literal["live", "frozen", "target"]
+SPLITTABLE: tuple[type, ...] = (IndependentNormal, PointNormal)
 
 
 class Encoding(NamedTuple):
@@ -133,7 +134,7 @@ class Latents:
         """Draws from a distribution (of some rows), with the loss's noise clip."""
         if rows is None:
             return draw(dist, self.noise_clip)
-        if type(dist) is IndependentNormal:
+        if type(dist) in SPLITTABLE:
             return draw(take_rows(dist, rows), self.noise_clip)
         return draw(dist, self.noise_clip)[rows]
 
@@ -332,16 +333,17 @@ class Latents:
 
 def split_dist(dist: Distribution) -> tuple[Distribution, Distribution] | None:
     """Both halves of a diagonal Gaussian over rows; ``None`` for other types."""
-    if type(dist) is not IndependentNormal:
+    if type(dist) not in SPLITTABLE:
         return None
     half = dist.batch_shape[0] // 2
     return take_rows(dist, slice(half)), take_rows(dist, slice(half, None))
 
 
-def take_rows(dist: IndependentNormal, rows: slice | Tensor) -> IndependentNormal:
-    """Some rows of a diagonal Gaussian over rows."""
+def take_rows(dist: Distribution, rows: slice | Tensor) -> Distribution:
+    """Some rows of a diagonal Gaussian over rows, of a type in ``SPLITTABLE``."""
     loc, scale = normal_parameters(dist, "encoder")
-    return IndependentNormal(loc=loc[rows], scale=scale[rows], validate_args=False)
+    kind: type = type(dist)
+    return kind(loc=loc[rows], scale=scale[rows], validate_args=False)
 
 
 def normal_parameters(dist: Distribution, name: str) -> tuple[Tensor, Tensor]:
