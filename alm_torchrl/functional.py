@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import normalize, softplus
 
 __all__ = [
     "bound_loc",
@@ -21,6 +21,7 @@ __all__ = [
     "discounted_sum",
     "floored_log",
     "gaussian_kl",
+    "info_nce",
     "k_step_bound",
     "lambda_return",
     "log_density_ratio",
@@ -376,6 +377,38 @@ def temperature_loss(
         tensor([ 1., -2.])
     """
     return -log_alpha.exp() * (log_prob.detach() + target_entropy)
+
+
+def info_nce(
+    predicted: Tensor, actual: Tensor, temperature: float, mask: Tensor | None = None
+) -> Tensor:
+    """Cross entropy of finding one's own row among all, by the cosine.
+
+    ``- log softmax_j(cos(predicted_i, actual_j) / temperature)`` at ``j = i``: 0 where
+    only the own row is like the prediction, ``log B`` where all are alike. Source: van
+    den Oord et al., https://arxiv.org/abs/1807.03748, Eq. 4.
+
+    Args:
+        predicted (Tensor): predictions at each step, ``[B, K, L]``.
+        actual (Tensor): what came, of each row the candidate, ``[B, K, L]``.
+        temperature (float): scale of the cosines.
+        mask (Tensor, optional): rows that are candidates, booleans ``[B, K]``; results
+            of the others are finite and mean nothing. Default: ``None``, all.
+
+    Returns:
+        Tensor: cross entropy in nats, ``[B, K]``.
+
+    Examples:
+        >>> rows = torch.eye(2).unsqueeze(1)
+        >>> info_nce(rows, rows, 1.0)
+        tensor([[0.3133],
+                [0.3133]])
+    """
+    one, two = normalize(predicted, dim=-1), normalize(actual, dim=-1)
+    logits = torch.einsum("ikl,jkl->kij", one, two) / temperature
+    if mask is not None:
+        logits = logits.masked_fill(~mask.T.unsqueeze(1), -1e9)
+    return -logits.log_softmax(-1).diagonal(dim1=-2, dim2=-1).T
 
 
 def merge_moments(

@@ -68,7 +68,7 @@ MODEL_HIDDEN_DIM = 1024
 # Standard deviation of latents that are not learned: the smallest of those that are.
 LATENT_SCALE = 0.1
 
-LatentKind = Literal["gaussian", "rms", "simnorm"]
+LatentKind = Literal["gaussian", "rms", "simnorm", "layernorm"]
 
 
 def make_encoder(
@@ -76,6 +76,7 @@ def make_encoder(
     *,
     latent_dim: int = LATENT_DIM,
     hidden_dim: int = HIDDEN_DIM,
+    hidden_layers: int = 2,
     latent: LatentKind = "gaussian",
     normalize: bool = False,
     layer_norm: bool = False,
@@ -83,14 +84,16 @@ def make_encoder(
 ) -> ProbabilisticTensorDictSequential:
     """Builds the encoder ``e(z | s)``, a diagonal Gaussian over latents.
 
-    Two ELU layers, then one of three kinds of latents:
+    ELU layers, then one of four kinds of latents:
 
     - ``"gaussian"``: mean bounded to (-30, 30), standard deviation to about [0.1, 10];
     - ``"rms"``: ``z / sqrt(mean_i z_i^2 + 1e-5)``, of length about sqrt(L);
     - ``"simnorm"``: softmax within groups of 8 numbers (TD-MPC2,
-      https://arxiv.org/abs/2310.16828).
+      https://arxiv.org/abs/2310.16828);
+    - ``"layernorm"``: ELU of a LayerNorm without weights, as a hidden layer of MR.Q
+      (https://arxiv.org/abs/2501.16142).
 
-    The last two have no noise, see :class:`~alm_torchrl.distributions.PointNormal`:
+    The last three have no noise, see :class:`~alm_torchrl.distributions.PointNormal`:
     their samples are the mean. With the fixed deviation 0.1, the KL of Eq. 7 is ``50
     |m(z, a) - e'(s')|^2``. The latent model must be of the same kind.
 
@@ -99,9 +102,9 @@ def make_encoder(
 
     Keyword Args:
         latent_dim (int): size of the latent, L. Default: ``50``.
-        hidden_dim (int): width of both hidden layers. Default: ``512``.
-        latent (str): ``"gaussian"``, ``"rms"`` or ``"simnorm"``.
-            Default: ``"gaussian"``.
+        hidden_dim (int): width of the hidden layers. Default: ``512``.
+        hidden_layers (int): number of hidden layers. Default: ``2``.
+        latent (str): the kind of latents. Default: ``"gaussian"``.
         normalize (bool): a :class:`~alm_torchrl.networks.RunningNorm` first, for
             ``ALMLoss.observe`` to update. Default: ``False``.
         layer_norm (bool): a LayerNorm before each activation. Default: ``False``.
@@ -126,7 +129,13 @@ def make_encoder(
     check_sizes(
         observation_dim=observation_dim, latent_dim=latent_dim, hidden_dim=hidden_dim
     )
-    net = _make_latent_mlp(observation_dim, hidden_dim, latent_dim, latent, layer_norm)
+    net = make_elu_mlp(
+        observation_dim,
+        hidden_dim,
+        *_latent_head(latent, latent_dim),
+        hidden_layers=check_integer("hidden_layers", hidden_layers),
+        layer_norm=layer_norm,
+    )
     if normalize:
         net.insert(0, RunningNorm(observation_dim))
     return _make_gaussian(net, [observation_key], "latent", "latent", latent)
@@ -176,6 +185,7 @@ def make_model(
     *,
     latent_dim: int = LATENT_DIM,
     hidden_dim: int = MODEL_HIDDEN_DIM,
+    hidden_layers: int = 2,
     latent: LatentKind = "gaussian",
     layer_norm: bool = False,
 ) -> ProbabilisticTensorDictSequential:
@@ -186,7 +196,8 @@ def make_model(
 
     Keyword Args:
         latent_dim (int): size of the latent, L. Default: ``50``.
-        hidden_dim (int): width of both hidden layers. Default: ``1024``.
+        hidden_dim (int): width of the hidden layers. Default: ``1024``.
+        hidden_layers (int): number of hidden layers. Default: ``2``.
         latent (str): the kind of its latents, that of :func:`make_encoder`.
             Default: ``"gaussian"``.
         layer_norm (bool): a LayerNorm before each activation. Default: ``False``.
@@ -203,8 +214,13 @@ def make_model(
         ['latent', 'action']
     """
     check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
-    in_dim = latent_dim + action_dim
-    net = _make_latent_mlp(in_dim, hidden_dim, latent_dim, latent, layer_norm)
+    net = make_elu_mlp(
+        latent_dim + action_dim,
+        hidden_dim,
+        *_latent_head(latent, latent_dim),
+        hidden_layers=check_integer("hidden_layers", hidden_layers),
+        layer_norm=layer_norm,
+    )
     keys: list[NestedKey] = ["latent", "action"]
     return _make_gaussian(net, keys, "next_latent", ("next", "latent"), latent)
 
@@ -346,28 +362,26 @@ def make_decoder(
     return TensorDictModule(net, ["latent"], ["reconstruction"])
 
 
-def _make_latent_mlp(
-    in_dim: int, hidden_dim: int, latent_dim: int, kind: LatentKind, layer_norm: bool
-) -> MLP:
-    """A network that ends in the mean and standard deviation of latents."""
-    check_choice("latent", kind, ("gaussian", "rms", "simnorm"))
+def _latent_head(
+    kind: LatentKind, latent_dim: int
+) -> tuple[int, *tuple[nn.Module, ...]]:
+    """Size of the last layer, and what makes mean and standard deviation of it."""
+    check_choice("latent", kind, ("gaussian", "rms", "simnorm", "layernorm"))
     if kind == "gaussian":
-        out_dim, head = 2 * latent_dim, list[nn.Module]([GaussianHead()])
-    else:
-        scale = torch.full((latent_dim,), LATENT_SCALE)
-        out_dim, head = latent_dim, [_make_bound(kind, latent_dim), FixedScale(scale)]
-    return make_elu_mlp(in_dim, hidden_dim, out_dim, *head, layer_norm=layer_norm)
-
-
-def _make_bound(kind: LatentKind, latent_dim: int) -> nn.Module:
+        return 2 * latent_dim, GaussianHead()
+    scale = FixedScale(torch.full((latent_dim,), LATENT_SCALE))
     if kind == "rms":
-        return nn.RMSNorm(latent_dim, eps=1e-5, elementwise_affine=False)
+        norm = nn.RMSNorm(latent_dim, eps=1e-5, elementwise_affine=False)
+        return latent_dim, norm, scale
+    if kind == "layernorm":
+        layer_norm = nn.LayerNorm(latent_dim, elementwise_affine=False)
+        return latent_dim, layer_norm, nn.ELU(inplace=True), scale
     if latent_dim % SimNorm.group:
         raise ValueError(
             f"latent_dim: expected a multiple of {SimNorm.group} with "
             f"latent='simnorm', got {latent_dim}."
         )
-    return SimNorm()
+    return latent_dim, SimNorm(), scale
 
 
 def _make_gaussian(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from tensordict import TensorDictBase
@@ -232,14 +233,16 @@ def make_elu_mlp(
     hidden_dim: int,
     out_dim: int,
     *head: nn.Module,
+    hidden_layers: int = 2,
     layer_norm: bool = False,
 ) -> MLP:
-    return MLP(
-        *_hidden(in_dim, hidden_dim, nn.ELU(inplace=True), layer_norm),
-        *_hidden(hidden_dim, hidden_dim, nn.ELU(inplace=True), layer_norm),
-        OutputLinear(hidden_dim, out_dim),
-        *head,
-    )
+    sizes = [in_dim, *[hidden_dim] * hidden_layers]
+    hidden = [
+        layer
+        for pair in pairwise(sizes)
+        for layer in _hidden(*pair, nn.ELU(inplace=True), layer_norm)
+    ]
+    return MLP(*hidden, OutputLinear(hidden_dim, out_dim), *head)
 
 
 def make_value_mlp(

@@ -5,21 +5,29 @@ from alm_torchrl.objectives.builder import make_alm_loss
 from alm_torchrl.objectives.latents import Encoding
 from alm_torchrl.objectives.model_terms import (
     Consistency,
+    InfoNCE,
     Reconstruction,
     RewardFidelity,
     ValuePrediction,
 )
-from alm_torchrl.objectives.variants import EntropyBonus, Logarithms, QValueObjective
+from alm_torchrl.objectives.variants import (
+    EntropyBonus,
+    Logarithms,
+    QValueObjective,
+    ScaledObjective,
+)
 
 __all__ = [
     "ALMLoss",
     "Consistency",
     "Encoding",
     "EntropyBonus",
+    "InfoNCE",
     "Logarithms",
     "QValueObjective",
     "Reconstruction",
     "RewardFidelity",
+    "ScaledObjective",
     "ValuePrediction",
     "make_alm_loss",
 ]

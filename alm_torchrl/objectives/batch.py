@@ -215,7 +215,22 @@ def _read_rows(
             "tensordict: expected at least one row and step, got batch size "
             f"{list(shape)}."
         )
-    mask = None
+    mask = read_mask(loss, rows)
+    if mask is None:
+        return rows, None
+    hidden = ~mask
+    return rows.apply(
+        lambda x: x.masked_fill(hidden.reshape(shape + (1,) * (x.ndim - len(shape))), 0)
+    ), mask
+
+
+def read_mask(loss: ALMLoss, rows: TensorDictBase) -> Tensor | None:
+    """The rows ``[*]`` that count, or ``None`` without a mask.
+
+    Raises:
+        ValueError: if a mask is not boolean or has another shape.
+    """
+    mask, shape = None, rows.batch_size
     for name in mask_keys(loss):
         entry = rows.get(name, default=None)
         if entry is not None:
@@ -226,12 +241,7 @@ def _read_rows(
                 )
             entry = entry.reshape(shape)
             mask = entry if mask is None else mask & entry
-    if mask is None:
-        return rows, None
-    hidden = ~mask
-    return rows.apply(
-        lambda x: x.masked_fill(hidden.reshape(shape + (1,) * (x.ndim - len(shape))), 0)
-    ), mask
+    return mask
 
 
 def explain_mismatch(

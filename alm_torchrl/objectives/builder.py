@@ -69,8 +69,8 @@ def make_alm_loss(
             ``entropy``, whose actor learns its noise.
         linear_classifier (bool): a classifier without hidden layers (Fig. 16).
             Default: ``False``.
-        latent (str): kind of the latents, ``"gaussian"``, ``"rms"`` or ``"simnorm"``;
-            see :func:`~alm_torchrl.make_encoder`. Default: ``"gaussian"``.
+        latent (str): kind of the latents, see :func:`~alm_torchrl.make_encoder`.
+            Default: ``"gaussian"``.
         normalize (bool): normalise the observations inside the encoder; see
             :meth:`ALMLoss.observe`. Default: ``False``.
         layer_norm (bool): a LayerNorm before each activation of the networks.

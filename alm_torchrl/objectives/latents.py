@@ -167,6 +167,21 @@ class Latents:
         # Without an event dimension, each number of the action has its own density.
         return action, log_prob.sum(-1) if log_prob.ndim == action.ndim else log_prob
 
+    def raw_action(self, latent: Tensor, parameters: Parameters = "frozen") -> Tensor:
+        """What the actor's tanh squashes to its mean, within 7.25 of 0, ``[*, A]``.
+
+        Raises a TypeError where the actor has no :class:`~alm_torchrl.ClampedNormal`.
+        """
+        dist = None
+        if hasattr(self._network("actor"), "get_dist"):
+            dist = self._run("actor", parameters, self.inputs(latent=latent))
+        if not isinstance(dist, ClampedNormal):
+            raise TypeError(
+                "actor: expected one with a ClampedNormal, whose mean is a tanh, got "
+                f"{type(dist).__name__}."
+            )
+        return dist.loc.clamp(-1 + 1e-6, 1 - 1e-6).atanh()
+
     def mean_action(self, latent: Tensor) -> Tensor:
         """Action under deterministic exploration, not clamped, ``[*, A]``."""
         inputs = self.inputs(latent=latent)

@@ -1,8 +1,9 @@
 """Terms added to the objective of encoder and model: ``ALMLoss(model_terms=[...])``.
 
 :class:`Reconstruction` (Fig. 15), :class:`ValuePrediction` (Fig. 18, 19), and beyond
-the paper :class:`Consistency` and :class:`RewardFidelity`. Terms combine. One of your
-own is a module like these; it reads the loss through its verbs, ``loss.latents``.
+the paper :class:`Consistency`, :class:`InfoNCE` and :class:`RewardFidelity`. Terms
+combine. One of your own is a module like these; it reads the loss through its verbs,
+``loss.latents``.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 
 from alm_torchrl import functional
 from alm_torchrl.checks import check_choice, check_number, check_type
-from alm_torchrl.objectives.batch import explain_mismatch, read_entry
+from alm_torchrl.objectives.batch import explain_mismatch, read_entry, read_mask
 
 if TYPE_CHECKING:
     from alm_torchrl.objectives.alm import ALMLoss
 
 __all__ = [
     "Consistency",
+    "InfoNCE",
     "ModelTerm",
     "Reconstruction",
     "RewardFidelity",
@@ -169,8 +171,8 @@ class Consistency(nn.Module):
     ``e'`` is the mean of the target encoder, without gradient. It is the
     self-predictive loss of Ni et al. (https://arxiv.org/abs/2401.08898) and TD-MPC2
     (https://arxiv.org/abs/2310.16828), for latents without noise, in place of the KL
-    (``kl_coef=0``). For those of ``make_encoder(latent="rms")`` and ``"simnorm"`` the
-    KL is the same but for a factor: ``kl_coef=1`` is ``coef=50 L``.
+    (``kl_coef=0``). For the kinds without noise of :func:`~alm_torchrl.make_encoder`,
+    the KL is the same but for a factor: ``kl_coef=1`` is ``coef=50 L``.
 
     Keyword Args:
         coef (float): weight of the term. Default: ``10.0``, of Ni et al.
@@ -194,6 +196,43 @@ class Consistency(nn.Module):
         with torch.no_grad():
             after = loss.latents.encode(read_entry(slices, "next")).mean
         return (latent[:, 1:] - after).square().mean(-1)
+
+
+class InfoNCE(nn.Module):
+    """Adds ``- coef sum_t log p_t`` to the model's objective: which next state is mine?
+
+    ``p_t = softmax_j(cos(z_{t+1}, e'(s^j_{t+1})) / temperature)`` at the slice itself,
+    among all slices j of the batch; latents and ``e'`` are those of
+    :class:`Consistency`. It keeps latents of different states apart. Masked steps are
+    no candidates. Source: van den Oord et al., https://arxiv.org/abs/1807.03748, Eq. 4.
+
+    Keyword Args:
+        coef (float): weight of the term. Default: ``0.1``.
+        temperature (float): scale of the cosines, above 0. Default: ``0.1``.
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Examples:
+        >>> InfoNCE(temperature=0.2).name
+        'info_nce'
+    """
+
+    name = "info_nce"
+
+    def __init__(self, *, coef: float = 0.1, temperature: float = 0.1) -> None:
+        super().__init__()
+        self.coef = check_number("coef", coef)
+        self.temperature = check_number("temperature", temperature, open_low=True)
+
+    def forward(self, loss: ALMLoss, slices: TensorDictBase, latent: Tensor) -> Tensor:
+        """Cross entropy after each step, in nats, ``[B, K]``."""
+        with torch.no_grad():
+            after = loss.latents.encode(read_entry(slices, "next")).mean
+        mask, after_model = read_mask(loss, slices), latent[:, 1:]
+        # A cosine in bfloat16 would be wrong by a tenth, over the temperature.
+        with torch.autocast(latent.device.type, enabled=False):
+            return functional.info_nce(after_model, after, self.temperature, mask)
 
 
 class RewardFidelity(nn.Module):

@@ -3,7 +3,7 @@
 - ``model_terms``: see :mod:`alm_torchrl.objectives.model_terms`
 - ``logarithms``: :class:`Logarithms` (Fig. 12, Eq. 6)
 - ``entropy``: :class:`EntropyBonus` (Table 5)
-- ``policy_objective``: :class:`QValueObjective` (Fig. 5c)
+- ``policy_objective``: :class:`QValueObjective` (Fig. 5c), :class:`ScaledObjective`
 
 Parts combine. A part of your own is a class with the same methods; it reads the loss
 through its verbs, ``loss.latents``.
@@ -32,6 +32,7 @@ __all__ = [
     "Logarithms",
     "PolicyObjective",
     "QValueObjective",
+    "ScaledObjective",
 ]
 
 
@@ -200,3 +201,50 @@ class QValueObjective:
 
     def __repr__(self) -> str:
         return "QValueObjective()"
+
+
+class ScaledObjective:
+    """Another objective in units of its own size, less ``coef mean_i x_i^2``.
+
+    ``J(z) / max(mean |J|, 0.01)``, the mean over the batch without gradient (TD3+BC,
+    https://arxiv.org/abs/2106.06860, Eq. 5). The actor's mean is ``tanh(x)``; the
+    second term keeps it off the ends, where it has no gradient (MR.Q,
+    https://arxiv.org/abs/2501.16142).
+
+    Args:
+        objective (PolicyObjective): the objective J, such as :class:`QValueObjective`.
+
+    Keyword Args:
+        coef (float): weight of the squares. Default: ``1e-3``.
+
+    Raises:
+        TypeError: if the objective has no ``metrics`` or cannot be called.
+        ValueError: if ``coef`` is negative.
+
+    Examples:
+        >>> ScaledObjective(QValueObjective()).metrics
+        ('raw_action',)
+    """
+
+    def __init__(self, objective: PolicyObjective, *, coef: float = 1e-3) -> None:
+        if not callable(objective) or not hasattr(objective, "metrics"):
+            raise TypeError(
+                "objective: expected a callable with metrics, such as QValueObjective, "
+                f"got {type(objective).__name__}."
+            )
+        self.objective = objective
+        self.coef = check_number("coef", coef)
+        self.metrics = (*objective.metrics, "raw_action")
+
+    def __call__(
+        self, loss: ALMLoss, latent: Tensor, horizon: int | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective ``[N]``, and ``raw_action``, the mean of ``|x|``, ``[N]``."""
+        value, metrics = self.objective(loss, latent, horizon)
+        raw = loss.latents.raw_action(latent, "live")
+        scaled = value / value.detach().abs().mean().clamp_min(0.01)
+        penalty = self.coef * raw.square().mean(-1)
+        return scaled - penalty, {**metrics, "raw_action": raw.detach().abs().mean(-1)}
+
+    def __repr__(self) -> str:
+        return f"ScaledObjective({self.objective!r}, coef={self.coef:g})"

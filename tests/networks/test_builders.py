@@ -252,7 +252,19 @@ def features_of(module, inputs):
     raise AssertionError("no last layer")
 
 
-@pytest.mark.parametrize("kind", ["rms", "simnorm"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_number_of_hidden_layers(layers):
+    more = (dense(H, H) + ELU) * (layers - 1)
+    encoder = make_encoder(S, hidden_layers=layers)
+    assert layers_of(encoder) == dense(S, H) + ELU + more + dense(H, 2 * L)
+    model = make_model(A, hidden_dim=H, hidden_layers=layers)
+    assert layers_of(model) == dense(L + A, H) + ELU + more + dense(H, 2 * L)
+    for make in (make_encoder, make_model):
+        with pytest.raises(ValueError, match="hidden_layers: expected an integer >= 1"):
+            make(2, hidden_layers=0)
+
+
+@pytest.mark.parametrize("kind", ["rms", "simnorm", "layernorm"])
 def test_bounded_latents_have_no_noise(kind):
     size = {"latent_dim": 16, "hidden_dim": 8}
     encoder, model = (
@@ -264,6 +276,10 @@ def test_bounded_latents_have_no_noise(kind):
     raw = features_of(encoder, state)
     if kind == "rms":
         expected = raw / (raw.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    elif kind == "layernorm":
+        shifted = raw - raw.mean(-1, keepdim=True)
+        std = (raw.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        expected = nn.functional.elu(shifted / std)
     else:
         groups = raw.exp().reshape(6, 2, 8)
         expected = (groups / groups.sum(-1, keepdim=True)).reshape(6, 16)
@@ -278,7 +294,7 @@ def test_bounded_latents_have_no_noise(kind):
     if kind == "rms":
         size = after.square().mean(-1)
         torch.testing.assert_close(size, torch.ones(6), atol=2e-3, rtol=0)
-    else:
+    elif kind == "simnorm":
         torch.testing.assert_close(after.reshape(6, 2, 8).sum(-1), torch.ones(6, 2))
 
 

@@ -13,10 +13,10 @@ from torch.testing import assert_close
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import SoftUpdate
 
-from alm_torchrl import ALMOptimizationStepper, make_alm_loss
+from alm_torchrl import ALMOptimizationStepper, functional, make_alm_loss
 from alm_torchrl.distributions import PointNormal
 from alm_torchrl.networks import RunningNorm
-from alm_torchrl.objectives import Consistency, RewardFidelity
+from alm_torchrl.objectives import Consistency, InfoNCE, RewardFidelity
 from alm_torchrl.testing import check_loss
 from tests.helpers import (
     ACTION,
@@ -51,7 +51,7 @@ EVERYTHING = {
 
 def all_parts(**kwargs):
     """A loss with every part of this file."""
-    terms = [Consistency(coef=20.0), RewardFidelity(coef=0.5)]
+    terms = [Consistency(coef=20.0), RewardFidelity(coef=0.5), InfoNCE()]
     loss = make_alm_loss(
         observation_dim=OBSERVATION,
         action_low=[-1.0] * ACTION,
@@ -101,7 +101,7 @@ class TestConsistency:
 
         assert_same_model_loss(loss, make_rows(B, K), objective)
 
-    @pytest.mark.parametrize("latent", ["rms", "simnorm"])
+    @pytest.mark.parametrize("latent", ["rms", "simnorm", "layernorm"])
     def test_is_the_kl_of_latents_without_noise(self, latent):
         """Up to the factor that its docstring names."""
         kinds = {"latent": latent, "latent_dim": WIDE, "reward_coef": 0.0}
@@ -130,6 +130,71 @@ class TestConsistency:
         grads = gradients(loss.model_loss(make_batch())[0], loss)
         trained = {part_of(name) for name, grad in grads.items() if grad.any()}
         assert trained == {"encoder", "model"}
+
+
+class TestInfoNCE:
+    def test_of_rows_by_hand(self):
+        predicted, actual = torch.randn(2, B, K, 5)
+        mask = torch.rand(B, K) < 0.7
+        mask[0] = True
+        found = functional.info_nce(predicted, actual, 0.3, mask)
+        for i in range(B):
+            for t in range(K):
+                if not mask[i, t]:
+                    continue
+                rows = [j for j in range(B) if mask[j, t]]
+                cosines = [
+                    predicted[i, t]
+                    @ actual[j, t]
+                    / (predicted[i, t].norm() * actual[j, t].norm())
+                    for j in rows
+                ]
+                scores = torch.stack(cosines) / 0.3
+                expected = scores.exp().sum().log() - scores[rows.index(i)]
+                assert_close(found[i, t], expected)
+        assert found.isfinite().all()
+        every = torch.ones(B, K, dtype=torch.bool)
+        assert_close(
+            functional.info_nce(predicted, actual, 0.3),
+            functional.info_nce(predicted, actual, 0.3, every),
+        )
+
+    def test_limits(self):
+        alike, one = torch.ones(B, K, 5), torch.randn(1, K, 5)
+        expected = torch.full((B, K), math.log(B))
+        assert_close(functional.info_nce(alike, alike, 0.1), expected)
+        assert_close(functional.info_nce(one, -one, 0.1), torch.zeros(1, K))
+        apart = torch.eye(B).unsqueeze(1)
+        assert_close(functional.info_nce(apart, 3 * apart, 0.01), torch.zeros(B, 1))
+
+    def test_objective_and_route(self):
+        """Of the model's latents and the target encoder's, none of them the same."""
+        loss = make_loss(**ALONE, model_terms=[InfoNCE(coef=0.5)], deterministic=True)
+        batch = make_batch()
+        value, metadata = loss.model_loss(batch)
+        latent = loss.model_rollout(batch["slice"])["latent"]
+        with torch.no_grad():
+            after = loss.latents.encode(batch["slice", "next"]).mean
+        expected = 0.5 * functional.info_nce(latent[:, 1:], after, 0.1).sum(1).mean()
+        assert_close(value, expected)
+        assert_close(metadata["info_nce"], value.detach() / (0.5 * K))
+        grads = gradients(value, loss)
+        assert_close(grads, gradients(expected, loss))
+        trained = {part_of(name) for name, grad in grads.items() if grad.any()}
+        assert trained == {"encoder", "model"}
+
+    def test_masked_steps_are_no_candidates(self):
+        """A slice with one is dropped; the others are a batch of their own."""
+        loss = make_loss(**ALONE, model_terms=[InfoNCE()], deterministic=True)
+        loss.loss_mask_key = "valid"
+        slices = make_rows(B, K)
+        masked = slices.clone().set("valid", torch.ones(B, K, dtype=torch.bool))
+        masked["valid"][2] = False
+        masked["next", "observation"][2] = math.nan
+        rest = slices[[0, 1, 3, 4, 5]]
+        value, other = loss.model_loss(masked)[0], loss.model_loss(rest)[0]
+        assert_close(value, other)
+        assert_close(gradients(value, loss), gradients(other, loss))
 
 
 class TestRewardFidelity:
@@ -170,11 +235,13 @@ class TestRewardFidelity:
 
 
 def test_coefficients_are_checked():
-    for term in (Consistency, RewardFidelity):
+    for term in (Consistency, InfoNCE, RewardFidelity):
         with pytest.raises(ValueError, match="coef: expected a number >= 0"):
             term(coef=-1.0)
         loss = make_loss(model_terms=[term(coef=0.0)])
         assert term.name not in loss.out_keys
+    with pytest.raises(ValueError, match="temperature: expected a number > 0"):
+        InfoNCE(temperature=0.0)
 
 
 class TestLatentsWithoutNoise:
@@ -184,7 +251,7 @@ class TestLatentsWithoutNoise:
         check_loss(loss, make_batch())
         check_loss(loss, make_rows(B, K))
 
-    @pytest.mark.parametrize("latent", ["rms", "simnorm"])
+    @pytest.mark.parametrize("latent", ["rms", "simnorm", "layernorm"])
     def test_nothing_is_drawn_but_the_action(self, latent):
         loss = make_loss(latent=latent, latent_dim=WIDE, noise=0.0, classifier_coef=0.0)
         batch = make_batch()

@@ -15,6 +15,7 @@ from alm_torchrl.networks import make_decoder, make_reward
 from alm_torchrl.objectives import (
     Consistency,
     EntropyBonus,
+    InfoNCE,
     Logarithms,
     QValueObjective,
     Reconstruction,
@@ -57,7 +58,7 @@ VARIANTS = {
     "logarithms": lambda: {"logarithms": Logarithms("model")},
     "qvalue": lambda: {"policy_objective": QValueObjective()},
     "self-prediction": lambda: {
-        "model_terms": [Consistency(), RewardFidelity()],
+        "model_terms": [Consistency(), RewardFidelity(), InfoNCE()],
         **{"latent": "simnorm", "latent_dim": 8, "normalize": True, "layer_norm": True},
     },
 }
