@@ -207,7 +207,7 @@ class ScaledObjective:
     """Another objective in units of its own size, less ``coef mean_i x_i^2``.
 
     ``J(z) / max(mean |J|, 0.01)``, the mean over the batch without gradient (TD3+BC,
-    https://arxiv.org/abs/2106.06860, Eq. 5). The actor's mean is ``tanh(x)``; the
+    https://arxiv.org/abs/2106.06860). The actor's mean is ``tanh(x)``; the
     second term keeps it off the ends, where it has no gradient (MR.Q,
     https://arxiv.org/abs/2501.16142).
 

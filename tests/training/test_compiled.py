@@ -20,6 +20,7 @@ from alm_torchrl.objectives import (
     QValueObjective,
     Reconstruction,
     RewardFidelity,
+    ScaledObjective,
     ValuePrediction,
 )
 from alm_torchrl.training import compiled as compiled_updates
@@ -59,6 +60,7 @@ VARIANTS = {
     "qvalue": lambda: {"policy_objective": QValueObjective()},
     "self-prediction": lambda: {
         "model_terms": [Consistency(), RewardFidelity(), InfoNCE()],
+        "policy_objective": ScaledObjective(QValueObjective()),
         **{"latent": "simnorm", "latent_dim": 8, "normalize": True, "layer_norm": True},
     },
 }
