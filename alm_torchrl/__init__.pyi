@@ -3,8 +3,8 @@ from .distributions import ClampedNormal
 from .envs import make_env
 from .envs.dynamics_noise import DynamicsNoise
 from .evaluation import evaluate_policy, random_policy, zero_policy
+from .networks.actors import make_actor, make_stochastic_actor
 from .networks.builders import (
-    make_actor,
     make_classifier,
     make_decoder,
     make_encoder,
@@ -12,7 +12,6 @@ from .networks.builders import (
     make_model,
     make_qvalue,
     make_reward,
-    make_stochastic_actor,
 )
 from .networks.layers import AlwaysSample, NoiseSchedule, OrthogonalLinear
 from .objectives import ALMLoss, make_alm_loss

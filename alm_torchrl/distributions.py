@@ -9,9 +9,9 @@ from tensordict.nn.distributions import Delta as TensorDictDelta
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 from torchrl.envs.utils import ExplorationType, exploration_type
-from torchrl.modules import Delta
+from torchrl.modules import Delta, IndependentNormal
 
-__all__ = ["ClampedNormal", "draw", "is_random"]
+__all__ = ["ClampedNormal", "PointNormal", "draw", "is_random"]
 
 # Distance that samples keep from the action bounds, as in the authors' code.
 _MARGIN = 1e-6
@@ -155,6 +155,32 @@ class ClampedNormal(Normal):
         """Draws a clamped sample without gradient; see :meth:`rsample`."""
         with torch.no_grad():
             return self.rsample(sample_shape)
+
+
+class PointNormal(IndependentNormal):
+    """Diagonal Gaussian whose samples are its mean: a latent without noise.
+
+    Its scale serves the KL alone. Between two of the same scale that is the squared
+    distance of the means over ``2 scale^2``, in nats.
+
+    Examples:
+        >>> dist = PointNormal(torch.tensor([1.0, 2.0]), torch.full((2,), 0.1))
+        >>> dist.rsample()
+        tensor([1., 2.])
+    """
+
+    def rsample(
+        self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()
+    ) -> Tensor:
+        """The mean, ``[*sample_shape, *loc.shape]``, with its gradient."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        return cast("Tensor", self.mean.expand(shape))
+
+    def sample(
+        self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()
+    ) -> Tensor:
+        """The mean without gradient; see :meth:`rsample`."""
+        return self.rsample(sample_shape).detach()
 
 
 def _describe(value: object) -> str:

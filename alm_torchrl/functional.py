@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import normalize, softplus
 
 __all__ = [
     "bound_loc",
@@ -21,9 +21,11 @@ __all__ = [
     "discounted_sum",
     "floored_log",
     "gaussian_kl",
+    "info_nce",
     "k_step_bound",
     "lambda_return",
     "log_density_ratio",
+    "merge_moments",
     "model_objective",
     "n_step_target",
     "pessimistic_value",
@@ -432,3 +434,66 @@ def temperature_loss(
         tensor([ 1., -2.])
     """
     return -log_alpha.exp() * (log_prob.detach() + target_entropy)
+
+
+def info_nce(
+    predicted: Tensor, actual: Tensor, temperature: float, mask: Tensor | None = None
+) -> Tensor:
+    """Cross entropy of finding one's own row among all, by the cosine.
+
+    ``- log softmax_j(cos(predicted_i, actual_j) / temperature)`` at ``j = i``: 0 where
+    only the own row is like the prediction, ``log B`` where all are alike. Source: van
+    den Oord et al., https://arxiv.org/abs/1807.03748, Eq. 4.
+
+    Args:
+        predicted (Tensor): predictions at each step, ``[B, K, L]``.
+        actual (Tensor): what came, of each row the candidate, ``[B, K, L]``.
+        temperature (float): scale of the cosines.
+        mask (Tensor, optional): rows that are candidates, booleans ``[B, K]``; results
+            of the others are finite and mean nothing. Default: ``None``, all.
+
+    Returns:
+        Tensor: cross entropy in nats, ``[B, K]``.
+
+    Examples:
+        >>> rows = torch.eye(2).unsqueeze(1)
+        >>> info_nce(rows, rows, 1.0)
+        tensor([[0.3133],
+                [0.3133]])
+    """
+    one, two = normalize(predicted, dim=-1), normalize(actual, dim=-1)
+    logits = torch.einsum("ikl,jkl->kij", one, two) / temperature
+    if mask is not None:
+        logits = logits.masked_fill(~mask.T.unsqueeze(1), -1e9)
+    return -logits.log_softmax(-1).diagonal(dim1=-2, dim2=-1).T
+
+
+def merge_moments(
+    a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and count of two sets of rows together.
+
+    With ``d = mean_b - mean_a`` and ``n = n_a + n_b``: mean ``mean_a + d n_b / n``,
+    variance ``(n_a var_a + n_b var_b + d^2 n_a n_b / n) / n``. Source: Chan, Golub and
+    LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+    Variances", 1979.
+
+    Args:
+        a (tuple of Tensor): mean and variance ``[*]`` and number of rows ``[]``, a
+            float. The variance is the mean squared distance from the mean.
+        b (tuple of Tensor): likewise; one number at least is not 0.
+
+    Returns:
+        tuple of Tensor: mean, variance and number of all rows.
+
+    Examples:
+        >>> zero, one, two = torch.tensor([0.0, 1.0, 2.0])
+        >>> merge_moments((one, one, two), (two + two, zero, one))
+        (tensor(2.), tensor(2.6667), tensor(3.))
+    """
+    (mean_a, var_a, count_a), (mean_b, var_b, count_b) = a, b
+    count, shift = count_a + count_b, mean_b - mean_a
+    # Shares: a product of two counts would soon lose its last digits.
+    share_a, share_b = count_a / count, count_b / count
+    var = share_a * var_a + share_b * var_b + shift.square() * share_a * share_b
+    return mean_a + shift * share_b, var, count

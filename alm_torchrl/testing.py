@@ -33,7 +33,7 @@ from torch import Tensor
 from torchrl.envs.utils import ExplorationType
 from torchrl.objectives import SoftUpdate
 
-from alm_torchrl.networks import builders
+from alm_torchrl import networks
 from alm_torchrl.objectives import ALMLoss
 
 try:
@@ -123,15 +123,15 @@ def make_loss(
     actions, bound = sizes.action_dim, torch.ones(sizes.action_dim)
     width: Any = {"latent_dim": sizes.latent_dim, "hidden_dim": sizes.hidden_dim}
     stochastic = kwargs.get("entropy") is not None
-    make_actor = builders.make_stochastic_actor if stochastic else builders.make_actor
+    make_actor = networks.make_stochastic_actor if stochastic else networks.make_actor
     with _seeded(seed):
         parts: dict[str, Any] = {
-            "encoder": builders.make_encoder(sizes.observation_dim, **width),
-            "model": builders.make_model(actions, **width),
+            "encoder": networks.make_encoder(sizes.observation_dim, **width),
+            "model": networks.make_model(actions, **width),
             "actor": make_actor(-bound, bound, **width),
-            "qvalue": builders.make_qvalue(actions, **width),
-            "reward": builders.make_reward(actions, **width),
-            "classifier": builders.make_classifier(
+            "qvalue": networks.make_qvalue(actions, **width),
+            "reward": networks.make_reward(actions, **width),
+            "classifier": networks.make_classifier(
                 actions, linear=linear_classifier, **width
             ),
         }

@@ -6,12 +6,12 @@ import pytest
 import torch
 from tensordict.nn.distributions import Delta as TensorDictDelta
 from torch import nn
-from torch.distributions import Independent, Normal
+from torch.distributions import Independent, Normal, kl_divergence
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import Actor, Delta, IndependentNormal, TanhNormal
 
 from alm_torchrl import ClampedNormal
-from alm_torchrl.distributions import draw, is_random
+from alm_torchrl.distributions import PointNormal, draw, is_random
 from tests.helpers import ACTION, LATENT, gradients, make_batch, make_loss, seeded
 
 FIXED = [kind for kind in ExplorationType if kind is not ExplorationType.RANDOM]
@@ -98,3 +98,17 @@ def test_a_squashed_normal_has_its_deterministic_sample(loc):
     dist = TanhNormal(loc, torch.ones_like(loc))
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         assert torch.equal(draw(dist), dist.deterministic_sample)
+
+
+def test_samples_of_a_point_normal_are_its_mean(loc):
+    dist = PointNormal(loc, torch.full_like(loc, 0.5))
+    state = torch.get_rng_state()
+    for drawn in (draw(dist), dist.rsample(), dist.rsample((2,))[1]):
+        assert torch.equal(drawn, loc)
+        assert torch.autograd.grad(drawn.sum(), loc)[0].eq(1).all()
+    assert not dist.sample().requires_grad
+    assert torch.equal(dist.sample((2, 5))[1, 2], loc)
+    assert torch.equal(torch.get_rng_state(), state)
+    other = PointNormal(loc + 1, torch.full_like(loc, 0.5))
+    expected = torch.full((4,), 3 / (2 * 0.5**2))
+    assert torch.allclose(kl_divergence(dist, other), expected)

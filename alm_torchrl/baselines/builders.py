@@ -26,7 +26,8 @@ from alm_torchrl.baselines.losses import (
     TD3Baseline,
 )
 from alm_torchrl.checks import check_integer, check_number, check_type
-from alm_torchrl.networks.builders import HIDDEN_DIM, make_clamped_actor
+from alm_torchrl.networks.actors import make_clamped_actor
+from alm_torchrl.networks.builders import HIDDEN_DIM
 from alm_torchrl.networks.layers import (
     ActorHead,
     NoiseSchedule,

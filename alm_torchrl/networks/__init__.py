@@ -1,7 +1,7 @@
 """The networks of ALM: layers, heads, the noise schedule, and their builders."""
 
+from alm_torchrl.networks.actors import make_actor, make_stochastic_actor
 from alm_torchrl.networks.builders import (
-    make_actor,
     make_classifier,
     make_decoder,
     make_encoder,
@@ -9,14 +9,15 @@ from alm_torchrl.networks.builders import (
     make_model,
     make_qvalue,
     make_reward,
-    make_stochastic_actor,
 )
 from alm_torchrl.networks.layers import AlwaysSample, NoiseSchedule, OrthogonalLinear
+from alm_torchrl.networks.running_norm import RunningNorm
 
 __all__ = [
     "AlwaysSample",
     "NoiseSchedule",
     "OrthogonalLinear",
+    "RunningNorm",
     "make_actor",
     "make_classifier",
     "make_decoder",

@@ -20,11 +20,12 @@ decoder       ``latent``                        ``reconstruction`` ``[*, S]``
 
 Sizes, activations, bounds and initialisation are those of the paper's appendix D
 and the authors' code. A module of yours with the same keys can replace any part.
+The actors are built in :mod:`~alm_torchrl.networks.actors`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from tensordict import NestedKey
@@ -34,25 +35,24 @@ from tensordict.nn import (
     ProbabilisticTensorDictSequential,
     TensorDictModule,
 )
-from torch import Tensor, nn
+from torch import nn
 from torchrl.modules import IndependentNormal
 
-from alm_torchrl.checks import LARGEST_SIZE, check_integer, check_number, check_type
-from alm_torchrl.distributions import ClampedNormal
+from alm_torchrl.checks import LARGEST_SIZE, check_choice, check_integer, check_number
+from alm_torchrl.distributions import PointNormal
 from alm_torchrl.networks.layers import (
     MLP,
-    ActorHead,
     FixedScale,
     GaussianHead,
-    NoiseSchedule,
     OutputLinear,
+    SimNorm,
     TwinCritic,
     make_elu_mlp,
     make_value_mlp,
 )
+from alm_torchrl.networks.running_norm import RunningNorm
 
 __all__ = [
-    "make_actor",
     "make_classifier",
     "make_decoder",
     "make_encoder",
@@ -60,12 +60,15 @@ __all__ = [
     "make_model",
     "make_qvalue",
     "make_reward",
-    "make_stochastic_actor",
 ]
 
 LATENT_DIM = 50
 HIDDEN_DIM = 512
 MODEL_HIDDEN_DIM = 1024
+# Standard deviation of latents that are not learned: the smallest of those that are.
+LATENT_SCALE = 0.1
+
+LatentKind = Literal["gaussian", "rms", "simnorm", "layernorm"]
 
 
 def make_encoder(
@@ -73,18 +76,38 @@ def make_encoder(
     *,
     latent_dim: int = LATENT_DIM,
     hidden_dim: int = HIDDEN_DIM,
+    hidden_layers: int = 2,
+    latent: LatentKind = "gaussian",
+    normalize: bool = False,
+    layer_norm: bool = False,
     observation_key: NestedKey = "observation",
 ) -> ProbabilisticTensorDictSequential:
-    """Builds the stochastic encoder ``e(z | s)``, a diagonal Gaussian over latents.
+    """Builds the encoder ``e(z | s)``, a diagonal Gaussian over latents.
 
-    Two ELU layers; mean bounded to (-30, 30), standard deviation to about [0.1, 10].
+    ELU layers, then one of four kinds of latents:
+
+    - ``"gaussian"``: mean bounded to (-30, 30), standard deviation to about [0.1, 10];
+    - ``"rms"``: ``z / sqrt(mean_i z_i^2 + 1e-5)``, of length about sqrt(L);
+    - ``"simnorm"``: softmax within groups of 8 numbers (TD-MPC2,
+      https://arxiv.org/abs/2310.16828);
+    - ``"layernorm"``: ELU of a LayerNorm without weights, as a hidden layer of MR.Q
+      (https://arxiv.org/abs/2501.16142).
+
+    The last three have no noise, see :class:`~alm_torchrl.distributions.PointNormal`:
+    their samples are the mean. With the fixed deviation 0.1, the KL of Eq. 7 is ``50
+    |m(z, a) - e'(s')|^2``. The latent model must be of the same kind.
 
     Args:
         observation_dim (int): size of the flat observation.
 
     Keyword Args:
         latent_dim (int): size of the latent, L. Default: ``50``.
-        hidden_dim (int): width of both hidden layers. Default: ``512``.
+        hidden_dim (int): width of the hidden layers. Default: ``512``.
+        hidden_layers (int): number of hidden layers. Default: ``2``.
+        latent (str): the kind of latents. Default: ``"gaussian"``.
+        normalize (bool): a :class:`~alm_torchrl.networks.RunningNorm` first, for
+            ``ALMLoss.observe`` to update. Default: ``False``.
+        layer_norm (bool): a LayerNorm before each activation. Default: ``False``.
         observation_key (NestedKey): key to read. Default: ``"observation"``.
 
     Returns:
@@ -93,7 +116,8 @@ def make_encoder(
         deterministic.
 
     Raises:
-        ValueError: if a size is not positive.
+        ValueError: if a size is not positive, ``latent`` unknown, or ``latent_dim`` no
+            multiple of 8 with ``"simnorm"``.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -102,17 +126,25 @@ def make_encoder(
         >>> encoder(td)["latent"].shape
         torch.Size([4, 2])
     """
-    _check_sizes(
+    check_sizes(
         observation_dim=observation_dim, latent_dim=latent_dim, hidden_dim=hidden_dim
     )
-    net = make_elu_mlp(observation_dim, hidden_dim, 2 * latent_dim, GaussianHead())
-    return _make_gaussian(net, [observation_key], "latent", "latent")
+    net = make_elu_mlp(
+        observation_dim,
+        hidden_dim,
+        *_latent_head(latent, latent_dim),
+        hidden_layers=check_integer("hidden_layers", hidden_layers),
+        layer_norm=layer_norm,
+    )
+    if normalize:
+        net.insert(0, RunningNorm(observation_dim))
+    return _make_gaussian(net, [observation_key], "latent", "latent", latent)
 
 
 def make_identity_encoder(
     observation_dim: int,
     *,
-    scale: float = 0.1,
+    scale: float = LATENT_SCALE,
     observation_key: NestedKey = "observation",
 ) -> ProbabilisticTensorDictSequential:
     """Builds an encoder without parameters: the latent is the observation (Fig. 13).
@@ -142,10 +174,10 @@ def make_identity_encoder(
         >>> td["latent_loc"], td["latent_scale"]
         (tensor([1., 1.]), tensor([0.1000, 0.1000]))
     """
-    _check_sizes(observation_dim=observation_dim)
+    check_sizes(observation_dim=observation_dim)
     scale = check_number("scale", scale, open_low=True)
     net = FixedScale(torch.full((observation_dim,), scale))
-    return _make_gaussian(net, [observation_key], "latent", "latent")
+    return _make_gaussian(net, [observation_key], "latent", "latent", "gaussian")
 
 
 def make_model(
@@ -153,6 +185,9 @@ def make_model(
     *,
     latent_dim: int = LATENT_DIM,
     hidden_dim: int = MODEL_HIDDEN_DIM,
+    hidden_layers: int = 2,
+    latent: LatentKind = "gaussian",
+    layer_norm: bool = False,
 ) -> ProbabilisticTensorDictSequential:
     """Builds the latent model ``m(z' | z, a)``, a diagonal Gaussian like the encoder.
 
@@ -161,118 +196,41 @@ def make_model(
 
     Keyword Args:
         latent_dim (int): size of the latent, L. Default: ``50``.
-        hidden_dim (int): width of both hidden layers. Default: ``1024``.
+        hidden_dim (int): width of the hidden layers. Default: ``1024``.
+        hidden_layers (int): number of hidden layers. Default: ``2``.
+        latent (str): the kind of its latents, that of :func:`make_encoder`.
+            Default: ``"gaussian"``.
+        layer_norm (bool): a LayerNorm before each activation. Default: ``False``.
 
     Returns:
         ProbabilisticTensorDictSequential: writes ``next_latent_loc``,
         ``next_latent_scale`` and ``("next", "latent")``, each ``[*, L]``.
 
     Raises:
-        ValueError: if a size is not positive.
+        ValueError: as of :func:`make_encoder`.
 
     Examples:
         >>> make_model(1, latent_dim=2, hidden_dim=8).in_keys
         ['latent', 'action']
     """
-    _check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
-    in_dim = latent_dim + action_dim
-    net = make_elu_mlp(in_dim, hidden_dim, 2 * latent_dim, GaussianHead())
-    return _make_gaussian(net, ["latent", "action"], "next_latent", ("next", "latent"))
-
-
-def make_actor(
-    action_low: Tensor | Sequence[float],
-    action_high: Tensor | Sequence[float],
-    *,
-    latent_dim: int = LATENT_DIM,
-    hidden_dim: int = HIDDEN_DIM,
-    noise_schedule: NoiseSchedule | None = None,
-) -> ProbabilisticTensorDictSequential:
-    """Builds the actor ``pi(a | z)``: tanh mean, scheduled noise, clamped samples.
-
-    The mean lies in (-1, 1) whatever the bounds are. Samples are clamped to narrower
-    bounds; the mean never reaches wider ones (rescale the environment's actions).
-
-    Args:
-        action_low (Tensor or sequence of float): lower bounds, ``[A]``.
-        action_high (Tensor or sequence of float): upper bounds, ``[A]``.
-
-    Keyword Args:
-        latent_dim (int): size of the latent, L. Default: ``50``.
-        hidden_dim (int): width of both hidden layers. Default: ``512``.
-        noise_schedule (NoiseSchedule, optional): standard deviation of the noise.
-            Default: ``None``, a new ``NoiseSchedule()``.
-
-    Returns:
-        ProbabilisticTensorDictSequential: writes ``action`` ``[*, A]`` and the
-        parameters of its :class:`~alm_torchrl.ClampedNormal`.
-
-    Raises:
-        ValueError: if the bounds are not two finite vectors with ``low < high``, or
-            a size is not positive.
-        TypeError: if ``noise_schedule`` is no ``NoiseSchedule``.
-
-    Examples:
-        >>> from tensordict import TensorDict
-        >>> actor = make_actor([-0.4], [0.4], latent_dim=2, hidden_dim=8)
-        >>> td = actor(TensorDict(latent=torch.zeros(5, 2), batch_size=[5]))
-        >>> bool((td["action"].abs() <= 0.4).all())
-        True
-    """
-    low, high = check_bounds(action_low, action_high)
-    _check_sizes(latent_dim=latent_dim, hidden_dim=hidden_dim)
-    schedule = NoiseSchedule() if noise_schedule is None else noise_schedule
-    check_type("noise_schedule", schedule, NoiseSchedule)
-    head = ActorHead(low, high, schedule)
-    net = make_elu_mlp(latent_dim, hidden_dim, low.shape[0], head)
-    return make_clamped_actor(net, "latent", ClampedNormal)
-
-
-def make_stochastic_actor(
-    action_low: Tensor | Sequence[float],
-    action_high: Tensor | Sequence[float],
-    *,
-    latent_dim: int = LATENT_DIM,
-    hidden_dim: int = HIDDEN_DIM,
-) -> ProbabilisticTensorDictSequential:
-    """Builds an actor ``pi(a | z)`` that learns its own noise (ALM-ENT, Table 5).
-
-    Unlike in :func:`make_actor`, the network gives the standard deviation, softly
-    bounded to [e^-5, e^2]. It is the actor for an entropy bonus.
-
-    Args:
-        action_low (Tensor or sequence of float): lower bounds, ``[A]``.
-        action_high (Tensor or sequence of float): upper bounds, ``[A]``.
-
-    Keyword Args:
-        latent_dim (int): size of the latent, L. Default: ``50``.
-        hidden_dim (int): width of both hidden layers. Default: ``512``.
-
-    Returns:
-        ProbabilisticTensorDictSequential: writes ``action`` ``[*, A]`` and the
-        parameters of its :class:`~alm_torchrl.ClampedNormal`.
-
-    Raises:
-        ValueError: if the bounds are not two finite vectors with ``low < high``, or
-            a size is not positive.
-
-    Examples:
-        >>> from tensordict import TensorDict
-        >>> actor = make_stochastic_actor([-0.4], [0.4], latent_dim=2, hidden_dim=8)
-        >>> dist = actor.get_dist(TensorDict(latent=torch.zeros(5, 2), batch_size=[5]))
-        >>> action, log_prob = dist.rsample_and_log_prob()
-        >>> action.shape, bool((dist.scale > 0.0067).all())
-        (torch.Size([5, 1]), True)
-    """
-    low, high = check_bounds(action_low, action_high)
-    _check_sizes(latent_dim=latent_dim, hidden_dim=hidden_dim)
-    head = ActorHead(low, high, None)
-    net = make_elu_mlp(latent_dim, hidden_dim, 2 * low.shape[0], head)
-    return make_clamped_actor(net, "latent", ClampedNormal)
+    check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
+    net = make_elu_mlp(
+        latent_dim + action_dim,
+        hidden_dim,
+        *_latent_head(latent, latent_dim),
+        hidden_layers=check_integer("hidden_layers", hidden_layers),
+        layer_norm=layer_norm,
+    )
+    keys: list[NestedKey] = ["latent", "action"]
+    return _make_gaussian(net, keys, "next_latent", ("next", "latent"), latent)
 
 
 def make_qvalue(
-    action_dim: int, *, latent_dim: int = LATENT_DIM, hidden_dim: int = HIDDEN_DIM
+    action_dim: int,
+    *,
+    latent_dim: int = LATENT_DIM,
+    hidden_dim: int = HIDDEN_DIM,
+    layer_norm: bool = False,
 ) -> TensorDictModule:
     """Builds the twin critic ``Q1, Q2 (z, a)``.
 
@@ -282,6 +240,7 @@ def make_qvalue(
     Keyword Args:
         latent_dim (int): size of the latent, L. Default: ``50``.
         hidden_dim (int): width (LayerNorm and tanh, then ELU). Default: ``512``.
+        layer_norm (bool): a LayerNorm before the ELU too. Default: ``False``.
 
     Returns:
         TensorDictModule: writes ``state_action_value`` ``[*, 2]``. A critic of yours
@@ -294,13 +253,17 @@ def make_qvalue(
         >>> make_qvalue(1, latent_dim=2, hidden_dim=8).out_keys
         ['state_action_value']
     """
-    _check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
-    net = TwinCritic(latent_dim + action_dim, hidden_dim)
+    check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
+    net = TwinCritic(latent_dim + action_dim, hidden_dim, layer_norm=layer_norm)
     return TensorDictModule(net, ["latent", "action"], ["state_action_value"])
 
 
 def make_reward(
-    action_dim: int, *, latent_dim: int = LATENT_DIM, hidden_dim: int = HIDDEN_DIM
+    action_dim: int,
+    *,
+    latent_dim: int = LATENT_DIM,
+    hidden_dim: int = HIDDEN_DIM,
+    layer_norm: bool = False,
 ) -> TensorDictModule:
     """Builds the reward model ``r(z, a)`` (Eq. 11).
 
@@ -310,6 +273,7 @@ def make_reward(
     Keyword Args:
         latent_dim (int): size of the latent, L. Default: ``50``.
         hidden_dim (int): width (LayerNorm and tanh, then ELU). Default: ``512``.
+        layer_norm (bool): a LayerNorm before the ELU too. Default: ``False``.
 
     Returns:
         TensorDictModule: writes ``predicted_reward`` ``[*, 1]``.
@@ -321,8 +285,9 @@ def make_reward(
         >>> make_reward(1, latent_dim=2, hidden_dim=8).out_keys
         ['predicted_reward']
     """
-    _check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
-    net = make_value_mlp(latent_dim + action_dim, hidden_dim, 1)
+    check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
+    in_dim = latent_dim + action_dim
+    net = make_value_mlp(in_dim, hidden_dim, 1, layer_norm=layer_norm)
     return TensorDictModule(net, ["latent", "action"], ["predicted_reward"])
 
 
@@ -331,6 +296,7 @@ def make_classifier(
     *,
     latent_dim: int = LATENT_DIM,
     hidden_dim: int = HIDDEN_DIM,
+    layer_norm: bool = False,
     linear: bool = False,
 ) -> TensorDictModule:
     """Builds the classifier ``C(z, a, z')`` of real against imagined latents (Eq. 9).
@@ -341,6 +307,7 @@ def make_classifier(
     Keyword Args:
         latent_dim (int): size of the latent, L. Default: ``50``.
         hidden_dim (int): width (LayerNorm and tanh, then ELU). Default: ``512``.
+        layer_norm (bool): a LayerNorm before the ELU too. Default: ``False``.
         linear (bool): logits linear in ``(z, a, z')``, without hidden layers (Fig. 16).
             Default: ``False``.
 
@@ -354,12 +321,12 @@ def make_classifier(
         >>> make_classifier(1, latent_dim=2, hidden_dim=8).out_keys
         ['logits']
     """
-    _check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
+    check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
     in_dim = 2 * latent_dim + action_dim
     if linear:
         net = MLP(OutputLinear(in_dim, 2))
     else:
-        net = make_value_mlp(in_dim, hidden_dim, 2)
+        net = make_value_mlp(in_dim, hidden_dim, 2, layer_norm=layer_norm)
     return TensorDictModule(net, ["latent", "action", ("next", "latent")], ["logits"])
 
 
@@ -388,15 +355,41 @@ def make_decoder(
         >>> make_decoder(3, latent_dim=2, hidden_dim=8).out_keys
         ['reconstruction']
     """
-    _check_sizes(
+    check_sizes(
         observation_dim=observation_dim, latent_dim=latent_dim, hidden_dim=hidden_dim
     )
     net = make_elu_mlp(latent_dim, hidden_dim, observation_dim)
     return TensorDictModule(net, ["latent"], ["reconstruction"])
 
 
+def _latent_head(
+    kind: LatentKind, latent_dim: int
+) -> tuple[int, *tuple[nn.Module, ...]]:
+    """Size of the last layer, and what makes mean and standard deviation of it."""
+    check_choice("latent", kind, ("gaussian", "rms", "simnorm", "layernorm"))
+    if kind == "gaussian":
+        return 2 * latent_dim, GaussianHead()
+    scale = FixedScale(torch.full((latent_dim,), LATENT_SCALE))
+    if kind == "rms":
+        norm = nn.RMSNorm(latent_dim, eps=1e-5, elementwise_affine=False)
+        return latent_dim, norm, scale
+    if kind == "layernorm":
+        layer_norm = nn.LayerNorm(latent_dim, elementwise_affine=False)
+        return latent_dim, layer_norm, nn.ELU(inplace=True), scale
+    if latent_dim % SimNorm.group:
+        raise ValueError(
+            f"latent_dim: expected a multiple of {SimNorm.group} with "
+            f"latent='simnorm', got {latent_dim}."
+        )
+    return latent_dim, SimNorm(), scale
+
+
 def _make_gaussian(
-    net: nn.Module, in_keys: list[NestedKey], prefix: str, out_key: NestedKey
+    net: nn.Module,
+    in_keys: list[NestedKey],
+    prefix: str,
+    out_key: NestedKey,
+    kind: LatentKind,
 ) -> ProbabilisticTensorDictSequential:
     loc, scale = f"{prefix}_loc", f"{prefix}_scale"
     return ProbabilisticTensorDictSequential(
@@ -404,7 +397,7 @@ def _make_gaussian(
         ProbabilisticTensorDictModule(
             in_keys={"loc": loc, "scale": scale},
             out_keys=[out_key],
-            distribution_class=IndependentNormal,
+            distribution_class=IndependentNormal if kind == "gaussian" else PointNormal,
             # Non-finite parameters must reach the loss, where they are reported.
             distribution_kwargs={"validate_args": False},
             default_interaction_type=InteractionType.RANDOM,
@@ -412,57 +405,7 @@ def _make_gaussian(
     )
 
 
-def make_clamped_actor(
-    net: nn.Module, in_key: NestedKey, distribution: type[ClampedNormal]
-) -> ProbabilisticTensorDictSequential:
-    """Wraps a network that ends in an :class:`ActorHead` into an actor."""
-    keys = {name: f"action_{name}" for name in ("loc", "scale", "low", "high")}
-    return ProbabilisticTensorDictSequential(
-        TensorDictModule(net, [in_key], list(keys.values())),
-        ProbabilisticTensorDictModule(
-            in_keys=keys,
-            out_keys=["action"],
-            distribution_class=distribution,
-            default_interaction_type=InteractionType.RANDOM,
-        ),
-    )
-
-
-def check_bounds(
-    action_low: Tensor | Sequence[float], action_high: Tensor | Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """Returns copies of the action bounds: two finite vectors with ``low < high``."""
-    low, high = (
-        _as_vector("action_low", action_low),
-        _as_vector("action_high", action_high),
-    )
-    if low.shape != high.shape:
-        raise ValueError(
-            "action_low and action_high: expected vectors of the same size, got shapes "
-            f"{tuple(low.shape)} and {tuple(high.shape)}."
-        )
-    if not (low.isfinite() & high.isfinite() & (low < high)).all():
-        raise ValueError(
-            "action_low and action_high: expected finite numbers with low < high, got "
-            f"{low.tolist()} and {high.tolist()}."
-        )
-    return low, high
-
-
-def _as_vector(name: str, values: Tensor | Sequence[float]) -> Tensor:
-    try:
-        vector = torch.as_tensor(values, dtype=torch.get_default_dtype()).clone()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{name}: expected a vector of numbers, got {values!r}."
-        ) from error
-    if vector.ndim != 1 or len(vector) == 0:
-        raise ValueError(
-            f"{name}: expected a vector, got a tensor of shape {tuple(vector.shape)}."
-        )
-    return vector
-
-
-def _check_sizes(**sizes: int) -> None:
+def check_sizes(**sizes: int) -> None:
+    """Raises a ValueError where the size of a layer is out of range."""
     for name, size in sizes.items():
         check_integer(name, size, high=LARGEST_SIZE)

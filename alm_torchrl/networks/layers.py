@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from tensordict import TensorDictBase
@@ -159,6 +160,23 @@ class FixedScale(nn.Module):
         return loc, self.scale.expand_as(loc)
 
 
+class SimNorm(nn.Module):
+    """Softmax within each group of 8 features: latents on a product of simplices.
+
+    Source: Hansen et al., "TD-MPC2", https://arxiv.org/abs/2310.16828, Eq. 5.
+
+    Examples:
+        >>> SimNorm()(torch.zeros(16)).sum()
+        tensor(2.)
+    """
+
+    group = 8
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Positive numbers that sum to 1 in each group, shape of ``features``."""
+        return features.unflatten(-1, (-1, self.group)).softmax(-1).flatten(-2)
+
+
 class ActorHead(nn.Module):
     """Returns a squashed mean, a standard deviation and the action bounds.
 
@@ -191,10 +209,10 @@ class ActorHead(nn.Module):
 class TwinCritic(nn.Module):
     """Two value networks that read the same input; their outputs are stacked last."""
 
-    def __init__(self, in_dim: int, hidden_dim: int) -> None:
+    def __init__(self, in_dim: int, hidden_dim: int, *, layer_norm: bool) -> None:
         super().__init__()
-        self.q1 = make_value_mlp(in_dim, hidden_dim, 1)
-        self.q2 = make_value_mlp(in_dim, hidden_dim, 1)
+        self.q1 = make_value_mlp(in_dim, hidden_dim, 1, layer_norm=layer_norm)
+        self.q2 = make_value_mlp(in_dim, hidden_dim, 1, layer_norm=layer_norm)
 
     def forward(self, latent: Tensor, action: Tensor) -> Tensor:
         return torch.cat([self.q1(latent, action), self.q2(latent, action)], -1)
@@ -210,23 +228,36 @@ class MLP(nn.Sequential):
         return output
 
 
-def make_elu_mlp(in_dim: int, hidden_dim: int, out_dim: int, *head: nn.Module) -> MLP:
+def make_elu_mlp(
+    in_dim: int,
+    hidden_dim: int,
+    out_dim: int,
+    *head: nn.Module,
+    hidden_layers: int = 2,
+    layer_norm: bool = False,
+) -> MLP:
+    sizes = [in_dim, *[hidden_dim] * hidden_layers]
+    hidden = [
+        layer
+        for pair in pairwise(sizes)
+        for layer in _hidden(*pair, nn.ELU(inplace=True), layer_norm)
+    ]
+    return MLP(*hidden, OutputLinear(hidden_dim, out_dim), *head)
+
+
+def make_value_mlp(
+    in_dim: int, hidden_dim: int, out_dim: int, *, layer_norm: bool = False
+) -> MLP:
+    """The first hidden layer is normalised anyway, the second with ``layer_norm``."""
     return MLP(
-        OrthogonalLinear(in_dim, hidden_dim),
-        nn.ELU(inplace=True),
-        OrthogonalLinear(hidden_dim, hidden_dim),
-        nn.ELU(inplace=True),
+        *_hidden(in_dim, hidden_dim, nn.Tanh(), True),
+        *_hidden(hidden_dim, hidden_dim, nn.ELU(inplace=True), layer_norm),
         OutputLinear(hidden_dim, out_dim),
-        *head,
     )
 
 
-def make_value_mlp(in_dim: int, hidden_dim: int, out_dim: int) -> MLP:
-    return MLP(
-        OrthogonalLinear(in_dim, hidden_dim),
-        nn.LayerNorm(hidden_dim),
-        nn.Tanh(),
-        OrthogonalLinear(hidden_dim, hidden_dim),
-        nn.ELU(inplace=True),
-        OutputLinear(hidden_dim, out_dim),
-    )
+def _hidden(
+    in_dim: int, out_dim: int, activation: nn.Module, layer_norm: bool
+) -> list[nn.Module]:
+    norm = [nn.LayerNorm(out_dim)] if layer_norm else []
+    return [OrthogonalLinear(in_dim, out_dim), *norm, activation]

@@ -27,13 +27,8 @@ from alm_torchrl.objectives import critics, outputs, rollouts
 from alm_torchrl.objectives.batch import read_horizon, read_slices, read_transitions
 from alm_torchrl.objectives.binding import bind_network, tie_networks
 from alm_torchrl.objectives.latents import Encoding, Latents
-from alm_torchrl.objectives.variants import (
-    EntropyBonus,
-    Logarithms,
-    ModelTerm,
-    PolicyObjective,
-    check_term,
-)
+from alm_torchrl.objectives.model_terms import ModelTerm, check_term
+from alm_torchrl.objectives.variants import EntropyBonus, Logarithms, PolicyObjective
 
 __all__ = ["ALMLoss"]
 
@@ -72,7 +67,8 @@ class ALMLoss(LossModule):
     ``deterministic_sampling_mode = ExplorationType.DETERMINISTIC`` each sample is its
     distribution's mean. Masks are found as in every TorchRL loss (``loss_mask_key``);
     in ``model_loss`` a slice counts up to its first masked step, its value in whole
-    slices only.
+    slices only. Where the encoder normalises its observations, call :meth:`observe`
+    once before each update.
 
     Keyword Args:
         encoder (ProbabilisticTensorDictSequential): ``e(z | s)``, a diagonal Gaussian.
@@ -430,6 +426,7 @@ class ALMLoss(LossModule):
         return TensorDict(outputs, batch_size=[])
 
     # What the terms are computed from.
+    observe = rollouts.observe
     encode_transitions = rollouts.encode_transitions
     draw_latent = rollouts.draw_latent
     model_rollout = rollouts.model_rollout

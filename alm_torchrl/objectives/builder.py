@@ -20,11 +20,12 @@ from alm_torchrl.networks import (
     make_reward,
     make_stochastic_actor,
 )
+from alm_torchrl.networks.actors import check_bounds
 from alm_torchrl.networks.builders import (
     HIDDEN_DIM,
     LATENT_DIM,
     MODEL_HIDDEN_DIM,
-    check_bounds,
+    LatentKind,
 )
 from alm_torchrl.objectives.alm import ALMLoss
 
@@ -40,6 +41,9 @@ def make_alm_loss(
     model_hidden_dim: int = MODEL_HIDDEN_DIM,
     noise_schedule: NoiseSchedule | None = None,
     linear_classifier: bool = False,
+    latent: LatentKind = "gaussian",
+    normalize: bool = False,
+    layer_norm: bool = False,
     **loss_kwargs: Any,
 ) -> ALMLoss:
     """Builds the six networks of the paper and the loss over them.
@@ -64,6 +68,12 @@ def make_alm_loss(
             Default: ``None``, 1.0 to 0.1 over 100,000 training steps; not used with
             ``entropy``, whose actor learns its noise.
         linear_classifier (bool): a classifier without hidden layers (Fig. 16).
+            Default: ``False``.
+        latent (str): kind of the latents, see :func:`~alm_torchrl.make_encoder`.
+            Default: ``"gaussian"``.
+        normalize (bool): normalise the observations inside the encoder; see
+            :meth:`ALMLoss.observe`. Default: ``False``.
+        layer_norm (bool): a LayerNorm before each activation of the networks.
             Default: ``False``.
         **loss_kwargs: arguments of :class:`~alm_torchrl.ALMLoss`; a network given
             here replaces the built one.
@@ -93,11 +103,17 @@ def make_alm_loss(
             "noise_schedule: expected None with entropy, as the actor learns its "
             f"noise, got {noise_schedule}."
         )
-    width: dict[str, int] = {"latent_dim": latent_dim, "hidden_dim": hidden_dim}
+    width: dict[str, Any] = {
+        "latent_dim": latent_dim,
+        "hidden_dim": hidden_dim,
+        "layer_norm": layer_norm,
+    }
     built: dict[str, Any] = {
-        "encoder": lambda: make_encoder(observation_dim, **width),
+        "encoder": lambda: make_encoder(
+            observation_dim, latent=latent, normalize=normalize, **width
+        ),
         "model": lambda: make_model(
-            action_dim, latent_dim=latent_dim, hidden_dim=model_hidden_dim
+            action_dim, latent=latent, **width | {"hidden_dim": model_hidden_dim}
         ),
         "actor": lambda: (
             make_stochastic_actor(action_low, action_high, **width)

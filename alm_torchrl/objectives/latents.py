@@ -16,7 +16,7 @@ from torchrl.modules import IndependentNormal
 
 from alm_torchrl import functional
 from alm_torchrl.checks import check_integer
-from alm_torchrl.distributions import ClampedNormal, draw, is_random
+from alm_torchrl.distributions import ClampedNormal, PointNormal, draw, is_random
 from alm_torchrl.networks import AlwaysSample
 from alm_torchrl.objectives.batch import entry_names, explain_mismatch
 from alm_torchrl.objectives.binding import can_swap, swapped_params
@@ -24,6 +24,7 @@ from alm_torchrl.objectives.binding import can_swap, swapped_params
 __all__ = ["Encoding", "Latents", "Rollout", "normal_parameters"]
 
 Parameters = Literal["live", "frozen", "target"]
+SPLITTABLE: tuple[type, ...] = (IndependentNormal, PointNormal)
 
 
 class Encoding(NamedTuple):
@@ -136,7 +137,7 @@ class Latents:
         """Draws from a distribution (of some rows), with the loss's noise clip."""
         if rows is None:
             return draw(dist, self.noise_clip)
-        if type(dist) is IndependentNormal:
+        if type(dist) in SPLITTABLE:
             return draw(take_rows(dist, rows), self.noise_clip)
         return draw(dist, self.noise_clip)[rows]
 
@@ -174,16 +175,29 @@ class Latents:
 
         Raises a TypeError where the actor has no :class:`~alm_torchrl.ClampedNormal`.
         """
-        dist = None
-        if hasattr(self._network("actor"), "get_dist"):
-            dist = self._run("actor", "frozen", self.inputs(latent=latent))
-        if not isinstance(dist, ClampedNormal):
-            raise TypeError(
-                "actor: expected one with a ClampedNormal for noise_std, got "
-                f"{type(dist).__name__}."
-            )
+        dist = self._clamped(latent, "frozen")
         scale = torch.full_like(dist.loc, std)
         return draw(ClampedNormal(dist.loc, scale, dist.low, dist.high), clip)
+
+    def raw_action(self, latent: Tensor, parameters: Parameters = "frozen") -> Tensor:
+        """What the actor's tanh squashes to its mean, within 7.25 of 0, ``[*, A]``.
+
+        Raises a TypeError where the actor has no :class:`~alm_torchrl.ClampedNormal`.
+        """
+        loc = self._clamped(latent, parameters).loc
+        return loc.clamp(-1 + 1e-6, 1 - 1e-6).atanh()
+
+    def _clamped(self, latent: Tensor, parameters: Parameters) -> ClampedNormal:
+        """The actor's distribution, whose mean is a tanh."""
+        dist = None
+        if hasattr(self._network("actor"), "get_dist"):
+            dist = self._run("actor", parameters, self.inputs(latent=latent))
+        if not isinstance(dist, ClampedNormal):
+            raise TypeError(
+                "actor: expected one with a ClampedNormal, whose mean is a tanh, got "
+                f"{type(dist).__name__}."
+            )
+        return dist
 
     def mean_action(self, latent: Tensor) -> Tensor:
         """Action under deterministic exploration, not clamped, ``[*, A]``."""
@@ -370,16 +384,17 @@ class _LatentPolicy(TensorDictSequential):
 
 def split_dist(dist: Distribution) -> tuple[Distribution, Distribution] | None:
     """Both halves of a diagonal Gaussian over rows; ``None`` for other types."""
-    if type(dist) is not IndependentNormal:
+    if type(dist) not in SPLITTABLE:
         return None
     half = dist.batch_shape[0] // 2
     return take_rows(dist, slice(half)), take_rows(dist, slice(half, None))
 
 
-def take_rows(dist: IndependentNormal, rows: slice | Tensor) -> IndependentNormal:
-    """Some rows of a diagonal Gaussian over rows."""
+def take_rows(dist: Distribution, rows: slice | Tensor) -> Distribution:
+    """Some rows of a diagonal Gaussian over rows, of a type in ``SPLITTABLE``."""
     loc, scale = normal_parameters(dist, "encoder")
-    return IndependentNormal(loc=loc[rows], scale=scale[rows], validate_args=False)
+    kind: type = type(dist)
+    return kind(loc=loc[rows], scale=scale[rows], validate_args=False)
 
 
 def normal_parameters(dist: Distribution, name: str) -> tuple[Tensor, Tensor]:

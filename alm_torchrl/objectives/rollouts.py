@@ -13,6 +13,7 @@ from torchrl.envs.utils import set_exploration_type
 
 from alm_torchrl import functional
 from alm_torchrl.checks import check_integer
+from alm_torchrl.networks import RunningNorm
 from alm_torchrl.objectives.batch import read_column, read_entry, read_transitions
 from alm_torchrl.objectives.latents import (
     Encoding,
@@ -52,6 +53,32 @@ def encode_transitions(loss: ALMLoss, tensordict: TensorDictBase) -> Encoding:
     ]
     halves = split_dist(loss.latents.encode(torch.cat(seen)))
     return Encoding(*(halves or map(loss.latents.encode, seen)))
+
+
+@torch.no_grad()
+def observe(
+    loss: ALMLoss, tensordict: TensorDictBase, skip: Tensor | None = None
+) -> None:
+    """Adds the observations of transitions to the statistics inside the encoder.
+
+    To call once for each update, before the terms. The encoder's
+    :class:`~alm_torchrl.networks.RunningNorm` sees its in_keys one after the other;
+    buffers of the target encoder are copied. Without such a part it does nothing.
+
+    Where ``skip``, a boolean ``[]``, is true, nothing changes.
+    """
+    norms = [m for m in loss.encoder.modules() if isinstance(m, RunningNorm)]
+    if not norms:
+        return
+    rows = read_transitions(loss, tensordict)
+    observed = loss.latents.observations(rows.data)
+    entries = [observed.get(key) for key in loss.encoder.in_keys]
+    mask = None if rows.mask is None else rows.mask.flatten()
+    for norm in norms:
+        norm.update(torch.cat(entries, -1), mask, skip)
+    for key, source in loss.encoder_params.items(True, True):
+        if not source.requires_grad:
+            loss.target_encoder_params.get(key).copy_(source)
 
 
 @sampling

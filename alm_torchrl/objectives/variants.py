@@ -1,10 +1,9 @@
 """Exchangeable parts of :class:`~alm_torchrl.ALMLoss`, by its arguments.
 
-- ``model_terms``: :class:`Reconstruction` (Fig. 15), :class:`ValuePrediction`
-  (Fig. 18, 19)
+- ``model_terms``: see :mod:`alm_torchrl.objectives.model_terms`
 - ``logarithms``: :class:`Logarithms` (Fig. 12, Eq. 6)
 - ``entropy``: :class:`EntropyBonus` (Table 5)
-- ``policy_objective``: :class:`QValueObjective` (Fig. 5c)
+- ``policy_objective``: :class:`QValueObjective` (Fig. 5c), :class:`ScaledObjective`
 
 Parts combine. A part of your own is a class with the same methods; it reads the loss
 through its verbs, ``loss.latents``.
@@ -17,14 +16,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
-from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from alm_torchrl import functional
-from alm_torchrl.checks import LARGEST_FLOAT, check_choice, check_number, check_type
+from alm_torchrl.checks import LARGEST_FLOAT, check_choice, check_number
 from alm_torchrl.networks import NoiseSchedule
-from alm_torchrl.objectives.batch import explain_mismatch, read_entry
 from alm_torchrl.objectives.rollouts import policy_value
 
 if TYPE_CHECKING:
@@ -33,28 +30,10 @@ if TYPE_CHECKING:
 __all__ = [
     "EntropyBonus",
     "Logarithms",
-    "ModelTerm",
     "PolicyObjective",
     "QValueObjective",
-    "Reconstruction",
-    "ValuePrediction",
+    "ScaledObjective",
 ]
-
-
-class ModelTerm(Protocol):
-    """A term added to the objective of encoder and model; an ``nn.Module``.
-
-    It reads the loss, slices ``[B, K]`` and the live model's latents along them,
-    ``[B, K+1, L]``.
-    """
-
-    name: str
-    """Its metric."""
-    coef: float
-    """Its weight; zero removes the term and its cost."""
-
-    def __call__(self, loss: ALMLoss, slices: TensorDictBase, latent: Tensor) -> Tensor:
-        """The term at each step, ``[B, T]``."""
 
 
 class PolicyObjective(Protocol):
@@ -71,122 +50,6 @@ class PolicyObjective(Protocol):
         self, loss: ALMLoss, latent: Tensor, horizon: int | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective ``[N]``, and metrics ``[N, *]`` by name."""
-
-
-class Reconstruction(nn.Module):
-    """Adds ``coef sum_{t<=K} |d(z_t) - s_t|^2 / 2`` to the model's objective.
-
-    With ``reward_coef=0`` and ``value_coef=0``, encoder and model are then learned by
-    maximum likelihood (Fig. 15). The decoder is trained with them.
-
-    Args:
-        decoder (TensorDictModule): ``d(s | z)``, the mean of a unit Gaussian over the
-            encoder's ``in_keys``, one after the other, ``[*, S]``.
-
-    Keyword Args:
-        coef (float): weight of the term. Default: ``1.0``.
-        reconstruction_key (NestedKey): the decoder's output.
-            Default: ``"reconstruction"``.
-
-    Raises:
-        TypeError: if the decoder is no TensorDictModule.
-        ValueError: if ``coef`` is negative.
-
-    Examples:
-        >>> from alm_torchrl import make_decoder
-        >>> Reconstruction(make_decoder(3, hidden_dim=8), coef=0.5).name
-        'reconstruction'
-    """
-
-    name = "reconstruction"
-
-    def __init__(
-        self,
-        decoder: TensorDictModuleBase,
-        *,
-        coef: float = 1.0,
-        reconstruction_key: str | tuple[str, ...] = "reconstruction",
-    ) -> None:
-        super().__init__()
-        check_type("decoder", decoder, TensorDictModuleBase)
-        self.decoder = decoder
-        self.coef = check_number("coef", coef)
-        self.reconstruction_key = reconstruction_key
-
-    def forward(self, loss: ALMLoss, slices: TensorDictBase, latent: Tensor) -> Tensor:
-        """Error of ``s_0`` to ``s_K`` decoded from the latents, ``[B, K+1]``."""
-        observe, keys = loss.latents.observations, loss.encoder.in_keys
-        first, following = observe(slices)[:, :1], observe(read_entry(slices, "next"))
-        states = [torch.cat([first.get(key), following.get(key)], 1) for key in keys]
-        observed = torch.cat(states, -1)
-        decoded = self.decode(loss, latent)
-        if decoded.shape != observed.shape:
-            raise ValueError(
-                "decoder: expected the shape of the observations, "
-                f"{list(observed.shape)}, got {list(decoded.shape)}."
-            )
-        return functional.reconstruction_error(decoded, observed)
-
-    def decode(self, loss: ALMLoss, latent: Tensor) -> Tensor:
-        """Observations ``[*, S]`` decoded from latents ``[*, L]``."""
-        inputs = loss.latents.inputs(latent=latent)
-        try:
-            decoded = self.decoder(inputs.copy()).get(self.reconstruction_key, None)
-        except (KeyError, RuntimeError) as error:
-            reason = explain_mismatch("decoder", self.decoder, inputs, error)
-            if reason is error:
-                raise
-            raise reason from error
-        if decoded is None:
-            raise KeyError(
-                f"decoder: expected the output {self.reconstruction_key!r}, got "
-                f"{self.decoder.out_keys}."
-            )
-        return decoded
-
-    def reset_parameters(self) -> None:
-        """Draws the decoder's parameters anew."""
-        self.decoder.reset_parameters_recursive()
-
-
-class ValuePrediction(nn.Module):
-    """Adds ``coef sum_t (min Q(z_t, a_t) - y_t)^2`` to the model's objective.
-
-    ``y`` is the critics' target; the critics are frozen. The latents are those of the
-    encoder (Fig. 18) or of the model (Fig. 19).
-
-    Args:
-        where (str): ``"encoder"``, at ``z_0``, or ``"model"``, at ``z_0`` to
-            ``z_{K-1}``.
-
-    Keyword Args:
-        coef (float): weight of the term. Default: ``1.0``; the paper names none.
-
-    Raises:
-        ValueError: if ``where`` is neither of the two, or ``coef`` is negative.
-
-    Examples:
-        >>> ValuePrediction("model").coef
-        1.0
-    """
-
-    name = "value_prediction"
-
-    def __init__(
-        self, where: Literal["encoder", "model"], *, coef: float = 1.0
-    ) -> None:
-        super().__init__()
-        check_choice("where", where, ("encoder", "model"))
-        self.where = where
-        self.coef = check_number("coef", coef)
-
-    def forward(self, loss: ALMLoss, slices: TensorDictBase, latent: Tensor) -> Tensor:
-        """Squared TD error, ``[B, 1]`` at the encoder's latent or ``[B, K]``."""
-        steps = 1 if self.where == "encoder" else latent.shape[1] - 1
-        rows = slices[:, :steps]
-        action = read_entry(rows, loss.tensor_keys.action)
-        value = loss.latents.state_action_value(latent[:, :steps], action).amin(-1)
-        return (value - loss.td_target(rows)).square()
 
 
 class Logarithms:
@@ -342,12 +205,48 @@ class QValueObjective:
         return "QValueObjective()"
 
 
-def check_term(term: ModelTerm) -> ModelTerm:
-    """A term of ``model_terms``, or a TypeError."""
-    named = hasattr(term, "name") and hasattr(term, "coef")
-    if not (isinstance(term, nn.Module) and named):
-        raise TypeError(
-            "model_terms: expected modules with a name and a coef, such as "
-            f"Reconstruction, got {type(term).__name__}."
-        )
-    return term
+class ScaledObjective:
+    """Another objective in units of its own size, less ``coef mean_i x_i^2``.
+
+    ``J(z) / max(mean |J|, 0.01)``, the mean over the batch without gradient (TD3+BC,
+    https://arxiv.org/abs/2106.06860). The actor's mean is ``tanh(x)``; the
+    second term keeps it off the ends, where it has no gradient (MR.Q,
+    https://arxiv.org/abs/2501.16142).
+
+    Args:
+        objective (PolicyObjective): the objective J, such as :class:`QValueObjective`.
+
+    Keyword Args:
+        coef (float): weight of the squares. Default: ``1e-3``.
+
+    Raises:
+        TypeError: if the objective has no ``metrics`` or cannot be called.
+        ValueError: if ``coef`` is negative.
+
+    Examples:
+        >>> ScaledObjective(QValueObjective()).metrics
+        ('raw_action',)
+    """
+
+    def __init__(self, objective: PolicyObjective, *, coef: float = 1e-3) -> None:
+        if not callable(objective) or not hasattr(objective, "metrics"):
+            raise TypeError(
+                "objective: expected a callable with metrics, such as QValueObjective, "
+                f"got {type(objective).__name__}."
+            )
+        self.objective = objective
+        self.coef = check_number("coef", coef)
+        self.metrics = (*objective.metrics, "raw_action")
+
+    def __call__(
+        self, loss: ALMLoss, latent: Tensor, horizon: int | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective ``[N]``, and ``raw_action``, the mean of ``|x|``, ``[N]``."""
+        value, metrics = self.objective(loss, latent, horizon)
+        raw = loss.latents.raw_action(latent, "live")
+        scaled = value / value.detach().abs().mean().clamp_min(0.01)
+        penalty = self.coef * raw.square().mean(-1)
+        return scaled - penalty, {**metrics, "raw_action": raw.detach().abs().mean(-1)}
+
+    def __repr__(self) -> str:
+        return f"ScaledObjective({self.objective!r}, coef={self.coef:g})"

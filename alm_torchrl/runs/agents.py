@@ -24,7 +24,7 @@ from alm_torchrl.objectives import (
     ValuePrediction,
     make_alm_loss,
 )
-from alm_torchrl.objectives.variants import ModelTerm
+from alm_torchrl.objectives.model_terms import ModelTerm
 from alm_torchrl.runs.settings import TrainConfig
 
 __all__ = ["build_env", "build_loss", "describe_spaces"]

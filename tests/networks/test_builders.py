@@ -12,7 +12,9 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import IndependentNormal
 
 from alm_torchrl import ClampedNormal, NoiseSchedule
+from alm_torchrl.distributions import PointNormal
 from alm_torchrl.networks import (
+    RunningNorm,
     make_actor,
     make_classifier,
     make_decoder,
@@ -23,6 +25,7 @@ from alm_torchrl.networks import (
     make_reward,
     make_stochastic_actor,
 )
+from alm_torchrl.networks.layers import OutputLinear
 
 # Sizes of HalfCheetah; those of latent and layers are the paper's.
 S, A, L, H, M = 17, 6, 50, 512, 1024
@@ -94,6 +97,37 @@ def test_default_networks_are_the_papers(part):
         elif isinstance(layer, nn.LayerNorm):
             assert (layer.weight == 1).all()
             assert (layer.bias == 0).all()
+
+
+LN = [(nn.LayerNorm, H)]
+NORMED = {
+    name: (kind, LN + ELU, i, h, o)
+    for name, kind, i, h, o in (
+        ("encoder", make_encoder, S, H, 2 * L),
+        ("model", make_model, L + A, H, 2 * L),
+        ("actor", make_actor, L, H, A),
+        ("stochastic", make_stochastic_actor, L, H, 2 * A),
+    )
+}
+NORMED |= {
+    name: (kind, NORM, i, h, o)
+    for name, kind, i, h, o in (
+        ("reward", make_reward, L + A, H, 1),
+        ("qvalue", make_qvalue, L + A, H, 1),
+        ("classifier", make_classifier, 2 * L + A, H, 2),
+    )
+}
+
+
+@pytest.mark.parametrize("part", NORMED)
+def test_layer_norm_stands_before_each_activation(part):
+    build, first, i, h, o = NORMED[part]
+    sizes = (
+        (LOW, HIGH) if "actor" in build.__name__ else (S if part == "encoder" else A,)
+    )
+    expected = dense(i, h) + first + dense(h, h) + LN + ELU + dense(h, o)
+    module = build(*sizes, hidden_dim=H, layer_norm=True)
+    assert layers_of(module) == expected * (2 if part == "qvalue" else 1)
 
 
 @pytest.mark.parametrize("part", PAPER)
@@ -206,6 +240,87 @@ def test_means_and_standard_deviations_are_bounded(part, raw):
         assert 0.1 <= std < 10.001
     torch.testing.assert_close(dist.mean, torch.full_like(dist.mean, mean))
     torch.testing.assert_close(dist.stddev, torch.full_like(dist.mean, std))
+
+
+def features_of(module, inputs):
+    """What the last linear layer gives."""
+    features = inputs
+    for layer in module[0].module:
+        features = layer(features)
+        if isinstance(layer, OutputLinear):
+            return features
+    raise AssertionError("no last layer")
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_number_of_hidden_layers(layers):
+    more = (dense(H, H) + ELU) * (layers - 1)
+    encoder = make_encoder(S, hidden_layers=layers)
+    assert layers_of(encoder) == dense(S, H) + ELU + more + dense(H, 2 * L)
+    model = make_model(A, hidden_dim=H, hidden_layers=layers)
+    assert layers_of(model) == dense(L + A, H) + ELU + more + dense(H, 2 * L)
+    for make in (make_encoder, make_model):
+        with pytest.raises(ValueError, match="hidden_layers: expected an integer >= 1"):
+            make(2, hidden_layers=0)
+
+
+@pytest.mark.parametrize("kind", ["rms", "simnorm", "layernorm"])
+def test_bounded_latents_have_no_noise(kind):
+    size = {"latent_dim": 16, "hidden_dim": 8}
+    encoder, model = (
+        make_encoder(5, latent=kind, **size),
+        make_model(2, latent=kind, **size),
+    )
+    state, action = 10 * torch.randn(6, 5), torch.randn(6, 2)
+    td = TensorDict(observation=state, action=action, batch_size=[6])
+    raw = features_of(encoder, state)
+    if kind == "rms":
+        expected = raw / (raw.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    elif kind == "layernorm":
+        shifted = raw - raw.mean(-1, keepdim=True)
+        std = (raw.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        expected = nn.functional.elu(shifted / std)
+    else:
+        groups = raw.exp().reshape(6, 2, 8)
+        expected = (groups / groups.sum(-1, keepdim=True)).reshape(6, 16)
+    z = encoder(td)["latent"]
+    torch.testing.assert_close(z, expected)
+    model(td)
+    for prefix, key in (("latent", "latent"), ("next_latent", ("next", "latent"))):
+        assert torch.equal(td[key], td[f"{prefix}_loc"])
+        assert (td[f"{prefix}_scale"] == 0.1).all()
+    assert type(encoder.get_dist(td)) is PointNormal
+    after = td["next", "latent"]
+    if kind == "rms":
+        size = after.square().mean(-1)
+        torch.testing.assert_close(size, torch.ones(6), atol=2e-3, rtol=0)
+    elif kind == "simnorm":
+        torch.testing.assert_close(after.reshape(6, 2, 8).sum(-1), torch.ones(6, 2))
+
+
+def test_latents_that_do_not_exist_are_refused():
+    for make in (make_encoder, make_model):
+        with pytest.raises(ValueError, match="latent: expected 'gaussian' or 'rms'"):
+            make(2, latent="delta")
+        with pytest.raises(ValueError, match="latent_dim: expected a multiple of 8"):
+            make(2, latent="simnorm")
+
+
+def test_encoder_normalises_what_it_reads():
+    torch.manual_seed(0)
+    encoder = make_encoder(5, normalize=True, **SMALL)
+    torch.manual_seed(0)
+    plain = make_encoder(5, **SMALL)
+    states = 3 + 2 * torch.randn(50, 5)
+    [norm] = [m for m in encoder.modules() if isinstance(m, RunningNorm)]
+    norm.update(states)
+    td = TensorDict(observation=states, batch_size=[50])
+    expected = (states - states.mean(0)) / states.std(0, correction=0)
+    normalised = TensorDict(observation=expected, batch_size=[50])
+    torch.testing.assert_close(
+        encoder(td)["latent_loc"], plain(normalised)["latent_loc"]
+    )
+    assert torch.equal(td["observation"], states)
 
 
 @pytest.mark.parametrize(("options", "scale"), [({}, 0.1), ({"scale": 0.3}, 0.3)])

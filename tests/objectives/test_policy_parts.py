@@ -7,6 +7,8 @@ from collections import Counter
 
 import pytest
 import torch
+from tensordict.nn import TensorDictModule
+from torch import nn
 from torch.testing import assert_close
 
 from alm_torchrl import (
@@ -20,9 +22,11 @@ from alm_torchrl.objectives import (
     Logarithms,
     QValueObjective,
     Reconstruction,
+    ScaledObjective,
     ValuePrediction,
 )
 from tests.helpers import (
+    ACTION,
     LATENT,
     OBSERVATION,
     PARTS,
@@ -85,6 +89,71 @@ class TestQValueObjective:
         before, after = one(batch), other(batch).to_dict()
         assert {k for k, v in after.items() if v != before[k]} == {"loss_actor"}
         assert "policy_objective=QValueObjective()" in repr(other)
+
+
+# -- an objective in units of its size ------------------------------------------------
+
+
+class TestScaledObjective:
+    @staticmethod
+    def features(loss, latent):
+        """What the actor's tanh squashes."""
+        for layer in network(loss, "actor")[:-1]:
+            latent = layer(latent)
+        return latent
+
+    @pytest.mark.parametrize(("factor", "floor"), [(1.0, False), (1e-3, True)])
+    def test_value_and_gradient(self, batch, factor, floor):
+        objective = ScaledObjective(QValueObjective(), coef=0.3)
+        loss = make_loss(deterministic=True, policy_objective=objective)
+        for params in (network(loss, "qvalue").q1, network(loss, "qvalue").q2):
+            params[-1].weight.data.mul_(factor)
+        value, metadata = loss.actor_loss(batch)
+        latent = loss.latents.encode(batch["transition"]).mean
+        raw = self.features(loss, latent)
+        values = network(loss, "qvalue")(latent, raw.tanh()).amin(-1)
+        size = values.detach().abs().mean()
+        assert (size < 0.01) == floor
+        size = size.clamp(min=0.01)
+        expected = 0.3 * raw.square().mean() - values.mean() / size
+        assert_close(value, expected)
+        assert_close(metadata, {"raw_action": raw.detach().abs().mean()})
+        assert_close(
+            gradients(value, loss),
+            {
+                name: grad
+                for name, grad in gradients(expected, loss).items()
+                if part_of(name) == "actor"
+            },
+            rtol=1e-4,
+            atol=1e-6,
+        )
+
+    def test_combines_with_another_objective_and_the_contract(self, batch):
+        objective = ScaledObjective(QValueObjective())
+        loss = make_loss(policy_objective=objective)
+        assert "raw_action" in loss.out_keys
+        testing.check_loss(loss, batch)
+        assert repr(objective) == "ScaledObjective(QValueObjective(), coef=0.001)"
+
+    def test_raw_actions_are_finite_at_the_ends(self):
+        loss = make_loss()
+        network(loss, "actor")[-2].bias.data.fill_(100.0)
+        raw = loss.latents.raw_action(torch.zeros(2, LATENT))
+        assert_close(raw, torch.full_like(raw, 7.25), rtol=0.01, atol=0)
+
+    def test_refuses_what_it_cannot_scale(self, batch):
+        for bad in (None, lambda *_: None):
+            with pytest.raises(TypeError, match="objective: expected a callable with"):
+                ScaledObjective(bad)
+        with pytest.raises(ValueError, match="coef: expected a number >= 0"):
+            ScaledObjective(QValueObjective(), coef=-1.0)
+        plain = TensorDictModule(nn.Linear(LATENT, ACTION), ["latent"], ["action"])
+        loss = make_loss(
+            actor=plain, policy_objective=ScaledObjective(QValueObjective())
+        )
+        with pytest.raises(TypeError, match="actor: expected one with a ClampedNormal"):
+            loss.actor_loss(batch)
 
 
 # -- what each part costs --------------------------------------------------------------

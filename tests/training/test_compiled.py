@@ -13,10 +13,14 @@ from torch._dynamo.utils import counters
 from alm_torchrl import ALMOptimizationStepper, NonFiniteError
 from alm_torchrl.networks import make_decoder, make_reward
 from alm_torchrl.objectives import (
+    Consistency,
     EntropyBonus,
+    InfoNCE,
     Logarithms,
     QValueObjective,
     Reconstruction,
+    RewardFidelity,
+    ScaledObjective,
     ValuePrediction,
 )
 from alm_torchrl.training import compiled as compiled_updates
@@ -54,6 +58,11 @@ VARIANTS = {
     "value": lambda: {"model_terms": [ValuePrediction("model")]},
     "logarithms": lambda: {"logarithms": Logarithms("model")},
     "qvalue": lambda: {"policy_objective": QValueObjective()},
+    "self-prediction": lambda: {
+        "model_terms": [Consistency(), RewardFidelity(), InfoNCE()],
+        "policy_objective": ScaledObjective(QValueObjective()),
+        **{"latent": "simnorm", "latent_dim": 8, "normalize": True, "layer_norm": True},
+    },
 }
 
 
