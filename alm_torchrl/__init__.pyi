@@ -17,6 +17,7 @@ from .networks.layers import AlwaysSample, NoiseSchedule, OrthogonalLinear
 from .objectives import ALMLoss, make_alm_loss
 from .replay import UniformWindowSampler, make_replay_buffer
 from .runs.loading import ActingPolicy, load_policy
+from .training.alm_trainer import ALMTrainer
 from .training.baseline_stepper import BaselineOptimizationStepper
 from .training.checkpoint import VerifiedCheckpoint
 from .training.episode import CollectorState, EpisodeEnv
@@ -24,7 +25,7 @@ from .training.stepper import (
     ALMOptimizationStepper,
     NonFiniteError,
 )
-from .training.trainer import ALMTrainer, make_trainer
+from .training.trainer import make_trainer
 
 __version__: str
 

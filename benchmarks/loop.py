@@ -12,7 +12,8 @@ from torchrl.record.loggers.csv import CSVLogger
 from alm_torchrl.compat import gymnasium_env
 from alm_torchrl.envs import make_env
 from alm_torchrl.runs.settings import TrainConfig
-from alm_torchrl.training.trainer import ALMTrainer, make_trainer
+from alm_torchrl.training.alm_trainer import ALMTrainer
+from alm_torchrl.training.trainer import make_trainer
 from benchmarks.problem import Problem, load_example
 from benchmarks.timing import Clock, quartiles
 

@@ -42,6 +42,7 @@ def make_alm_loss(
     noise_schedule: NoiseSchedule | None = None,
     linear_classifier: bool = False,
     latent: LatentKind = "gaussian",
+    latent_layers: int = 2,
     normalize: bool = False,
     layer_norm: bool = False,
     **loss_kwargs: Any,
@@ -71,6 +72,7 @@ def make_alm_loss(
             Default: ``False``.
         latent (str): kind of the latents, see :func:`~alm_torchrl.make_encoder`.
             Default: ``"gaussian"``.
+        latent_layers (int): hidden layers of encoder and latent model. Default: ``2``.
         normalize (bool): normalise the observations inside the encoder; see
             :meth:`ALMLoss.observe`. Default: ``False``.
         layer_norm (bool): a LayerNorm before each activation of the networks.
@@ -108,12 +110,13 @@ def make_alm_loss(
         "hidden_dim": hidden_dim,
         "layer_norm": layer_norm,
     }
+    kind: dict[str, Any] = {"latent": latent, "hidden_layers": latent_layers}
     built: dict[str, Any] = {
         "encoder": lambda: make_encoder(
-            observation_dim, latent=latent, normalize=normalize, **width
+            observation_dim, normalize=normalize, **kind, **width
         ),
         "model": lambda: make_model(
-            action_dim, latent=latent, **width | {"hidden_dim": model_hidden_dim}
+            action_dim, **kind, **width | {"hidden_dim": model_hidden_dim}
         ),
         "actor": lambda: (
             make_stochastic_actor(action_low, action_high, **width)

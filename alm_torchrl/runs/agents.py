@@ -17,10 +17,17 @@ from alm_torchrl.functional import floored_log, shifted_log
 from alm_torchrl.networks import NoiseSchedule, make_decoder, make_identity_encoder
 from alm_torchrl.objectives import (
     ALMLoss,
+    Consistency,
     EntropyBonus,
+    HuberError,
+    InfoNCE,
     Logarithms,
     QValueObjective,
     Reconstruction,
+    RewardFidelity,
+    RewardScale,
+    ScaledObjective,
+    TDTarget,
     ValuePrediction,
     make_alm_loss,
 )
@@ -139,7 +146,10 @@ def _build_alm(
 ) -> ALMLoss:
     observation_dim = sizes["observation_dim"]
     latent_dim, terms = config.latent_dim, list[ModelTerm]()
-    parts: dict[str, Any] = {"value_coef": config.value_coef}
+    parts: dict[str, Any] = {
+        "value_coef": config.value_coef,
+        "reward_coef": config.reward_coef,
+    }
     if config.entropy:
         parts["entropy"] = EntropyBonus()
     else:
@@ -151,20 +161,39 @@ def _build_alm(
         width = {"latent_dim": latent_dim, "hidden_dim": config.hidden_dim}
         terms.append(Reconstruction(make_decoder(observation_dim, **width)))
         parts |= {"reward_coef": 0.0, "value_coef": 0.0}
+    terms += [
+        Consistency(coef=config.consistency_coef),
+        RewardFidelity(coef=config.reward_fidelity_coef),
+        InfoNCE(coef=config.info_nce_coef),
+    ]
     if config.value_prediction != "none":
         terms.append(ValuePrediction(config.value_prediction))
     if config.log_reward in ("model", "bound"):
         parts["logarithms"] = Logarithms(config.log_reward)
     elif config.log_reward != "none":
         parts["reward_transform"] = _REWARD_TRANSFORMS[config.log_reward]
-    if config.actor_objective == "qvalue":
+    if config.reward_scale != "none":
+        parts["reward_transform"] = RewardScale(config.reward_scale, gamma=config.gamma)
+    if config.actor_objective != "bound":
         parts["policy_objective"] = QValueObjective()
+    if config.actor_objective == "scaled_qvalue":
+        parts["policy_objective"] = ScaledObjective(
+            parts["policy_objective"], coef=config.action_penalty
+        )
+    if config.critic_loss == "huber":
+        parts["value_head"] = HuberError()
     return make_alm_loss(
         **sizes,
         latent_dim=latent_dim,
         hidden_dim=config.hidden_dim,
         model_hidden_dim=config.model_hidden_dim,
         linear_classifier=config.classifier == "linear",
+        latent=config.latent,
+        latent_layers=config.latent_layers,
+        normalize=config.normalize_observations,
+        layer_norm=config.layer_norm,
+        pessimism=config.pessimism,
+        critic_target=TDTarget(n_step=config.n_step, pessimism=config.target_pessimism),
         gamma=config.gamma,
         lmbda=config.lmbda,
         classifier_coef=config.classifier_coef,

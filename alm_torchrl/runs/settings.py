@@ -36,7 +36,7 @@ __all__ = [
     "user_errors",
 ]
 
-Preset = Literal["quick", "paper"]
+Preset = Literal["quick", "paper", "plus"]
 
 # Each kind of number carries its check.
 Count = Annotated[int, check_integer]
@@ -92,7 +92,7 @@ class TrainConfig:
     task: str
     """Gymnasium task with flat observations and continuous actions."""
     preset: Preset = "paper"
-    """Defaults of all other settings: a run of minutes, or the paper's Table 3."""
+    """Other defaults: a run of minutes, the paper's Table 3, or the best agent."""
     agent: Literal["alm", "td3", "sac", "redq"] = "alm"
     """Algorithm: ALM, or a baseline with ALM's settings as far as it has them."""
     seed: Seed = 0
@@ -121,6 +121,12 @@ class TrainConfig:
     """Slices, and as many single transitions, in an update (REDQ makes 20)."""
     horizon: Count = 3
     """Steps K of a slice and of the imagined rollouts."""
+    short_slices: bool = False
+    """Slices that start near an episode's end too, and are masked beyond it."""
+    recency_decay: PositiveShare = 1.0
+    """Weight of a transition for each one that is newer; 1: all are drawn alike."""
+    recency_floor: PositiveShare = 0.1
+    """Smallest weight of an old transition."""
 
     # Networks
     latent_dim: Size = 50
@@ -134,6 +140,14 @@ class TrainConfig:
 
     encoder: Literal["gaussian", "identity"] = "gaussian"
     """Learned encoder, or the observation as latent (Fig. 13; no latent_dim then)."""
+    normalize_observations: bool = False
+    """Normalise observations inside the encoder by their running moments."""
+    latent: Literal["gaussian", "rms", "simnorm", "layernorm"] = "gaussian"
+    """Latents with noise, or bounded ones without it."""
+    latent_layers: Count = 2
+    """Hidden layers of encoder and latent model."""
+    layer_norm: bool = False
+    """A LayerNorm before each activation."""
 
     # Losses
     gamma: Discount = 0.99
@@ -146,8 +160,28 @@ class TrainConfig:
     """Weight of the KL term in the encoder and model objective."""
     value_coef: Weight = 1.0
     """Weight of the final value in the encoder and model objective."""
-    actor_objective: Literal["bound", "qvalue"] = "bound"
+    reward_coef: Weight = 1.0
+    """Weight of the predicted rewards in the encoder and model objective."""
+    consistency_coef: Weight = 0.0
+    """Weight of the squared distance to the target encoder's next latents in it."""
+    reward_fidelity_coef: Weight = 0.0
+    """Weight of the predicted rewards' squared error in it."""
+    info_nce_coef: Weight = 0.0
+    """Weight of telling the next state from those of other slices in it."""
+    actor_objective: Literal["bound", "qvalue", "scaled_qvalue"] = "bound"
     """What the policy maximises; qvalue (TD3's) never reads the classifier."""
+    action_penalty: Weight = 1e-3
+    """Weight of the squared actions before their tanh; of scaled_qvalue."""
+    n_step: Count = 1
+    """Recorded steps in the critics' target."""
+    target_pessimism: Share = 1.0
+    """Value in the critics' target: 1 the smaller critic, 0 their mean."""
+    pessimism: Share = 1.0
+    """Likewise where the value is maximised."""
+    critic_loss: Literal["mse", "huber"] = "mse"
+    """Squared or Huber's error of the critics."""
+    reward_scale: Literal["none", "returns", "rewards"] = "none"
+    """Divide rewards by a running size of discounted returns, or of rewards."""
     discount_model_loss: bool = False
     """Discount the encoder and model objective, as in the paper's Eq. 7."""
     model_objective: Literal["bound", "likelihood"] = "bound"
@@ -172,6 +206,12 @@ class TrainConfig:
     # Optimization
     lr: Positive = 1e-4
     """Learning rate of all Adam optimizers."""
+    lr_final: Weight | None = None
+    """Learning rate that it changes to linearly; None: it stays."""
+    lr_steps: Count = 200_000
+    """Training steps over which it changes."""
+    weight_decay: Weight = 0.0
+    """Decoupled weight decay of all parameters."""
     clip_norm: Positive = 100.0
     """Largest gradient norm of each optimizer."""
     tau: PositiveShare = 0.005
@@ -212,6 +252,11 @@ class TrainConfig:
             batch_size=self.batch_size,
             horizon=self.horizon,
         )
+        if self.reward_scale != "none" and self.log_reward not in ("none", "bound"):
+            raise ValueError(
+                "reward_scale: expected none with log_reward="
+                f"{self.log_reward}, got {self.reward_scale!r}."
+            )
 
     @property
     def replay_capacity(self) -> int:
@@ -302,6 +347,42 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "checkpoint_interval": 1000,
     },
     "paper": {},
+    "plus": {
+        "threads": 1,
+        "total_steps": 197_500,
+        "warmup_steps": 2500,
+        "capacity": 1_000_000,
+        "batch_size": 128,
+        "short_slices": True,
+        "recency_decay": 0.9999,
+        "latent_dim": 128,
+        "hidden_dim": 256,
+        "model_hidden_dim": 256,
+        "normalize_observations": True,
+        "latent": "layernorm",
+        "latent_layers": 1,
+        "layer_norm": True,
+        "kl_coef": 0.0,
+        "value_coef": 0.0,
+        "reward_coef": 0.0,
+        "consistency_coef": 1.0,
+        "reward_fidelity_coef": 0.1,
+        "info_nce_coef": 0.1,
+        "classifier_coef": 0.0,
+        "actor_objective": "scaled_qvalue",
+        "n_step": 3,
+        "target_pessimism": 0.5,
+        "pessimism": 0.0,
+        "critic_loss": "huber",
+        "reward_scale": "rewards",
+        "noise_initial": 0.2,
+        "noise_final": 0.2,
+        "lr": 3e-4,
+        "lr_final": 1e-4,
+        "weight_decay": 0.01,
+        "clip_norm": 20.0,
+        "eval_episodes": 10,
+    },
 }
 """What each preset changes in the defaults of :class:`TrainConfig`."""
 
@@ -316,8 +397,8 @@ def preset_config(preset: Preset, **changes: Any) -> TrainConfig:
     """The settings of a preset with some of them changed.
 
     Args:
-        preset: ``"quick"`` or ``"paper"``.
-        **changes: fields of :class:`TrainConfig`. The preset ``"paper"`` names no
+        preset: ``"quick"``, ``"paper"`` or ``"plus"``.
+        **changes: fields of :class:`TrainConfig`. The presets but ``"quick"`` name no
             ``task``.
 
     Raises:

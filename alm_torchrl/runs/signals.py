@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from alm_torchrl.training.trainer import ALMTrainer
+from alm_torchrl.training.alm_trainer import ALMTrainer
 
 __all__ = ["stop_on_signal"]
 

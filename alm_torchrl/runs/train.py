@@ -42,11 +42,12 @@ from alm_torchrl.runs.loading import checkpoint_metadata
 from alm_torchrl.runs.settings import TrainConfig, UserError, user_errors
 from alm_torchrl.runs.signals import stop_on_signal
 from alm_torchrl.runs.start import Start, find_starts
+from alm_torchrl.training.alm_trainer import ALMTrainer
 from alm_torchrl.training.compiled import has_compiler
 from alm_torchrl.training.episode import EpisodeError
 from alm_torchrl.training.episode_length import EpisodeLengthError, time_limit
 from alm_torchrl.training.stepper import NonFiniteError
-from alm_torchrl.training.trainer import ALMTrainer, make_trainer
+from alm_torchrl.training.trainer import make_trainer
 
 __all__ = ["find_device", "train"]
 

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.checkpoint import CheckpointError
 from torchrl.envs import EnvBase
 from torchrl.record.loggers import Logger
-from torchrl.trainers import Trainer
 
 from alm_torchrl.baselines.losses import BaselineLoss
 from alm_torchrl.checks import check_integer, check_steps, check_type
 from alm_torchrl.compat import keep_last_logs, uncount_update
 from alm_torchrl.envs import Normalizers
-from alm_torchrl.objectives import ALMLoss
+from alm_torchrl.objectives import ALMLoss, RewardScale
 from alm_torchrl.replay import make_replay_buffer
+from alm_torchrl.training.alm_trainer import ALMTrainer
 from alm_torchrl.training.baseline_stepper import BaselineOptimizationStepper
 from alm_torchrl.training.checkpoint import (
     RandomState,
     VerifiedCheckpoint,
     clear_leftovers,
-    read_manifest,
 )
 from alm_torchrl.training.collector import OpenCollector
 from alm_torchrl.training.episode import CollectorState, EpisodeEnv
 from alm_torchrl.training.episode_length import (
     EpisodeLengthCheck,
-    EpisodeLengthError,
 )
 from alm_torchrl.training.fit import check_fit, check_modes
 from alm_torchrl.training.hooks import (
@@ -45,129 +40,7 @@ from alm_torchrl.training.hooks import (
 from alm_torchrl.training.rotation import MilestoneRotation
 from alm_torchrl.training.stepper import ALMOptimizationStepper, NonFiniteError
 
-__all__ = ["ALMTrainer", "make_trainer"]
-
-
-class ALMTrainer(Trainer):
-    """A :class:`torchrl.trainers.Trainer` that leaves order behind when it ends.
-
-    Made by :func:`make_trainer`. Checkpoints of later steps than it starts at are set
-    aside first. Where training raises, its progress bar is closed. An error of the
-    environment or of an evaluation comes between two training steps: the run is saved
-    before it is raised. A :class:`~alm_torchrl.NonFiniteError` names the last good
-    checkpoint.
-
-    Examples:
-        >>> from alm_torchrl import make_alm_loss, make_env
-        >>> env = make_env("Pendulum-v1", action_bounds="rescale")
-        >>> loss = make_alm_loss(env, hidden_dim=8, model_hidden_dim=8)
-        >>> trainer = make_trainer(
-        ...     env, loss, total_steps=2, warmup_steps=8, batch_size=4
-        ... )
-        >>> trainer.train()
-        >>> trainer.collected_frames  # warm-up included
-        10
-    """
-
-    bar: ProgressBar | None = None
-    evaluation: EvaluationHook | None = None
-    env: EpisodeEnv
-    stop_requested = False
-    """Whether :meth:`request_stop` was called."""
-    whole_at: int | None = 0
-    """Steps of the running episode between two training steps, ``None`` in one."""
-
-    def train(self) -> None:
-        """Trains until the end, a stop that was requested, or an error.
-
-        Does nothing if the end was reached before, as after loading a checkpoint of a
-        complete run.
-
-        Raises:
-            NonFiniteError: if something was not finite; see :func:`make_trainer`.
-            EpisodeLengthError: if the episodes of the warm-up were all shorter than
-                the horizon, or none ended and the task names no time limit.
-
-        Warns:
-            UserWarning: if checkpoints of later steps are set aside, or if the
-                environment raises when it is closed.
-        """
-        rotation = self.checkpoint_rotation
-        if rotation is not None and (
-            aside := rotation.set_newer_aside(self.collected_frames)
-        ):
-            warnings.warn(
-                f"what was saved after environment step {self.collected_frames} is "
-                f"now in {aside}",
-                UserWarning,
-                stacklevel=2,
-            )
-        self.whole_at = self.env.steps
-        try:
-            if self.collected_frames < self.total_frames:
-                super().train()
-                self.collector.close()
-        except NonFiniteError as error:
-            raise NonFiniteError(
-                error.term,
-                error.step,
-                unit=error.unit,
-                checkpoint=None if rotation is None else rotation.latest(),
-            ) from error
-        except EpisodeLengthError:
-            raise
-        except Exception:
-            # A step of the environment that raises does not count, a reset may.
-            if self.whole_at == self.env.steps:
-                # The disk, or the folder, may be the reason.
-                with suppress(OSError, CheckpointError):
-                    self.save_trainer(force_save=True)
-            raise
-        finally:
-            if self.bar is not None:
-                self.bar.close()
-
-    def load_from_file(self, file: str | Path, **kwargs: Any) -> Trainer:
-        """Loads a checkpoint of :class:`~alm_torchrl.VerifiedCheckpoint`.
-
-        Args:
-            file: the checkpoint.
-            **kwargs: as of :meth:`torchrl.trainers.Trainer.load_from_file`.
-
-        Raises:
-            CheckpointError: if it is damaged, foreign, or does not fit.
-        """
-        read_manifest(Path(file))
-        return super().load_from_file(file, **kwargs)
-
-    def evaluate(self) -> None:
-        """Evaluates now, if an evaluation is due at the step where the training is.
-
-        A run that was stopped in an evaluation was saved without its result.
-        """
-        if self.evaluation is not None:
-            self.evaluation(None)
-
-    def request_stop(self, reason: str | None = None) -> None:
-        """Stops the training after its current step, which is saved.
-
-        Args:
-            reason: for the log. Default: ``None``.
-        """
-        self.stop_requested = True
-        super().request_stop(reason)
-
-    def save_trainer(self, force_save: bool = False) -> None:
-        """Saves if it is time, or a milestone.
-
-        Args:
-            force_save: save now. Default: ``False``.
-        """
-        rotation = self.checkpoint_rotation
-        milestone = rotation is not None and rotation.is_milestone(
-            self.collected_frames
-        )
-        super().save_trainer(force_save or milestone)
+__all__ = ["make_trainer"]
 
 
 def make_trainer(
@@ -178,6 +51,9 @@ def make_trainer(
     warmup_steps: int = 5000,
     batch_size: int = 512,
     horizon: int = 3,
+    short_slices: bool = False,
+    recency_decay: float = 1.0,
+    recency_floor: float = 0.1,
     capacity: int = 100_000,
     memmap_dir: str | Path | None = None,
     lr: float = 1e-4,
@@ -233,6 +109,11 @@ def make_trainer(
             each of its updates. Default: ``512``.
         horizon (int): length K of the slices. The baselines use transitions only.
             Default: ``3``.
+        short_slices (bool): whether slices may reach beyond their episode's end, as in
+            :func:`~alm_torchrl.make_replay_buffer`. Default: ``False``.
+        recency_decay (float): weight of a row that is one row older, likewise.
+            Default: ``1.0``, uniform.
+        recency_floor (float): smallest weight, likewise. Default: ``0.1``.
         capacity (int): transitions that the replay holds. Default: ``100_000``.
         memmap_dir (str or Path, optional): keep the replay in files there.
             Default: ``None``, in memory.
@@ -381,7 +262,14 @@ def make_trainer(
             cudagraph=cudagraph,
         )
     buffer = make_replay_buffer(
-        capacity, batch_size=batch_size, horizon=horizon, memmap_dir=memmap_dir
+        capacity,
+        batch_size=batch_size,
+        horizon=horizon,
+        n_step=1 if isinstance(loss, BaselineLoss) else loss.critic_target.n_step,
+        short_slices=short_slices,
+        recency_decay=recency_decay,
+        recency_floor=recency_floor,
+        memmap_dir=memmap_dir,
     )
 
     def metadata(*_: Any) -> dict[str, Any]:
@@ -424,6 +312,7 @@ def make_trainer(
 
     stored = [*loss.in_keys, ("next", "done"), ("collector", "traj_ids")]
     schedule = loss.noise_schedule
+    observers = [m for m in loss.modules() if isinstance(m, RewardScale)]
 
     def extend(batch: TensorDictBase) -> None:
         trainer.whole_at = None
@@ -435,6 +324,8 @@ def make_trainer(
                 raise NonFiniteError(name, step, unit="environment step")
         # The rows of a batch of one step would be written by index, at twice the cost.
         buffer.add(row)
+        for observer in observers:
+            observer.observe(row["next", "reward"], row["next", "done"])
 
     def sample(_: TensorDictBase) -> TensorDictBase:
         # The Trainer would update after the last random step already, and has

@@ -118,6 +118,7 @@ class Update:
             metrics.update(metadata)
             checked.update(new)
 
+        self._compute("observe", batch, failed)
         step("model_loss")
         # The targets, and so these distributions, stay to the end.
         encoded = self._compute("encode_transitions", batch)

@@ -12,8 +12,8 @@ import torch
 
 from alm_torchrl.cli import main
 from alm_torchrl.runs.folder import read_metrics
+from alm_torchrl.training.alm_trainer import ALMTrainer
 from alm_torchrl.training.files import read_state
-from alm_torchrl.training.trainer import ALMTrainer
 from tests.walk_env import Walk
 
 # Episodes of five steps; a run of six training steps stops within its third.

@@ -15,8 +15,8 @@ from filelock import FileLock
 from torchrl.checkpoint import CheckpointError
 
 from alm_torchrl.runs.folder import read_record
+from alm_torchrl.training.alm_trainer import ALMTrainer
 from alm_torchrl.training.rotation import numbered_checkpoints
-from alm_torchrl.training.trainer import ALMTrainer
 from tests.runs.small_runs import (
     PENDULUM,
     TINY,
