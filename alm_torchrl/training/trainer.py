@@ -322,7 +322,7 @@ def make_trainer(
                 name = key if isinstance(key, str) else "/".join(key)
                 step = trainer.collected_frames + 1
                 raise NonFiniteError(name, step, unit="environment step")
-        # The rows of a batch of one step would be written by index, at twice the cost.
+        # A batch of one row would be written by index, which takes half as long again.
         buffer.add(row)
         for observer in observers:
             observer.observe(row["next", "reward"], row["next", "done"])
