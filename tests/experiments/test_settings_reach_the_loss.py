@@ -17,6 +17,7 @@ from alm_torchrl import make_env
 from alm_torchrl.cli import main
 from alm_torchrl.experiments.catalogue import EXPERIMENTS, SCALES, plan
 from alm_torchrl.functional import floored_log, shifted_log
+from alm_torchrl.networks.running_norm import RunningNorm
 from alm_torchrl.runs import agents
 from alm_torchrl.runs import train as training
 from alm_torchrl.runs.agents import build_loss
@@ -44,6 +45,10 @@ ALM = {
     "model_terms": [],
     "entropy": "None",
     "policy_objective": "None",
+    "pessimism": 1.0,
+    "critic_target": (1, 1.0, None, 0.3),
+    "value_head": "SquaredError()",
+    "normalised": (0, 0),
     "schedule": (1.0, 0.1, 100_000),
     "encoder": "7>512 512>512 512>100",
     "model": "52>1024 1024>1024 1024>100",
@@ -163,7 +168,29 @@ FLAGS = {
     "classifier_coef": (0.75, {"classifier_coef": 0.75}),
     "kl_coef": (0.5, {"kl_coef": 0.5}),
     "value_coef": (0.5, {"value_coef": 0.5}),
+    "short_slices": (True, {"trainer.short_slices": True}),
+    "recency_decay": (0.5, {"trainer.recency_decay": 0.5}),
+    "recency_floor": (0.5, {"trainer.recency_floor": 0.5}),
+    "normalize_observations": (True, {"normalised": (1, 0)}),
+    "latent": ("rms", {"encoder": "3>8 8>8 8>4", "model": "5>16 16>16 16>4"}),
+    "latent_layers": (1, {"encoder": "3>8 8>8", "model": "5>16 16>8"}),
+    "layer_norm": (True, {"normalised": (0, 2)}),
+    "reward_coef": (0.5, {"reward_coef": 0.5}),
+    "consistency_coef": (0.5, {"model_terms": [("Consistency", 0.5, None)]}),
+    "reward_fidelity_coef": (0.5, {"model_terms": [("RewardFidelity", 0.5, None)]}),
+    "info_nce_coef": (0.5, {"model_terms": [("InfoNCE", 0.5, None)]}),
     "actor_objective": ("qvalue", {"policy_objective": "QValueObjective()"}),
+    "n_step": (2, {"critic_target": (2, 1.0, None, 0.3)}),
+    "target_pessimism": (
+        0.5,
+        {"critic_target": (1, 0.5, None, 0.3)},
+    ),
+    "pessimism": (0.5, {"pessimism": 0.5}),
+    "critic_loss": ("huber", {"value_head": "HuberError(1)"}),
+    "reward_scale": (
+        "rewards",
+        {"transform": "RewardScale('rewards', gamma=0.99, limit=5)"},
+    ),
     "discount_model_loss": (True, {"discount_model_loss": True}),
     "model_objective": (
         "likelihood",
@@ -182,10 +209,13 @@ FLAGS = {
     "noise_steps": (7, {"schedule": (1.0, 0.1, 7)}),
     "noise_clip": (0.125, {"noise_clip": 0.125}),
     "lr": (0.5, {"trainer.lr": 0.5}),
+    "lr_final": (0.25, {"trainer.lr_final": 0.25}),
+    "lr_steps": (19, {"trainer.lr_steps": 19}),
+    "weight_decay": (0.25, {"trainer.weight_decay": 0.25}),
     "clip_norm": (7.0, {"trainer.clip_norm": 7.0}),
     "tau": (0.75, {"trainer.tau": 0.75}),
     "precision": ("bf16", {"trainer.precision": "bf16"}),
-    "compile": ("on", {"trainer.compile": True}),
+    "compile": ("off", {"trainer.compile": False}),
     "cudagraph": (False, {"trainer.cudagraph": False}),
     "eval_interval": (13, {"trainer.eval_interval": 13}),
     "eval_episodes": (14, {"trainer.eval_episodes": 14}),
@@ -200,6 +230,14 @@ FLAGS = {
 MORE_FLAGS = [
     ({"log_reward": "model"}, {"logarithms": "Logarithms('model')"}),
     ({"log_reward": "plain"}, {"reward_transform": floored_log}),
+    (
+        {"actor_objective": "scaled_qvalue", "action_penalty": 0.5},
+        {"policy_objective": "ScaledObjective(QValueObjective(), coef=0.5)"},
+    ),
+    (
+        {"reward_scale": "returns", "gamma": 0.75},
+        {"transform": "RewardScale('returns', gamma=0.75, limit=5)"},
+    ),
     ({"log_reward": "shifted"}, {"reward_transform": shifted_log}),
     (
         {"value_prediction": "encoder"},
@@ -249,8 +287,10 @@ def facts(loss) -> dict[str, object]:
             "qvalue": widths(loss.qvalue_network),
         }
     names = ("classifier_coef", "kl_coef", "value_coef", "reward_coef")
-    names += ("discount_model_loss", "reduction", "reward_transform")
+    names += ("discount_model_loss", "reduction", "reward_transform", "pessimism")
     parts = ("logarithms", "entropy", "policy_objective")
+    parts += ("value_head",)
+    target = ("n_step", "pessimism", "noise_std", "noise_clip")
     terms = [*loss.model_terms]
     decoders = [widths(t.decoder) for t in terms if hasattr(t, "decoder")]
     return found | {
@@ -259,6 +299,12 @@ def facts(loss) -> dict[str, object]:
         **{name: repr(getattr(loss, name)) for name in parts},
         **{name: widths(getattr(loss, name)) for name in NETWORKS},
         "noise_clip": loss.latents.noise_clip,
+        "critic_target": tuple(getattr(loss.critic_target, name) for name in target),
+        "transform": repr(loss.reward_transform),
+        "normalised": tuple(
+            sum(isinstance(m, kind) for m in loss.encoder.modules())
+            for kind in (RunningNorm, nn.LayerNorm)
+        ),
         "model_terms": [
             (type(t).__name__, t.coef, getattr(t, "where", None)) for t in terms
         ],
@@ -267,7 +313,8 @@ def facts(loss) -> dict[str, object]:
 
 
 def test_the_flags_are_complete():
-    assert {field.name for field in dataclasses.fields(TrainConfig)} == {*FLAGS}
+    listed = {*FLAGS}.union(*(flags for flags, _ in MORE_FLAGS))
+    assert {field.name for field in dataclasses.fields(TrainConfig)} == listed
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -282,6 +329,7 @@ def test_rows_of_the_catalogue(scale, monkeypatch):
         settings = config.to_dict()
         found = facts(build_loss(settings, SPACES))
         found |= {k: settings[k] for k in ("horizon", "dynamics_noise")}
+        found.pop("transform", None)  # the representation of "reward_transform"
         expected = {k: v for k, v in ROWS[row].items() if k not in left_out}
         assert {k: v for k, v in found.items() if k not in left_out} == expected, row
 
