@@ -167,6 +167,13 @@ class Latents:
         # Without an event dimension, each number of the action has its own density.
         return action, log_prob.sum(-1) if log_prob.ndim == action.ndim else log_prob
 
+    def mean_action(self, latent: Tensor) -> Tensor:
+        """Action under deterministic exploration, not clamped, ``[*, A]``."""
+        inputs = self.inputs(latent=latent)
+        deterministic = set_exploration_type(ExplorationType.DETERMINISTIC)
+        with deterministic, self._bound("actor", "frozen"):
+            return self._network("actor")(inputs).get(self.keys.action)
+
     def raw_action(self, latent: Tensor, parameters: Parameters = "frozen") -> Tensor:
         """What the actor's tanh squashes to its mean, within 7.25 of 0, ``[*, A]``.
 
@@ -181,13 +188,6 @@ class Latents:
                 f"{type(dist).__name__}."
             )
         return dist.loc.clamp(-1 + 1e-6, 1 - 1e-6).atanh()
-
-    def mean_action(self, latent: Tensor) -> Tensor:
-        """Action under deterministic exploration, not clamped, ``[*, A]``."""
-        inputs = self.inputs(latent=latent)
-        deterministic = set_exploration_type(ExplorationType.DETERMINISTIC)
-        with deterministic, self._bound("actor", "frozen"):
-            return self._network("actor")(inputs).get(self.keys.action)
 
     def state_action_value(
         self, latent: Tensor, action: Tensor, parameters: Parameters = "frozen"
