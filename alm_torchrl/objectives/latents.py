@@ -179,6 +179,13 @@ class Latents:
         scale = torch.full_like(dist.loc, std)
         return draw(ClampedNormal(dist.loc, scale, dist.low, dist.high), clip)
 
+    def mean_action(self, latent: Tensor) -> Tensor:
+        """Action under deterministic exploration, not clamped, ``[*, A]``."""
+        inputs = self.inputs(latent=latent)
+        deterministic = set_exploration_type(ExplorationType.DETERMINISTIC)
+        with deterministic, self._bound("actor", "frozen"):
+            return self._network("actor")(inputs).get(self.keys.action)
+
     def raw_action(self, latent: Tensor, parameters: Parameters = "frozen") -> Tensor:
         """What the actor's tanh squashes to its mean, within 7.25 of 0, ``[*, A]``.
 
@@ -198,13 +205,6 @@ class Latents:
                 f"{type(dist).__name__}."
             )
         return dist
-
-    def mean_action(self, latent: Tensor) -> Tensor:
-        """Action under deterministic exploration, not clamped, ``[*, A]``."""
-        inputs = self.inputs(latent=latent)
-        deterministic = set_exploration_type(ExplorationType.DETERMINISTIC)
-        with deterministic, self._bound("actor", "frozen"):
-            return self._network("actor")(inputs).get(self.keys.action)
 
     def state_action_value(
         self, latent: Tensor, action: Tensor, parameters: Parameters = "frozen"
