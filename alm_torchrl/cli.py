@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from alm_torchrl.checks import check_integer, check_output
 from alm_torchrl.runs.options import DiagnoseOptions, ReproduceOptions
@@ -459,7 +459,7 @@ def _train_defaults(arguments: Sequence[str]) -> Train:
     # tyro refuses an unknown name: it knows the choices.
     given = _value_of("--preset", arguments)
     # One that is unknown is refused when the arguments are read.
-    preset = cast("Preset", given) if given in PRESETS else "quick"
+    preset: Preset = given if given in PRESETS else "quick"
     return Train(**{"task": "", **PRESETS[preset], "preset": preset})
 
 
