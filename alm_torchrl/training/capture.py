@@ -47,6 +47,11 @@ class CapturedUpdate:
         self._outputs: Tensor
         self._names: list[str]
 
+    @property
+    def ready(self) -> bool:
+        """Whether there is a graph, which takes batches like the first one only."""
+        return self._graph is not None
+
     def reset(self) -> None:
         """Forgets the graph: the next batch is captured anew."""
         self._graph = None

@@ -23,6 +23,7 @@ from torch.optim.adam import adam
 
 from alm_torchrl.compat import compile_graph
 from alm_torchrl.training.capture import check_entries, entries_of, restored
+from alm_torchrl.training.update import move
 
 __all__ = ["CompiledUpdate", "has_compiler"]
 
@@ -81,6 +82,11 @@ class CompiledUpdate:
         self._inputs: list[int | Tensor] = []
         self._entries: dict[NestedKey, tuple[object, ...]] = {}
         self._conditions: list[object] = []
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a graph, which takes batches like the first one only."""
+        return self._graph is not None
 
     def tensors(self) -> Iterator[Tensor]:
         """All that an update may change, and the buffers of the loss."""
@@ -202,7 +208,7 @@ class CompiledUpdate:
         before = update.clip, update.descend, update.move
         update.clip = self._clip
         update.descend = self._descend
-        update.move = _move
+        update.move = torch.ops.alm_torchrl.move
         try:
             yield
         finally:
@@ -212,7 +218,9 @@ class CompiledUpdate:
 
     def _clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         trained = [p for p in parameters if p.grad is not None]
-        norm = _global_norm([cast("Tensor", p.grad) for p in trained])
+        norm = torch.ops.alm_torchrl.global_norm(
+            [cast("Tensor", p.grad) for p in trained]
+        )
         scale = (limit / (norm + 1e-6)).clamp(max=1.0)
         for parameter in trained:
             parameter.grad = cast("Tensor", parameter.grad) * scale
@@ -223,7 +231,7 @@ class CompiledUpdate:
         (group,) = optimizer.param_groups
         trained = [p for p in group["params"] if p.grad is not None]
         states = [optimizer.state[p] for p in trained]
-        _adam_step(
+        torch.ops.alm_torchrl.adam_step(
             [p.detach() for p in trained],
             [p.grad for p in trained],
             *([state[key] for state in states] for key in ADAM_STATE),
@@ -241,21 +249,31 @@ def has_compiler() -> bool:
     return shutil.which(os.environ.get("CXX", default)) is not None
 
 
-@torch.library.custom_op("alm_torchrl::global_norm", mutates_args=())
+# A custom_op would take twice the time of such an operator to call.
+torch.library.define("alm_torchrl::global_norm", "(Tensor[] gradients) -> Tensor")
+torch.library.define(
+    "alm_torchrl::adam_step",
+    "(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] means, "
+    "Tensor(c!)[] squares, Tensor(d!)[] steps, Tensor lr, Tensor skip, float beta1, "
+    "float beta2, float eps, float weight_decay) -> ()",
+)
+torch.library.define(
+    "alm_torchrl::move", "(Tensor(a!)[] targets, Tensor[] sources, Tensor weight) -> ()"
+)
+
+
+@torch.library.impl("alm_torchrl::global_norm", "default")
 def _global_norm(gradients: list[Tensor]) -> Tensor:
     """Norm of all gradients together, a scalar."""
-    return nn.utils.get_total_norm(gradients)
+    return torch.stack([g.norm() for g in gradients]).norm()
 
 
-@_global_norm.register_fake
-def _(gradients: list[Tensor]) -> Tensor:
+@torch.library.register_fake("alm_torchrl::global_norm")
+def _fake_norm(gradients: list[Tensor]) -> Tensor:
     return gradients[0].new_empty(())
 
 
-@torch.library.custom_op(
-    "alm_torchrl::adam_step",
-    mutates_args=("parameters", "means", "squares", "steps"),
-)
+@torch.library.impl("alm_torchrl::adam_step", "default")
 def _adam_step(
     parameters: list[Tensor],
     gradients: list[Tensor],
@@ -285,16 +303,12 @@ def _adam_step(
         lr=lr,
         weight_decay=weight_decay,
         eps=eps,
-        decoupled_weight_decay=True,
         maximize=False,
+        decoupled_weight_decay=True,
     )
 
 
-@torch.library.custom_op("alm_torchrl::move", mutates_args=("targets",))
-def _move(targets: list[Tensor], sources: list[Tensor], weight: Tensor) -> None:
-    """Moves each target towards its source."""
-    for target, source in zip(targets, sources, strict=True):
-        target.lerp_(source, weight)
+torch.library.impl("alm_torchrl::move", "default", move)
 
 
 def _make_inputs(recorded: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:

@@ -273,12 +273,13 @@ class ALMOptimizationStepper(OptimizationStepper):
                 one differs from the eager one. Networks must not read values from
                 their tensors, and in a captured update copy none to the device.
         """
-        check_batch(self.loss, sub_batch)
+        if not any(mode.ready for mode in self._modes):
+            check_batch(self.loss, sub_batch)
         self._anneal()
-        self._count += 1
-        self._update.count.fill_(self._count)
+        self._update.count.fill_(self._count + 1)
         with _matrix_products(self.precision):
             metrics = self._run(sub_batch)
+        self._count += 1
         if self._update.device.type == "cpu":
             self.raise_if_nonfinite()
         return TensorDict(metrics, batch_size=[])
