@@ -16,9 +16,10 @@ from benchmarks import __main__ as command
 from benchmarks import growth, timing
 from benchmarks.authors import authors_update
 from benchmarks.loop import Meter, compare_loops
+from benchmarks.peers import OWN_SIZE, peer_updates
 from benchmarks.problem import Problem
 from benchmarks.timing import Contender, compare, count_flop, interleave, make_clock
-from benchmarks.updates import example_update, our_updates, peer_updates
+from benchmarks.updates import example_update, our_updates
 
 
 @pytest.fixture(autouse=True)
@@ -110,18 +111,48 @@ def test_contenders_do_the_work_they_stand_for(problem):
     assert ours.flop == count_flop(ours.call) == example_update(problem).flop
     with pytest.raises(ValueError, match="modes: expected at least one that runs"):
         our_updates(problem, ["graph"])
-    peers = {peer.name: peer for peer in peer_updates(problem)}
+
+
+def test_peers_do_the_work_they_stand_for(problem, monkeypatch):
+    monkeypatch.setitem(sys.modules, "stable_baselines3", None)
+    contenders, left_out = peer_updates(problem)
+    assert list(left_out) == ["Stable-Baselines3"]
+    peers = {peer.name: peer for peer in contenders}
     flop = {name: peer.flop for name, peer in peers.items()}
     assert list(flop) == [
-        f"{name}, batch {size}"
-        for name, own in (("SAC", 256), ("TD3", 100), ("REDQ", 256))
-        for size in (16, own)
+        f"{name} of TorchRL, {sizes}"
+        for name in ("SAC", "TD3", "REDQ")
+        for sizes in ("equal", "own")
     ]
-    assert flop["SAC, batch 256"] == 16 * flop["SAC, batch 16"]
     # Twenty updates of ten critics, against one of two and an actor.
-    assert flop["REDQ, batch 16"] > 20 * flop["SAC, batch 16"]
-    assert peers["TD3, batch 16"].per == 2
-    assert count_flop(peers["TD3, batch 16"].call) == 2 * flop["TD3, batch 16"]
+    assert flop["REDQ of TorchRL, equal"] > 20 * flop["SAC of TorchRL, equal"]
+    td3 = peers["TD3 of TorchRL, equal"]
+    assert td3.per == 2
+    assert count_flop(td3.call) == 2 * td3.flop
+    same = problem.changed(batch_size=OWN_SIZE, hidden_dim=OWN_SIZE)
+    for peer in peer_updates(same)[0]:
+        assert peer.flop == flop[peer.name.replace("equal", "own")]
+
+
+def test_peers_of_stable_baselines3_do_the_same_work(problem):
+    pytest.importorskip("stable_baselines3")
+    contenders, left_out = peer_updates(problem)
+    assert left_out == {}
+    flop = {peer.name: peer.flop for peer in contenders}
+    same = problem.changed(batch_size=256, hidden_dim=256)
+    assert list(flop)[6:] == [
+        f"{name} of Stable-Baselines3, {sizes}"
+        for name in ("SAC", "TD3")
+        for sizes in ("equal", "own")
+    ]
+    name = "SAC of Stable-Baselines3, own"
+    (equal,) = (
+        peer.flop
+        for peer in peer_updates(same)[0]
+        if peer.name == name.replace("own", "equal")
+    )
+    assert flop[name] == equal
+    assert flop[name] == pytest.approx(flop["SAC of TorchRL, own"], rel=0.1)
 
 
 def test_parts_of_a_loop_add_up_to_it():
