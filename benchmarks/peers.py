@@ -86,16 +86,14 @@ def _stable_baselines3(problem: Problem) -> Iterator[Contender]:
         following["terminated"],
     )
     config = problem.config
-    equal = {
-        "batch_size": config.batch_size,
-        "policy_kwargs": {"net_arch": [config.hidden_dim] * 2},
-    }
     for name in STABLE_BASELINES3:
-        for settings, label in ((equal, "equal"), ({}, "own")):
+        for label in ("equal", "own"):
 
-            def make(
-                name: str = name, settings: dict[str, Any] = settings
-            ) -> Callable[[], None]:
+            def make(name: str = name, label: str = label) -> Callable[[], None]:
+                settings: dict[str, Any] = {}
+                if label == "equal":
+                    settings["batch_size"] = config.batch_size
+                    settings["policy_kwargs"] = {"net_arch": [config.hidden_dim] * 2}
                 model = getattr(stable_baselines3, name)(
                     "MlpPolicy",
                     gymnasium.make(config.task),

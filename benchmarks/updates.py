@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch._dynamo.exc import TorchDynamoException
 
+from alm_torchrl.training.compiled import CHECKS
 from alm_torchrl.training.stepper import ALMOptimizationStepper
 from benchmarks.problem import Problem, load_example
 from benchmarks.timing import Contender, count_flop, first_call
@@ -74,6 +75,9 @@ def our_updates(
 
         def make(mode: Mode = mode) -> Callable[[], Any]:
             stepper = ALMOptimizationStepper(problem.make_loss(), **arguments[mode])
+            # A compiled update is compared with the eager one in its first calls.
+            for _ in range(CHECKS):
+                stepper.step(None, draw())
             return lambda: stepper.step(None, draw())
 
         try:

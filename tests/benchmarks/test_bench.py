@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from alm_torchrl.baselines.builders import make_sac_loss
 from alm_torchrl.runs.settings import preset_config
 from benchmarks import __main__ as command
 from benchmarks import growth, timing
 from benchmarks.authors import authors_update
 from benchmarks.loop import Meter, compare_loops
-from benchmarks.peers import OWN_SIZE, peer_updates
+from benchmarks.peers import peer_updates
 from benchmarks.problem import Problem
 from benchmarks.timing import Contender, compare, count_flop, interleave, make_clock
 from benchmarks.updates import example_update, our_updates
@@ -115,6 +116,7 @@ def test_contenders_do_the_work_they_stand_for(problem):
 
 def test_peers_do_the_work_they_stand_for(problem, monkeypatch):
     monkeypatch.setitem(sys.modules, "stable_baselines3", None)
+    monkeypatch.setattr("benchmarks.peers.OWN_SIZE", 32)
     contenders, left_out = peer_updates(problem)
     assert list(left_out) == ["Stable-Baselines3"]
     peers = {peer.name: peer for peer in contenders}
@@ -129,30 +131,29 @@ def test_peers_do_the_work_they_stand_for(problem, monkeypatch):
     td3 = peers["TD3 of TorchRL, equal"]
     assert td3.per == 2
     assert count_flop(td3.call) == 2 * td3.flop
-    same = problem.changed(batch_size=OWN_SIZE, hidden_dim=OWN_SIZE)
-    for peer in peer_updates(same)[0]:
+    for peer in peer_updates(problem.changed(batch_size=32, hidden_dim=32))[0]:
         assert peer.flop == flop[peer.name.replace("equal", "own")]
 
 
-def test_peers_of_stable_baselines3_do_the_same_work(problem):
+def test_peers_of_stable_baselines3_do_the_same_work(problem, monkeypatch):
     pytest.importorskip("stable_baselines3")
-    contenders, left_out = peer_updates(problem)
+    monkeypatch.setattr("benchmarks.peers.TORCHRL", {"SAC": make_sac_loss})
+    same = problem.changed(batch_size=256, hidden_dim=256)
+    contenders, left_out = peer_updates(same)
     assert left_out == {}
     flop = {peer.name: peer.flop for peer in contenders}
-    same = problem.changed(batch_size=256, hidden_dim=256)
-    assert list(flop)[6:] == [
+    assert list(flop)[2:] == [
         f"{name} of Stable-Baselines3, {sizes}"
         for name in ("SAC", "TD3")
         for sizes in ("equal", "own")
     ]
-    name = "SAC of Stable-Baselines3, own"
-    (equal,) = (
-        peer.flop
-        for peer in peer_updates(same)[0]
-        if peer.name == name.replace("own", "equal")
-    )
-    assert flop[name] == equal
-    assert flop[name] == pytest.approx(flop["SAC of TorchRL, own"], rel=0.1)
+    sac = flop["SAC of Stable-Baselines3, own"]
+    assert sac == flop["SAC of Stable-Baselines3, equal"]
+    assert sac == pytest.approx(flop["SAC of TorchRL, equal"], rel=0.1)
+    # Its layers are wider.
+    assert flop["TD3 of Stable-Baselines3, own"] > flop[
+        "TD3 of Stable-Baselines3, equal"
+    ]
 
 
 def test_parts_of_a_loop_add_up_to_it():
