@@ -151,9 +151,9 @@ def test_peers_of_stable_baselines3_do_the_same_work(problem, monkeypatch):
     assert sac == flop["SAC of Stable-Baselines3, equal"]
     assert sac == pytest.approx(flop["SAC of TorchRL, equal"], rel=0.1)
     # Its layers are wider.
-    assert flop["TD3 of Stable-Baselines3, own"] > flop[
-        "TD3 of Stable-Baselines3, equal"
-    ]
+    assert (
+        flop["TD3 of Stable-Baselines3, own"] > flop["TD3 of Stable-Baselines3, equal"]
+    )
 
 
 def test_parts_of_a_loop_add_up_to_it():
