@@ -21,6 +21,7 @@ from alm_torchrl.runs.settings import Preset, preset_config
 from benchmarks.authors import authors_update, check_checkout
 from benchmarks.growth import measure_growth, plot_growth
 from benchmarks.loop import compare_loops
+from benchmarks.peers import peer_updates
 from benchmarks.problem import Problem
 from benchmarks.timing import (
     compare,
@@ -34,7 +35,6 @@ from benchmarks.updates import (
     Mode,
     example_update,
     our_updates,
-    peer_updates,
     possible,
 )
 
@@ -119,15 +119,16 @@ def run(options: Options) -> dict[str, Any]:
             rows = compare(contenders, reference, options.repeats, clock)
             entry["updates"] = {"rows": rows, "left_out": left_out}
             print(f"{title} one update\n{rows_table(rows, reference)}")
-            for name, reason in left_out.items():
-                print(f"left out: {name}: {reason}")
+            _print_left_out(left_out)
         if "peers" in options.sections:
             contenders, _ = our_updates(problem, list(modes)[:1])
             reference = contenders[0].name
-            contenders += peer_updates(problem)
-            entry["peers"] = compare(contenders, reference, options.repeats, clock)
-            table = rows_table(entry["peers"], reference)
+            peers, left_out = peer_updates(problem)
+            rows = compare(contenders + peers, reference, options.repeats, clock)
+            entry["peers"] = {"rows": rows, "left_out": left_out}
+            table = rows_table(rows, reference)
             print(f"{title} updates for one environment step\n{table}")
+            _print_left_out(left_out)
         if "loop" in options.sections:
             entry["loop"] = {}
             steps, rounds = options.loop_steps, options.repeats
@@ -159,13 +160,13 @@ def run(options: Options) -> dict[str, Any]:
 def rows_table(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
     """Compared contenders as text."""
     lines = [
-        f"{'':29} {'ms':>8} {'q1':>8} {'q3':>8} {'speed':>6} {'GFLOP':>7} "
+        f"{'':32} {'ms':>8} {'q1':>8} {'q3':>8} {'speed':>6} {'GFLOP':>7} "
         f"{'GFLOP/s':>8} {'share':>6} {'MB':>6}"
     ]
     for row in rows:
         share = row["share_of_matrix_rate"]
         lines.append(
-            f"{row['name']:29} {_milliseconds(row)} {_number(row['speed'], 1, 6)} "
+            f"{row['name']:32} {_milliseconds(row)} {_number(row['speed'], 1, 6)} "
             f"{_number(row['flop'], 1e9, 7)} {_number(row['flop_per_second'], 1e9, 8)} "
             f"{_number(share, 1, 6)} {_number(row['memory'], 1e6, 6)}"
         )
@@ -199,6 +200,11 @@ def growth_table(points: Sequence[Mapping[str, Any]]) -> str:
     for point in points:
         lines.append(f"{point['axis']:12} {point['value']:9,} {_milliseconds(point)}")
     return "\n".join(lines)
+
+
+def _print_left_out(reasons: Mapping[str, str]) -> None:
+    for name, reason in reasons.items():
+        print(f"left out: {name}: {reason}")
 
 
 def _milliseconds(row: Mapping[str, Any]) -> str:

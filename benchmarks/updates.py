@@ -1,21 +1,13 @@
-"""One update: ours in every mode, the example's, and those of SAC, TD3 and REDQ."""
+"""One update: ours in every mode, and the example's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import torch
 from torch._dynamo.exc import TorchDynamoException
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
-from torchrl.data.replay_buffers.samplers import RandomSampler
 
-from alm_torchrl.baselines.builders import (
-    make_redq_loss,
-    make_sac_loss,
-    make_td3_loss,
-)
-from alm_torchrl.training.baseline_stepper import BaselineOptimizationStepper
+from alm_torchrl.training.compiled import CHECKS
 from alm_torchrl.training.stepper import ALMOptimizationStepper
 from benchmarks.problem import Problem, load_example
 from benchmarks.timing import Contender, count_flop, first_call
@@ -40,13 +32,6 @@ MODES: dict[Mode, dict[str, Any]] = {
     "bf16-graph": {"precision": "bf16", "cudagraph": True},
 }
 """Keyword arguments of the stepper and of ``make_trainer``."""
-
-PEERS = {
-    "SAC": (make_sac_loss, 256),
-    "TD3": (make_td3_loss, 100),
-    "REDQ": (make_redq_loss, 256),
-}
-"""Builder, and batch size in the paper: arXiv 1801.01290, 1802.09477, 2101.05982."""
 
 ROWS = 5000
 """Transitions in each replay."""
@@ -90,6 +75,9 @@ def our_updates(
 
         def make(mode: Mode = mode) -> Callable[[], Any]:
             stepper = ALMOptimizationStepper(problem.make_loss(), **arguments[mode])
+            # A compiled update is compared with the eager one in its first calls.
+            for _ in range(CHECKS):
+                stepper.step(None, draw())
             return lambda: stepper.step(None, draw())
 
         try:
@@ -129,43 +117,3 @@ def example_update(problem: Problem) -> Contender:
 
     call, memory = first_call(make, device)
     return Contender("examples/alm.py", call, flop=count_flop(call), memory=memory)
-
-
-def peer_updates(problem: Problem) -> list[Contender]:
-    """What the peers compute for one environment step, at our batch size and theirs.
-
-    With the hidden layers' width of ours: an update of SAC; of TD3, an update of the
-    critics and half a one of the actor (the mean of two steps); 20 updates of REDQ's 10
-    critics and one of its actor.
-    """
-    rows = problem.make_rows(ROWS)
-    contenders = []
-    for name, (build, own_size) in PEERS.items():
-        for batch_size in dict.fromkeys((problem.config.batch_size, own_size)):
-            torch.manual_seed(0)
-            loss = build(**problem.networks()).to(problem.device)
-            buffer = TensorDictReplayBuffer(
-                storage=LazyTensorStorage(ROWS),
-                sampler=RandomSampler(),
-                batch_size=batch_size * loss.updates_per_step,
-            )
-            buffer.extend(rows)
-            call, memory = first_call(
-                lambda loss=loss, buffer=buffer: _peer(loss, buffer, problem.device),
-                problem.device,
-            )
-            steps = loss.policy_delay
-            flop = count_flop(call) // steps
-            label = f"{name}, batch {batch_size}"
-            contenders.append(Contender(label, call, steps, flop=flop, memory=memory))
-    return contenders
-
-
-def _peer(loss: Any, buffer: Any, device: str) -> Callable[[], None]:  # noqa: ANN401
-    stepper = BaselineOptimizationStepper(loss)
-
-    def call() -> None:
-        for _ in range(loss.policy_delay):
-            stepper.step(None, buffer.sample().to(device))
-
-    return call

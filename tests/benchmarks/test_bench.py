@@ -11,14 +11,16 @@ import pytest
 import torch
 from torch import nn
 
+from alm_torchrl.baselines.builders import make_sac_loss
 from alm_torchrl.runs.settings import preset_config
 from benchmarks import __main__ as command
 from benchmarks import growth, timing
 from benchmarks.authors import authors_update
 from benchmarks.loop import Meter, compare_loops
+from benchmarks.peers import peer_updates
 from benchmarks.problem import Problem
 from benchmarks.timing import Contender, compare, count_flop, interleave, make_clock
-from benchmarks.updates import example_update, our_updates, peer_updates
+from benchmarks.updates import example_update, our_updates
 
 
 @pytest.fixture(autouse=True)
@@ -110,18 +112,48 @@ def test_contenders_do_the_work_they_stand_for(problem):
     assert ours.flop == count_flop(ours.call) == example_update(problem).flop
     with pytest.raises(ValueError, match="modes: expected at least one that runs"):
         our_updates(problem, ["graph"])
-    peers = {peer.name: peer for peer in peer_updates(problem)}
+
+
+def test_peers_do_the_work_they_stand_for(problem, monkeypatch):
+    monkeypatch.setitem(sys.modules, "stable_baselines3", None)
+    monkeypatch.setattr("benchmarks.peers.OWN_SIZE", 32)
+    contenders, left_out = peer_updates(problem)
+    assert list(left_out) == ["Stable-Baselines3"]
+    peers = {peer.name: peer for peer in contenders}
     flop = {name: peer.flop for name, peer in peers.items()}
     assert list(flop) == [
-        f"{name}, batch {size}"
-        for name, own in (("SAC", 256), ("TD3", 100), ("REDQ", 256))
-        for size in (16, own)
+        f"{name} of TorchRL, {sizes}"
+        for name in ("SAC", "TD3", "REDQ")
+        for sizes in ("equal", "own")
     ]
-    assert flop["SAC, batch 256"] == 16 * flop["SAC, batch 16"]
     # Twenty updates of ten critics, against one of two and an actor.
-    assert flop["REDQ, batch 16"] > 20 * flop["SAC, batch 16"]
-    assert peers["TD3, batch 16"].per == 2
-    assert count_flop(peers["TD3, batch 16"].call) == 2 * flop["TD3, batch 16"]
+    assert flop["REDQ of TorchRL, equal"] > 20 * flop["SAC of TorchRL, equal"]
+    td3 = peers["TD3 of TorchRL, equal"]
+    assert td3.per == 2
+    assert count_flop(td3.call) == 2 * td3.flop
+    for peer in peer_updates(problem.changed(batch_size=32, hidden_dim=32))[0]:
+        assert peer.flop == flop[peer.name.replace("equal", "own")]
+
+
+def test_peers_of_stable_baselines3_do_the_same_work(problem, monkeypatch):
+    pytest.importorskip("stable_baselines3")
+    monkeypatch.setattr("benchmarks.peers.TORCHRL", {"SAC": make_sac_loss})
+    same = problem.changed(batch_size=256, hidden_dim=256)
+    contenders, left_out = peer_updates(same)
+    assert left_out == {}
+    flop = {peer.name: peer.flop for peer in contenders}
+    assert list(flop)[2:] == [
+        f"{name} of Stable-Baselines3, {sizes}"
+        for name in ("SAC", "TD3")
+        for sizes in ("equal", "own")
+    ]
+    sac = flop["SAC of Stable-Baselines3, own"]
+    assert sac == flop["SAC of Stable-Baselines3, equal"]
+    assert sac == pytest.approx(flop["SAC of TorchRL, equal"], rel=0.1)
+    # Its layers are wider.
+    assert (
+        flop["TD3 of Stable-Baselines3, own"] > flop["TD3 of Stable-Baselines3, equal"]
+    )
 
 
 def test_parts_of_a_loop_add_up_to_it():
