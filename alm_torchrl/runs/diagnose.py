@@ -339,7 +339,7 @@ def _training_step(metadata: Mapping[str, Any]) -> int:
 def _notes(loss: Any) -> Iterator[str]:  # noqa: ANN401
     """What is compared, where it is not the sum of rewards and the bound itself."""
     if transform := getattr(loss, "reward_transform", None):
-        name = transform.__name__
+        name = getattr(transform, "__name__", repr(transform))
         yield f"Returns: of rewards after {name}, as the agent learns them."
     logarithms = getattr(loss, "logarithms", None)
     if logarithms is not None and logarithms.where == "bound":

@@ -350,7 +350,10 @@ def make_trainer(
         trainer.bar.register(trainer)
     trainer.register_op("post_steps_log", end_step)
     EpisodeLengthCheck(
-        buffer, warmup_steps=warmup_steps, horizon=horizon, eval_env=eval_env
+        buffer,
+        warmup_steps=warmup_steps,
+        horizon=1 if short_slices else horizon,
+        eval_env=eval_env,
     ).register(trainer)
     if best is not None:
         trainer.register_module("best_checkpoint", best)
