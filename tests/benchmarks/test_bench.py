@@ -149,7 +149,9 @@ def test_peers_of_stable_baselines3_do_the_same_work(problem, monkeypatch):
     ]
     sac = flop["SAC of Stable-Baselines3, own"]
     assert sac == flop["SAC of Stable-Baselines3, equal"]
-    assert sac == pytest.approx(flop["SAC of TorchRL, equal"], rel=0.1)
+    # Its actor's loss also gives gradients of the weights of both critics.
+    gradients = 2 * 2 * 256 * (4 * 256 + 256 * 256 + 256)
+    assert sac == flop["SAC of TorchRL, equal"] + gradients
     # Its layers are wider.
     assert (
         flop["TD3 of Stable-Baselines3, own"] > flop["TD3 of Stable-Baselines3, equal"]
