@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from alm_torchrl import make_env, make_trainer
+from alm_torchrl.objectives import Consistency, RewardScale, TDTarget
 from alm_torchrl.runs.loading import usable_checkpoints
 from alm_torchrl.training.episode import CollectorState
 from tests.training.trainer_runs import tensors, tiny_loss
@@ -40,7 +41,25 @@ def logged(path, until=TOTAL):
     return values
 
 
-def make_run(folder, task, **options):
+def parts_of_plus():
+    """The parts that carry state of their own, or change what a batch holds."""
+    return {
+        "normalize": True,
+        "latent": "layernorm",
+        "kl_coef": 0.0,
+        "model_terms": [Consistency()],
+        "critic_target": TDTarget(n_step=3, pessimism=0.5),
+        "reward_transform": RewardScale("rewards"),
+    }
+
+
+PLUS = {
+    **{"short_slices": True, "recency_decay": 0.9},
+    **{"weight_decay": 0.1, "lr_final": 1e-5, "lr_steps": 30},
+}
+
+
+def make_run(folder, task, *, parts=None, **options):
     """A trainer on a task with short episodes, at the newest checkpoint if any."""
     env, eval_env = (
         make_env(task, action_bounds="rescale", max_episode_steps=LIMIT) for _ in "ab"
@@ -64,7 +83,8 @@ def make_run(folder, task, **options):
         "checkpoint_dir": folder / "checkpoints",
         "checkpoint_interval": 1000,
     }
-    trainer = make_trainer(env, tiny_loss(env), **{**arguments, **options})
+    loss = tiny_loss(env, **(parts() if parts else {}))
+    trainer = make_trainer(env, loss, **{**arguments, **options})
     newest = next(usable_checkpoints(folder / "checkpoints"), None)
     if newest is not None:
         trainer.load_from_file(newest)

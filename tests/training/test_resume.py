@@ -9,6 +9,7 @@ import time
 
 import gymnasium
 import pytest
+import torch
 
 from alm_torchrl.cli import main
 from alm_torchrl.envs import TASKS
@@ -17,6 +18,7 @@ from tests.training.resume_runs import (
     CAPACITY,
     HALF,
     LIMIT,
+    PLUS,
     TOTAL,
     WARMUP,
     final,
@@ -26,6 +28,7 @@ from tests.training.resume_runs import (
     kill_at,
     logged,
     make_run,
+    parts_of_plus,
     train,
 )
 from tests.training.test_episode import Curriculum
@@ -87,6 +90,25 @@ def test_stopped_and_continued_equals_uninterrupted(
     steps = {step for step, name in logged(tmp_path / "log.txt") if name == "row"}
     assert [step > at for step in sorted(steps)].count(True) >= 2
     assert LIMIT < HALF
+
+
+def test_a_run_with_the_parts_of_plus_continues_exactly(tmp_path):
+    task, whole, stopped = "Pendulum-v1", tmp_path / "whole", tmp_path / "stopped"
+    options = {"parts": parts_of_plus, **PLUS}
+    finish(train, whole, task, **options)
+    finish(train, stopped, task, stop=HALF, **options)
+    finish(train, stopped, task, **options)
+    end = final(stopped)
+    assert differing(end, final(whole)) == []
+    # Every step was observed, and the target encoder sees by the same statistics.
+    scale = end["/loss/reward_transform.statistics"]
+    assert scale[1] == TOTAL
+    means = [
+        v for k, v in end.items() if k.endswith(("_params.module.0.module.0.mean",))
+    ]
+    assert len(means) == 2
+    assert means[0].abs().sum() > 0
+    assert torch.equal(*means)
 
 
 @pytest.mark.slow

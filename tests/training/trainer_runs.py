@@ -121,7 +121,7 @@ class Capture:
         self.values.setdefault(name, []).append((step, float(value)))
 
 
-def tiny_loss(env, seed=0):
+def tiny_loss(env, seed=0, **parts):
     torch.manual_seed(seed)
     return make_alm_loss(
         env,
@@ -129,6 +129,7 @@ def tiny_loss(env, seed=0):
         hidden_dim=8,
         model_hidden_dim=8,
         noise_schedule=NoiseSchedule(1.0, 0.2, steps=4),
+        **parts,
     )
 
 
