@@ -29,7 +29,7 @@ class ALMTrainer(Trainer):
     checkpoint.
 
     Examples:
-        >>> from alm_torchrl import make_alm_loss, make_env
+        >>> from alm_torchrl import make_alm_loss, make_env, make_trainer
         >>> env = make_env("Pendulum-v1", action_bounds="rescale")
         >>> loss = make_alm_loss(env, hidden_dim=8, model_hidden_dim=8)
         >>> trainer = make_trainer(

@@ -298,9 +298,7 @@ class TestObserve:
         loss = all_parts()
         stepper = ALMOptimizationStepper(loss, lr=1e-2, tau=0.1)
         for _ in range(3):
-            batch = make_batch()
-            loss.observe(batch)
-            stepper.step(None, batch)
+            stepper.step(None, make_batch())
             held = statistics(loss)
             assert_close(held["target"], held["encoder"], rtol=0, atol=0)
         assert held["target"]["count"] == 3 * B

@@ -14,7 +14,7 @@ TINY = [
     *("--warmup-steps", "20", "--batch-size", "4", "--latent-dim", "4"),
     *("--hidden-dim", "8", "--model-hidden-dim", "8", "--eval-episodes", "1"),
     *("--device", "cpu", "--threads", "1", "--logger", "none"),
-    *("--checkpoint-interval", "2", "--eval-interval", "3"),
+    *("--checkpoint-interval", "2", "--eval-interval", "3", "--compile", "off"),
 ]
 # Short episodes, for quick evaluations.
 PENDULUM = [

@@ -351,6 +351,7 @@ def test_training_in_another_thread_leaves_signals_alone(tmp_path):
 def test_a_stopped_run_is_saved_and_says_how_to_continue(capfd, tmp_path, number):
     folder = tmp_path / "stopped run"
     words = ["--total-steps", "1000000", "--eval-interval", "5", "--logger", "none"]
+    words += ["--compile", "off"]
     process = in_process(sys_exit_with_main, [*TRAIN, *words, "--run-dir", str(folder)])
     metrics = folder / "metrics.csv"
     deadline = time.monotonic() + 120
