@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -142,5 +143,7 @@ def compile_graph(
     shapes = ShapeEnv(assume_static_by_default=True)
     context = TracingContext(FakeTensorMode(shape_env=shapes))
     context.params_flat = []
-    with tracing(context):
+    with tracing(context), warnings.catch_warnings():
+        # PyTorch's own decompositions call it.
+        warnings.filterwarnings("ignore", ".*_prims_common.check", FutureWarning)
         return torch._inductor.compile(graph, list(example), options=options)
