@@ -354,6 +354,11 @@ def explain_mismatch(
     if type(error) is not RuntimeError:
         return error
     text = str(error)
+    if "tracing tensor" in text:
+        return ValueError(
+            f"{part}: expected a network that reads no value from a tensor (as .item() "
+            "and if do), which a compiled update does not follow."
+        )
     if "out_keys" in text:
         return ValueError(
             f"{part}: expected one tensor for each of out_keys {module.out_keys}, "

@@ -125,6 +125,13 @@ def _compile_mode(
     config: TrainConfig, device: str, start: Start
 ) -> Literal["on", "off"]:
     """Whether the update is compiled; a run that continues keeps its mode."""
+    if config.compile == "on" and config.agent != "alm":
+        raise UserError(f"--compile: expected auto or off with {config.agent}, got on")
+    if config.compile == "on" and device == "cpu" and not has_compiler():
+        raise UserError(
+            "--compile: on needs a C++ compiler (g++, or the one that CXX names), and "
+            "there is none; --compile off runs without"
+        )
     if config.compile != "auto":
         return config.compile
     if start.checkpoint is not None:
@@ -170,7 +177,7 @@ def _train_in_folder(
     print(f"        then {config.total_steps:,} training steps")
     threads, mode = torch.get_num_threads(), "eager"
     if config.compile == "on":
-        mode = "compiled at the first one, which takes a minute"
+        mode = "compiled at the first one, which takes a minute or more"
     print(f"Device  {device}, CPU threads: {threads}\nUpdates {mode}")
     print(f"Folder  {path}", flush=True)
 

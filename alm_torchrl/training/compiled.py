@@ -47,6 +47,9 @@ class RecordableUpdate(Protocol):
     def tensors(self) -> Iterator[Tensor]:
         """All that an update may change, and the buffers of the loss."""
 
+    def numbers(self) -> list[object]:
+        """What an update depends on besides tensors."""
+
     def __call__(self, batch: TensorDictBase, /) -> dict[str, Tensor]:
         """Makes one update; returns detached scalars by name."""
 
@@ -57,7 +60,8 @@ class CompiledUpdate:
     Parameters, targets, buffers, the optimizers' state and learning rates are inputs of
     the graph: they may change, be loaded or be replaced. It draws the random numbers of
     the eager update. It is recorded anew after :meth:`reset`, a change of another
-    option of an optimizer, and where a tensor has another shape, type or device.
+    option of an optimizer, of a number or flag of the loss, or of what is trained, and
+    where a tensor has another shape, type or device.
 
     In the next two batches the eager update runs as well, without a trace, and the
     metrics are compared.
@@ -140,7 +144,8 @@ class CompiledUpdate:
             for optimizer in self.optimizers.values()
             for group in optimizer.param_groups
         ]
-        return [*options, *((t.shape, t.dtype, t.device) for t in tensors)]
+        kinds = ((t.shape, t.dtype, t.device, t.requires_grad) for t in tensors)
+        return [*options, *self._update.numbers(), *kinds]
 
     @contextmanager
     def _traceless(self) -> Iterator[None]:
@@ -156,9 +161,11 @@ class CompiledUpdate:
         tolerance = TOLERANCE[self._update.reduced]
         for name, eager in expected.items():
             compiled = metrics[name]
-            difference = (compiled - eager).abs()
-            # NaN in both is no difference.
-            if (difference > tolerance * (1 + eager.abs())).any():
+            near = (compiled - eager).abs() <= tolerance * (1 + eager.abs())
+            near = near & eager.isfinite()
+            # The same infinity, or NaN in both, is no difference.
+            same = (compiled == eager) | (compiled.isnan() & eager.isnan())
+            if not (near | same).all():
                 raise RuntimeError(
                     f"compile: the graph differs from the eager update: "
                     f"{name} is {compiled.item():g} instead of {eager.item():g}. A "
@@ -228,7 +235,14 @@ class CompiledUpdate:
 
     def _descend(self, name: str, failed: Tensor) -> None:
         optimizer = self.optimizers[name]
-        (group,) = optimizer.param_groups
+        group = optimizer.param_groups[0]
+        wanted = {"amsgrad": False, "maximize": False, "decoupled_weight_decay": True}
+        found = {key: group[key] for key in wanted}
+        if len(optimizer.param_groups) > 1 or found != wanted:
+            raise ValueError(
+                f"optimizers[{name!r}]: expected one group of parameters with "
+                f"{wanted}, got {len(optimizer.param_groups)} and {found}."
+            )
         trained = [p for p in group["params"] if p.grad is not None]
         states = [optimizer.state[p] for p in trained]
         torch.ops.alm_torchrl.adam_step(

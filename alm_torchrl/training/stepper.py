@@ -111,10 +111,12 @@ class ALMOptimizationStepper(OptimizationStepper):
     optimizer's options, the captured graph needs :meth:`recapture`; the compiled one
     notices, and takes a new ``lr`` as it is.
 
-    A compiled update repeats the operations of the first one. Numbers and branches in
-    Python, hooks, and draws from NumPy or Python are frozen, so in the two updates
-    after it the eager update is compared, and a difference refused. Keep what changes
-    in buffers, as :class:`~alm_torchrl.NoiseSchedule` does.
+    A compiled update repeats the operations of the first one. A number of the loss or
+    of an optimizer that changes is noticed. Numbers and branches inside the networks,
+    hooks, and draws from NumPy or Python are frozen, and hooks of optimizers do not
+    run, so in the two updates after it the eager update is compared, and a difference
+    refused. What changes later is not seen: keep it in buffers, as
+    :class:`~alm_torchrl.NoiseSchedule` does.
 
     Args:
         loss (ALMLoss): the loss. Its targets become copies of the online networks.

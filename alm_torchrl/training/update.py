@@ -97,6 +97,12 @@ class Update:
             for state in optimizer.state.values():
                 yield from state.values()
 
+    def numbers(self) -> list[object]:
+        """What an update depends on besides tensors: numbers and flags of the loss."""
+        plain = (bool, int, float, str)
+        of_loss = {k: v for k, v in vars(self.loss).items() if isinstance(v, plain)}
+        return [of_loss, self.clip_norm, self.tau]
+
     def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """Makes one update.
 

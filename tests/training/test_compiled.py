@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -151,6 +152,15 @@ def new_eps(stepper):
     stepper.optimizers["qvalue_loss"].param_groups[0]["eps"] = 0.1
 
 
+def new_coefficient(stepper):
+    stepper.loss.kl_coef = 0.1
+
+
+def frozen_encoder(stepper):
+    for parameter in stepper.loss.encoder_params.parameters():
+        parameter.requires_grad_(False)
+
+
 def loaded(stepper):
     torch.manual_seed(9)
     other = make_stepper(lr=1e-3)
@@ -171,6 +181,8 @@ def loaded_optimizer(stepper):
     [
         pytest.param(new_rate, 1, marks=pytest.mark.slow),
         pytest.param(loaded, 2, marks=pytest.mark.slow),
+        pytest.param(new_coefficient, 2, marks=pytest.mark.slow),
+        pytest.param(frozen_encoder, 2, marks=pytest.mark.exhaustive),
         pytest.param(new_eps, 2, marks=pytest.mark.exhaustive),
         pytest.param(loaded_optimizer, 1, marks=pytest.mark.exhaustive),
     ],
@@ -182,6 +194,25 @@ def test_what_changes_between_updates_is_followed(change, recordings, recorded):
         change(stepper)
     assert_equal_updates(eager, other, updates=2)
     assert len(recorded) == recordings
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+def test_other_forms_of_adam_are_refused(option, recorded):
+    _, stepper = pair()
+    stepper.optimizers["qvalue_loss"].param_groups[0][option] = True
+    with pytest.raises((RuntimeError, KeyError), match=f"{option}|exp_avg_sq"):
+        stepper.step(None, make_batch())
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("values", [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.inf)])
+def test_a_value_that_one_update_lacks_is_a_difference(values, recorded):
+    _, stepper = pair()
+    metrics, expected = ({"x": torch.tensor(value)} for value in values)
+    with pytest.raises(RuntimeError, match="differs from the eager update: x"):
+        stepper._run._compared(metrics, expected)
+    assert stepper._run._compared(metrics, metrics) is metrics
 
 
 @pytest.mark.exhaustive
