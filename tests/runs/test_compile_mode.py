@@ -9,7 +9,7 @@ import pytest
 
 from alm_torchrl.runs import train as training
 from alm_torchrl.runs.folder import harmful_differences
-from alm_torchrl.runs.settings import preset_config
+from alm_torchrl.runs.settings import UserError, preset_config
 from alm_torchrl.runs.start import Start
 
 
@@ -49,3 +49,15 @@ def test_a_run_that_continues_keeps_its_mode(before, monkeypatch):
     other = dataclasses.replace(config, compile={"on": "off", "off": "on"}[before])
     assert list(harmful_differences(stored.to_dict(), other)) == ["compile"]
     assert stored.run_name == other.run_name == config.run_name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"agent": "sac"}, "expected auto or off with sac, got on"),
+        ({"compiler": False}, r"needs a C\+\+ compiler .*--compile off runs without"),
+    ],
+)
+def test_on_is_refused_where_nothing_can_be_compiled(settings, message, monkeypatch):
+    with pytest.raises(UserError, match=message):
+        mode(monkeypatch, compile="on", **settings)
