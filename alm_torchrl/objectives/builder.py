@@ -39,6 +39,7 @@ def make_alm_loss(
     latent_dim: int = LATENT_DIM,
     hidden_dim: int = HIDDEN_DIM,
     model_hidden_dim: int = MODEL_HIDDEN_DIM,
+    reward_hidden_dim: int | None = None,
     noise_schedule: NoiseSchedule | None = None,
     linear_classifier: bool = False,
     latent: LatentKind = "gaussian",
@@ -65,6 +66,8 @@ def make_alm_loss(
         latent_dim (int): size of the latent, L. Default: ``50``.
         hidden_dim (int): width of all networks but the model. Default: ``512``.
         model_hidden_dim (int): width of the latent model. Default: ``1024``.
+        reward_hidden_dim (int, optional): width of the reward model. Default: ``None``,
+            ``hidden_dim``.
         noise_schedule (NoiseSchedule, optional): exploration noise.
             Default: ``None``, 1.0 to 0.1 over 100,000 training steps; not used with
             ``entropy``, whose actor learns its noise.
@@ -126,7 +129,9 @@ def make_alm_loss(
             )
         ),
         "qvalue": lambda: make_qvalue(action_dim, **width),
-        "reward": lambda: make_reward(action_dim, **width),
+        "reward": lambda: make_reward(
+            action_dim, **width | {"hidden_dim": reward_hidden_dim or hidden_dim}
+        ),
         "classifier": lambda: make_classifier(
             action_dim, linear=linear_classifier, **width
         ),

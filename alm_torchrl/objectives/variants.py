@@ -206,29 +206,33 @@ class QValueObjective:
 
 
 class ScaledObjective:
-    """Another objective in units of its own size, less ``coef mean_i x_i^2``.
+    """Another objective in units of its own size, less a penalty on large actions.
 
-    ``J(z) / max(mean |J|, 0.01)``, the mean over the batch without gradient (TD3+BC,
-    https://arxiv.org/abs/2106.06860). The actor's mean is ``tanh(x)``; the
-    second term keeps it off the ends, where it has no gradient (MR.Q,
-    https://arxiv.org/abs/2501.16142).
+    ``J(z) / max(mean |J|, 0.01) - coef mean_i max(|x_i| - limit, 0)^2``, the mean over
+    the batch without gradient (TD3+BC, https://arxiv.org/abs/2106.06860). The actor's
+    mean is ``tanh(x)``; the second term keeps it off the ends, where it has no
+    gradient, as MR.Q's ``coef mean_i x_i^2`` does (https://arxiv.org/abs/2501.16142).
 
     Args:
         objective (PolicyObjective): the objective J, such as :class:`QValueObjective`.
 
     Keyword Args:
-        coef (float): weight of the squares. Default: ``1e-3``.
+        coef (float): weight of the penalty. Default: ``1e-2``.
+        limit (float): size of x from which on there is a penalty. Default: ``1.5``,
+            a mean action of 0.905.
 
     Raises:
         TypeError: if the objective has no ``metrics`` or cannot be called.
-        ValueError: if ``coef`` is negative.
+        ValueError: if a number is negative.
 
     Examples:
         >>> ScaledObjective(QValueObjective()).metrics
         ('raw_action',)
     """
 
-    def __init__(self, objective: PolicyObjective, *, coef: float = 1e-3) -> None:
+    def __init__(
+        self, objective: PolicyObjective, *, coef: float = 1e-2, limit: float = 1.5
+    ) -> None:
         if not callable(objective) or not hasattr(objective, "metrics"):
             raise TypeError(
                 "objective: expected a callable with metrics, such as QValueObjective, "
@@ -236,6 +240,7 @@ class ScaledObjective:
             )
         self.objective = objective
         self.coef = check_number("coef", coef)
+        self.limit = check_number("limit", limit)
         self.metrics = (*objective.metrics, "raw_action")
 
     def __call__(
@@ -243,10 +248,11 @@ class ScaledObjective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective ``[N]``, and ``raw_action``, the mean of ``|x|``, ``[N]``."""
         value, metrics = self.objective(loss, latent, horizon)
-        raw = loss.latents.raw_action(latent, "live")
+        size = loss.latents.raw_action(latent, "live").abs()
         scaled = value / value.detach().abs().mean().clamp_min(0.01)
-        penalty = self.coef * raw.square().mean(-1)
-        return scaled - penalty, {**metrics, "raw_action": raw.detach().abs().mean(-1)}
+        penalty = self.coef * (size - self.limit).clamp_min(0).square().mean(-1)
+        return scaled - penalty, {**metrics, "raw_action": size.detach().mean(-1)}
 
     def __repr__(self) -> str:
-        return f"ScaledObjective({self.objective!r}, coef={self.coef:g})"
+        numbers = f"coef={self.coef:g}, limit={self.limit:g}"
+        return f"ScaledObjective({self.objective!r}, {numbers})"

@@ -187,6 +187,7 @@ def _build_alm(
         latent_dim=latent_dim,
         hidden_dim=config.hidden_dim,
         model_hidden_dim=config.model_hidden_dim,
+        reward_hidden_dim=config.reward_hidden_dim,
         linear_classifier=config.classifier == "linear",
         latent=config.latent,
         latent_layers=config.latent_layers,

@@ -132,9 +132,11 @@ class TrainConfig:
     latent_dim: Size = 50
     """Size of the latent state."""
     hidden_dim: Size = 512
-    """Units per hidden layer of all networks but the latent model."""
+    """Units per hidden layer of the other networks."""
     model_hidden_dim: Size = 1024
     """Units per hidden layer of the latent model."""
+    reward_hidden_dim: Size | None = None
+    """Units per hidden layer of the reward model; None: as hidden_dim."""
     classifier: Literal["mlp", "linear"] = "mlp"
     """Hidden layers in the classifier, or none."""
 
@@ -170,8 +172,8 @@ class TrainConfig:
     """Weight of telling the next state from those of other slices in it."""
     actor_objective: Literal["bound", "qvalue", "scaled_qvalue"] = "bound"
     """What the policy maximises; qvalue (TD3's) never reads the classifier."""
-    action_penalty: Weight = 1e-3
-    """Weight of the squared actions before their tanh; of scaled_qvalue."""
+    action_penalty: Weight = 1e-2
+    """Weight of actions beyond 1.5 before their tanh, squared; of scaled_qvalue."""
     n_step: Count = 1
     """Recorded steps in the critics' target."""
     target_pessimism: Share = 1.0
@@ -358,6 +360,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "latent_dim": 128,
         "hidden_dim": 256,
         "model_hidden_dim": 256,
+        "reward_hidden_dim": 64,
         "normalize_observations": True,
         "latent": "layernorm",
         "latent_layers": 1,
@@ -377,8 +380,8 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "reward_scale": "rewards",
         "noise_initial": 0.2,
         "noise_final": 0.2,
-        "lr": 3e-4,
-        "lr_final": 1e-4,
+        "lr": 1e-3,
+        "lr_final": 3.3e-4,
         "weight_decay": 0.01,
         "clip_norm": 20.0,
         "eval_episodes": 10,

@@ -161,6 +161,7 @@ FLAGS = {
     "latent_dim": (6, {"encoder": "3>8 8>8 8>12", "model": "7>16 16>16 16>12"}),
     "hidden_dim": (9, {"encoder": "3>9 9>9 9>8", "actor": "4>9 9>9 9>1"}),
     "model_hidden_dim": (10, {"model": "5>10 10>10 10>8"}),
+    "reward_hidden_dim": (10, {"reward": "5>10 10>10 10>1"}),
     "classifier": ("linear", {"classifier": "9>2"}),
     "encoder": ("identity", {"encoder": "", "model": "4>16 16>16 16>6"}),
     "gamma": (0.75, {"gamma": 0.75}),
@@ -232,7 +233,11 @@ MORE_FLAGS = [
     ({"log_reward": "plain"}, {"reward_transform": floored_log}),
     (
         {"actor_objective": "scaled_qvalue", "action_penalty": 0.5},
-        {"policy_objective": "ScaledObjective(QValueObjective(), coef=0.5)"},
+        {
+            "policy_objective": (
+                "ScaledObjective(QValueObjective(), coef=0.5, limit=1.5)"
+            )
+        },
     ),
     (
         {"reward_scale": "returns", "gamma": 0.75},

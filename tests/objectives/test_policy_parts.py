@@ -104,7 +104,7 @@ class TestScaledObjective:
 
     @pytest.mark.parametrize(("factor", "floor"), [(1.0, False), (1e-3, True)])
     def test_value_and_gradient(self, batch, factor, floor):
-        objective = ScaledObjective(QValueObjective(), coef=0.3)
+        objective = ScaledObjective(QValueObjective(), coef=0.3, limit=0.2)
         loss = make_loss(deterministic=True, policy_objective=objective)
         for params in (network(loss, "qvalue").q1, network(loss, "qvalue").q2):
             params[-1].weight.data.mul_(factor)
@@ -115,7 +115,9 @@ class TestScaledObjective:
         size = values.detach().abs().mean()
         assert (size < 0.01) == floor
         size = size.clamp(min=0.01)
-        expected = 0.3 * raw.square().mean() - values.mean() / size
+        beyond = (raw.abs() - 0.2).clamp(min=0)
+        assert 0 < (beyond == 0).float().mean() < 1
+        expected = 0.3 * beyond.square().mean() - values.mean() / size
         assert_close(value, expected)
         assert_close(metadata, {"raw_action": raw.detach().abs().mean()})
         assert_close(
@@ -134,7 +136,8 @@ class TestScaledObjective:
         loss = make_loss(policy_objective=objective)
         assert "raw_action" in loss.out_keys
         testing.check_loss(loss, batch)
-        assert repr(objective) == "ScaledObjective(QValueObjective(), coef=0.001)"
+        expected = "ScaledObjective(QValueObjective(), coef=0.01, limit=1.5)"
+        assert repr(objective) == expected
 
     def test_raw_actions_are_finite_at_the_ends(self):
         loss = make_loss()
@@ -148,6 +151,8 @@ class TestScaledObjective:
                 ScaledObjective(bad)
         with pytest.raises(ValueError, match="coef: expected a number >= 0"):
             ScaledObjective(QValueObjective(), coef=-1.0)
+        with pytest.raises(ValueError, match="limit: expected a number >= 0"):
+            ScaledObjective(QValueObjective(), limit=-1.0)
         plain = TensorDictModule(nn.Linear(LATENT, ACTION), ["latent"], ["action"])
         loss = make_loss(
             actor=plain, policy_objective=ScaledObjective(QValueObjective())
