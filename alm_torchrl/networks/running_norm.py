@@ -20,7 +20,9 @@ class RunningNorm(nn.Module):
 
     ``clip((x - mean) / sqrt(var + 1e-8), -10, 10)``; before the first row the mean is
     0 and the variance 1. Nothing but :meth:`update` changes the statistics. They are
-    buffers: they travel with the ``state_dict``, and a compiled update follows them.
+    buffers in double precision, so that an entry that never changes gives 0 and not the
+    rounding of its mean in units of a tiny deviation: they travel with the
+    ``state_dict``, and a compiled update follows them.
 
     Args:
         size (int): numbers in a row.
@@ -42,14 +44,14 @@ class RunningNorm(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
         size = check_integer("size", size, high=LARGEST_SIZE)
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("var", torch.ones(size))
-        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(size, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Normalised rows, ``[*, size]``."""
+        """Normalised rows, ``[*, size]``, of the type of the rows."""
         scale = (self.var + EPSILON).rsqrt()
-        return ((rows - self.mean) * scale).clamp(-LIMIT, LIMIT)
+        return ((rows - self.mean) * scale).clamp(-LIMIT, LIMIT).to(rows.dtype)
 
     @torch.no_grad()
     def update(
@@ -74,7 +76,8 @@ class RunningNorm(nn.Module):
         mean = (weight * rows).sum(0) / count.clamp_min(1)
         var = (weight * (rows - mean).square()).sum(0) / count.clamp_min(1)
         old = (self.mean, self.var, self.count)
-        kept = ~(mean.isfinite().all() & var.isfinite().all()) | (count == 0)
+        # What single precision cannot hold is no observation either.
+        kept = ~var.float().isfinite().all() | (count == 0)
         kept = kept if skip is None else kept | skip
         merged = merge_moments(old, (mean, var, count))
         for held, new in zip(old, merged, strict=True):

@@ -285,13 +285,13 @@ class TestObserve:
         assert torch.equal(torch.get_rng_state(), state)
         assert_close(batch, before, rtol=0, atol=0)
         norm, seen = norm_of(loss), batch["transition", "observation"]
-        assert_close(norm.mean, seen.mean(0))
-        assert_close(norm.var, seen.var(0, correction=0))
+        assert_close(norm.mean, seen.double().mean(0))
+        assert_close(norm.var, seen.double().var(0, correction=0))
         slices = make_rows(B, K)
         loss.observe(slices)
         seen = torch.cat([seen, slices["observation"].flatten(0, 1)])
-        assert_close(norm.mean, seen.mean(0))
-        assert_close(norm.var, seen.var(0, correction=0))
+        assert_close(norm.mean, seen.double().mean(0))
+        assert_close(norm.var, seen.double().var(0, correction=0))
         assert norm.count == B + B * K
 
     def test_target_encoder_has_the_same_statistics(self):
@@ -311,7 +311,7 @@ class TestObserve:
         rows["observation"][~mask] = math.nan
         loss.loss_mask_key = "valid"
         loss.observe(rows.set("valid", mask))
-        assert_close(norm_of(loss).mean, seen.mean(0))
+        assert_close(norm_of(loss).mean, seen.double().mean(0))
         assert norm_of(loss).count == mask.sum()
 
     def test_skips_and_refuses(self):
