@@ -249,6 +249,36 @@ class Render:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a trained policy as one file, to act without this library."""
+
+    checkpoint: Run
+    """A run folder (its newest checkpoint) or one of its checkpoints."""
+    output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+    """New file: .onnx for ONNX (needs the extra export) or .pt2 for torch.export."""
+    seed: Count = 0
+    """Seed of the episodes on which the file is compared with the policy."""
+    trust: Trust = False
+    """Import the module that the run names in its task."""
+
+    def run(self) -> int:
+        """Exports."""
+        from alm_torchrl.runs.export import RECORDED_STEPS, export_policy
+
+        with user_errors():
+            difference = export_policy(
+                self.checkpoint, self.output, seed=self.seed, trust=self.trust
+            )
+        print(f"{self.output}: observation [B, S] to action [B, A], float32")
+        print("The mean of latent and action: evaluate samples the latent.")
+        print(
+            f"Compared with the policy on {RECORDED_STEPS} observations: actions "
+            f"differ by at most {difference:.1g}."
+        )
+        return 0
+
+
+@dataclass(frozen=True)
 class Verify:
     """Check each file of the checkpoints of a run against its digest."""
 
@@ -336,6 +366,7 @@ COMMANDS: dict[str, type] = {
     "diagnose": Diagnose,
     "plot": Plot,
     "render": Render,
+    "export": Export,
     "verify": Verify,
     "tasks": Tasks,
     "reproduce": Reproduce,
