@@ -265,7 +265,10 @@ class Export:
         """Exports."""
         from alm_torchrl.runs.export import RECORDED_STEPS, export_policy
 
-        with user_errors():
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        with warnings.catch_warnings(), user_errors():
+            # PyTorch's exporter warns of itself.
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
             difference = export_policy(
                 self.checkpoint, self.output, seed=self.seed, trust=self.trust
             )

@@ -20,6 +20,7 @@ from gymnasium.wrappers import FlattenObservation, RescaleAction
 
 
 def main() -> None:
+    """Acts, and prints the return of each episode."""
     parser = argparse.ArgumentParser(description="Act with an exported policy.")
     parser.add_argument("policy", help="file that `alm-torchrl export` wrote")
     parser.add_argument("--episodes", type=int, default=3)

@@ -103,7 +103,9 @@ def check_export_name(output: Path) -> None:
     if output.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"output: expected a name in .onnx or .pt2, got {output.name}")
     if output.exists():
-        raise FileExistsError(f"output: expected a new file, got {output}, which exists")
+        raise FileExistsError(
+            f"output: expected a new file, got {output}, which exists"
+        )
     check_output("output", output)
     needed = ("onnx", "onnxscript", "onnxruntime") if output.suffix == ".onnx" else ()
     missing = [name for name in needed if find_spec(name) is None]
