@@ -225,8 +225,13 @@ def _record(file: Path, config: TrainConfig, *, seed: int, trust: bool) -> Tenso
 
 
 def _write_onnx(program: ExportedProgram, path: Path, notes: dict[str, Any]) -> None:
-    names = {"input_names": ["observation"], "output_names": ["action"]}
-    model = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+    model = torch.onnx.export(
+        program,
+        dynamo=True,
+        verbose=False,
+        input_names=["observation"],
+        output_names=["action"],
+    )
     assert model is not None
     model.model.metadata_props.update({k: json.dumps(v) for k, v in notes.items()})
     model.save(path)
