@@ -231,8 +231,8 @@ class NetworkSizes:
     def action_bounds(self) -> tuple[Tensor, Tensor]:
         """Copies of the smallest and the largest action, ``[A]`` each."""
         if self._env is None:
-            low, high = self._bounds
-            return check_bounds(self._given(low), self._given(high))
+            low, high = map(self._given, self._bounds)
+            return check_bounds(low, high)  # type: ignore[arg-type]
         spec = self._action_spec()
         if not isinstance(spec, Bounded):
             raise ValueError(
