@@ -265,11 +265,9 @@ class Export:
 
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         with warnings.catch_warnings(), user_errors():
-            # PyTorch's exporter warns of itself.
-            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
-            difference = export_policy(self.checkpoint, self.output, trust=self.trust)
-        print(f"{self.output}: the mean of the latent and of the action, within")
-        print(f"{difference:.1g} of the policy's (evaluate samples the latent)")
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # PyTorch's
+            error = export_policy(self.checkpoint, self.output, trust=self.trust)
+        print(f"{self.output}: mean action of the mean latent, within {error:.1g}")
         return 0
 
 
