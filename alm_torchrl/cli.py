@@ -249,6 +249,29 @@ class Render:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a trained policy as one file, to act without this library."""
+
+    checkpoint: Run
+    """A run folder (its newest checkpoint) or one of its checkpoints."""
+    output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+    """New file: .onnx for ONNX (needs the extra export) or .pt2 for torch.export."""
+    trust: Trust = False
+    """Import the module that the run names in its task."""
+
+    def run(self) -> int:
+        """Exports."""
+        from alm_torchrl.runs.export import export_policy
+
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        with warnings.catch_warnings(), user_errors():
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # PyTorch's
+            error = export_policy(self.checkpoint, self.output, trust=self.trust)
+        print(f"{self.output}: mean action of the mean latent, within {error:.1g}")
+        return 0
+
+
+@dataclass(frozen=True)
 class Verify:
     """Check each file of the checkpoints of a run against its digest."""
 
@@ -336,6 +359,7 @@ COMMANDS: dict[str, type] = {
     "diagnose": Diagnose,
     "plot": Plot,
     "render": Render,
+    "export": Export,
     "verify": Verify,
     "tasks": Tasks,
     "reproduce": Reproduce,

@@ -34,7 +34,7 @@ from alm_torchrl.networks.layers import (
     make_elu_mlp,
     make_value_mlp,
 )
-from alm_torchrl.objectives.builder import network_sizes
+from alm_torchrl.objectives.builder import NetworkSizes
 
 __all__ = ["make_redq_loss", "make_sac_loss", "make_td3_loss"]
 
@@ -95,16 +95,15 @@ def make_td3_loss(
         >>> loss.acting_policy().in_keys
         ['observation']
     """
-    observation_dim, low, high = network_sizes(
-        "make_td3_loss", env, observation_dim, action_low, action_high
-    )
+    sizes = NetworkSizes("make_td3_loss", env, observation_dim, action_low, action_high)
+    observation_dim, (low, high) = sizes.observation_dim(), sizes.action_bounds()
     hidden_dim = check_integer("hidden_dim", hidden_dim)
     noise_clip = check_number("noise_clip", noise_clip)
     schedule = NoiseSchedule() if noise_schedule is None else noise_schedule
     check_type("noise_schedule", schedule, NoiseSchedule)
     head = ActorHead(low, high, schedule)
     net = make_elu_mlp(observation_dim, hidden_dim, low.shape[0], head)
-    actor = make_clamped_actor(net, "observation", ClampedMeanNormal)
+    actor = make_clamped_actor(net, "observation", "action", ClampedMeanNormal)
     critics = [
         TensorDictModule(
             make_value_mlp(observation_dim + low.shape[0], hidden_dim, 1),
@@ -168,9 +167,8 @@ def make_sac_loss(
         >>> loss.target_entropy
         tensor(-1.)
     """
-    observation_dim, low, high = network_sizes(
-        "make_sac_loss", env, observation_dim, action_low, action_high
-    )
+    sizes = NetworkSizes("make_sac_loss", env, observation_dim, action_low, action_high)
+    observation_dim, (low, high) = sizes.observation_dim(), sizes.action_bounds()
     loss = SACBaseline(
         *_make_standard_networks(observation_dim, low, high, hidden_dim, critics=2),
         num_qvalue_nets=2,
@@ -228,9 +226,10 @@ def make_redq_loss(
         >>> loss.num_qvalue_nets, loss.sub_sample_len, loss.updates_per_step
         (10, 2, 20)
     """
-    observation_dim, low, high = network_sizes(
+    sizes = NetworkSizes(
         "make_redq_loss", env, observation_dim, action_low, action_high
     )
+    observation_dim, (low, high) = sizes.observation_dim(), sizes.action_bounds()
     critics = check_integer("num_qvalue_nets", num_qvalue_nets, 2)
     loss = REDQBaseline(
         *_make_standard_networks(observation_dim, low, high, hidden_dim, critics),

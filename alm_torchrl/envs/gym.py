@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
-from gymnasium.wrappers import RescaleAction
+from gymnasium.wrappers import FlattenObservation, RescaleAction
 from torchrl.envs import GymWrapper, TransformedEnv
 
 from alm_torchrl.checks import (
@@ -41,6 +41,8 @@ def make_env(
     """Makes a TorchRL environment from a Gymnasium task.
 
     Observations, actions and rewards are float32 whatever the task's own precision.
+    Observations that are dictionaries or tuples of numbers become one vector, in
+    Gymnasium's order (``gymnasium.spaces.flatten``); a warning says which entries.
     The task gets copies of actions, clipped to its own bounds, and what it returns is
     copied: it may write into both. The environment has no transforms yet: append what
     you need.
@@ -71,14 +73,14 @@ def make_env(
 
     Raises:
         ValueError: if the task is unknown, has observations other than vectors of
-            numbers, actions other than vectors of floats with bounds that differ, or
-            cannot have the noise; or if another argument is out of range or unknown to
-            the task.
+            numbers or dictionaries and tuples of such, actions other than vectors of
+            floats with bounds that differ, or cannot have the noise; or if another
+            argument is out of range or unknown to the task.
         ImportError: if the task cannot be built here, as MuJoCo tasks of version 2.
 
     Warns:
-        UserWarning: if bounds to clamp to exceed +-1, which only noise can reach, as
-            the actor's mean lies in (-1, 1).
+        UserWarning: if observations are flattened; if bounds to clamp to exceed +-1,
+            which only noise can reach, as the actor's mean lies in (-1, 1).
 
     Example:
         >>> env = make_env("Pendulum-v1", action_bounds="rescale", seed=0)
@@ -101,6 +103,14 @@ def make_env(
     try:
         if dynamics_noise:
             gym_env = DynamicsNoise(gym_env, dynamics_noise)
+        if _holds_vectors(gym_env.observation_space):
+            warnings.warn(
+                f"task: the observations of {task}, {gym_env.observation_space}, are "
+                "flattened to one vector in this order.",
+                UserWarning,
+                stacklevel=2,
+            )
+            gym_env = FlattenObservation(gym_env)
         _check_spaces(task, gym_env.observation_space, gym_env.action_space)
     except ValueError:
         gym_env.close()
@@ -193,8 +203,8 @@ def _check_spaces(
         raise ValueError(
             "task: expected observations that are vectors of numbers (a Box space with "
             f"one dimension), got {observations} from {task}. "
-            "gymnasium.wrappers.FlattenObservation makes vectors of dictionaries, "
-            "tuples and discrete spaces; images need an encoder for images."
+            "gymnasium.wrappers.FlattenObservation makes vectors of discrete spaces; "
+            "images need an encoder for images."
         )
     if not _is_vector(actions, np.floating):
         raise ValueError(
@@ -209,6 +219,16 @@ def _check_spaces(
             "task: expected actions with a range that is finite and above 0 in "
             f"float32, got {actions} from {task}."
         )
+
+
+def _holds_vectors(space: spaces.Space[Any]) -> bool:
+    """Whether it is a dictionary or tuple, nested or not, of vectors of numbers."""
+    if not isinstance(space, spaces.Dict | spaces.Tuple):
+        return False
+    parts = space.spaces.values() if isinstance(space, spaces.Dict) else space.spaces
+    return all(
+        _holds_vectors(part) or _is_vector(part, np.number, np.bool_) for part in parts
+    )
 
 
 def _is_vector(space: spaces.Space[Any], *kinds: type) -> bool:

@@ -1,7 +1,7 @@
 """Builders of ALM's actors, probabilistic TensorDictModules.
 
 They read ``latent`` and write ``action`` with ``action_loc``, ``action_scale``,
-``action_low`` and ``action_high``.
+``action_low`` and ``action_high``, or entries of your own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from torch import Tensor, nn
 
 from alm_torchrl.checks import check_type
 from alm_torchrl.distributions import ClampedNormal
-from alm_torchrl.networks.builders import HIDDEN_DIM, LATENT_DIM, check_sizes
+from alm_torchrl.networks.builders import (
+    HIDDEN_DIM,
+    LATENT_DIM,
+    check_sizes,
+    key_beside,
+)
 from alm_torchrl.networks.layers import ActorHead, NoiseSchedule, make_elu_mlp
 
 __all__ = ["make_actor", "make_stochastic_actor"]
@@ -34,6 +39,8 @@ def make_actor(
     hidden_dim: int = HIDDEN_DIM,
     layer_norm: bool = False,
     noise_schedule: NoiseSchedule | None = None,
+    latent_key: NestedKey = "latent",
+    action_key: NestedKey = "action",
 ) -> ProbabilisticTensorDictSequential:
     """Builds the actor ``pi(a | z)``: tanh mean, scheduled noise, clamped samples.
 
@@ -50,6 +57,8 @@ def make_actor(
         layer_norm (bool): a LayerNorm before each activation. Default: ``False``.
         noise_schedule (NoiseSchedule, optional): standard deviation of the noise.
             Default: ``None``, a new ``NoiseSchedule()``.
+        latent_key (NestedKey): entry to read. Default: ``"latent"``.
+        action_key (NestedKey): entry to write. Default: ``"action"``.
 
     Returns:
         ProbabilisticTensorDictSequential: writes ``action`` ``[*, A]`` and the
@@ -74,7 +83,7 @@ def make_actor(
     head = ActorHead(low, high, schedule)
     actions = low.shape[0]
     net = make_elu_mlp(latent_dim, hidden_dim, actions, head, layer_norm=layer_norm)
-    return make_clamped_actor(net, "latent", ClampedNormal)
+    return make_clamped_actor(net, latent_key, action_key, ClampedNormal)
 
 
 def make_stochastic_actor(
@@ -84,6 +93,8 @@ def make_stochastic_actor(
     latent_dim: int = LATENT_DIM,
     hidden_dim: int = HIDDEN_DIM,
     layer_norm: bool = False,
+    latent_key: NestedKey = "latent",
+    action_key: NestedKey = "action",
 ) -> ProbabilisticTensorDictSequential:
     """Builds an actor ``pi(a | z)`` that learns its own noise (ALM-ENT, Table 5).
 
@@ -98,6 +109,8 @@ def make_stochastic_actor(
         latent_dim (int): size of the latent, L. Default: ``50``.
         hidden_dim (int): width of both hidden layers. Default: ``512``.
         layer_norm (bool): a LayerNorm before each activation. Default: ``False``.
+        latent_key (NestedKey): entry to read. Default: ``"latent"``.
+        action_key (NestedKey): entry to write. Default: ``"action"``.
 
     Returns:
         ProbabilisticTensorDictSequential: writes ``action`` ``[*, A]`` and the
@@ -120,19 +133,23 @@ def make_stochastic_actor(
     head = ActorHead(low, high, None)
     out_dim = 2 * low.shape[0]
     net = make_elu_mlp(latent_dim, hidden_dim, out_dim, head, layer_norm=layer_norm)
-    return make_clamped_actor(net, "latent", ClampedNormal)
+    return make_clamped_actor(net, latent_key, action_key, ClampedNormal)
 
 
 def make_clamped_actor(
-    net: nn.Module, in_key: NestedKey, distribution: type[ClampedNormal]
+    net: nn.Module,
+    in_key: NestedKey,
+    action_key: NestedKey,
+    distribution: type[ClampedNormal],
 ) -> ProbabilisticTensorDictSequential:
     """Wraps a network that ends in an :class:`ActorHead` into an actor."""
-    keys = {name: f"action_{name}" for name in ("loc", "scale", "low", "high")}
+    names = ("loc", "scale", "low", "high")
+    keys = {name: key_beside(action_key, f"{{}}_{name}") for name in names}
     return ProbabilisticTensorDictSequential(
         TensorDictModule(net, [in_key], list(keys.values())),
         ProbabilisticTensorDictModule(
             in_keys=keys,
-            out_keys=["action"],
+            out_keys=[action_key],
             distribution_class=distribution,
             default_interaction_type=InteractionType.RANDOM,
         ),

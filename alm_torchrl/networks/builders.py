@@ -18,6 +18,8 @@ classifier    ``latent, action``,               ``logits`` ``[*, 2]``
 decoder       ``latent``                        ``reconstruction`` ``[*, S]``
 ============  ================================  ====================================
 
+These are the default keys; each is an argument, and nested keys work. Means, standard
+deviations and bounds are named after the entry they belong to, and stand beside it.
 Sizes, activations, bounds and initialisation are those of the paper's appendix D
 and the authors' code. A module of yours with the same keys can replace any part.
 The actors are built in :mod:`~alm_torchrl.networks.actors`.
@@ -28,7 +30,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from tensordict import NestedKey
+from tensordict import NestedKey, unravel_key
 from tensordict.nn import (
     InteractionType,
     ProbabilisticTensorDictModule,
@@ -80,7 +82,8 @@ def make_encoder(
     latent: LatentKind = "gaussian",
     normalize: bool = False,
     layer_norm: bool = False,
-    observation_key: NestedKey = "observation",
+    observation_key: NestedKey | list[NestedKey] = "observation",
+    latent_key: NestedKey = "latent",
 ) -> ProbabilisticTensorDictSequential:
     """Builds the encoder ``e(z | s)``, a diagonal Gaussian over latents.
 
@@ -98,7 +101,8 @@ def make_encoder(
     |m(z, a) - e'(s')|^2``. The latent model must be of the same kind.
 
     Args:
-        observation_dim (int): size of the flat observation.
+        observation_dim (int): size of the flat observation; of several entries, the
+            sum of their sizes.
 
     Keyword Args:
         latent_dim (int): size of the latent, L. Default: ``50``.
@@ -108,7 +112,9 @@ def make_encoder(
         normalize (bool): a :class:`~alm_torchrl.networks.RunningNorm` first, for
             ``ALMLoss.observe`` to update. Default: ``False``.
         layer_norm (bool): a LayerNorm before each activation. Default: ``False``.
-        observation_key (NestedKey): key to read. Default: ``"observation"``.
+        observation_key (NestedKey or list of NestedKey): entry to read, or several,
+            which are put one after the other. Default: ``"observation"``.
+        latent_key (NestedKey): entry to write. Default: ``"latent"``.
 
     Returns:
         ProbabilisticTensorDictSequential: writes ``latent_loc``, ``latent_scale``
@@ -125,6 +131,8 @@ def make_encoder(
         >>> td = TensorDict(observation=torch.zeros(4, 3), batch_size=[4])
         >>> encoder(td)["latent"].shape
         torch.Size([4, 2])
+        >>> make_encoder(5, observation_key=["position", ("arm", "speed")]).in_keys
+        ['position', ('arm', 'speed')]
     """
     check_sizes(
         observation_dim=observation_dim, latent_dim=latent_dim, hidden_dim=hidden_dim
@@ -138,14 +146,15 @@ def make_encoder(
     )
     if normalize:
         net.insert(0, RunningNorm(observation_dim))
-    return _make_gaussian(net, [observation_key], "latent", "latent", latent)
+    return _make_gaussian(net, listed(observation_key), latent_key, latent)
 
 
 def make_identity_encoder(
     observation_dim: int,
     *,
     scale: float = LATENT_SCALE,
-    observation_key: NestedKey = "observation",
+    observation_key: NestedKey | list[NestedKey] = "observation",
+    latent_key: NestedKey = "latent",
 ) -> ProbabilisticTensorDictSequential:
     """Builds an encoder without parameters: the latent is the observation (Fig. 13).
 
@@ -158,7 +167,9 @@ def make_identity_encoder(
     Keyword Args:
         scale (float): standard deviation, in units of the observation. Default:
             ``0.1``, the smallest that the model can have.
-        observation_key (NestedKey): key to read. Default: ``"observation"``.
+        observation_key (NestedKey or list of NestedKey): as of :func:`make_encoder`.
+            Default: ``"observation"``.
+        latent_key (NestedKey): entry to write. Default: ``"latent"``.
 
     Returns:
         ProbabilisticTensorDictSequential: writes ``latent_loc``, ``latent_scale``
@@ -177,7 +188,7 @@ def make_identity_encoder(
     check_sizes(observation_dim=observation_dim)
     scale = check_number("scale", scale, open_low=True)
     net = FixedScale(torch.full((observation_dim,), scale))
-    return _make_gaussian(net, [observation_key], "latent", "latent", "gaussian")
+    return _make_gaussian(net, listed(observation_key), latent_key, "gaussian")
 
 
 def make_model(
@@ -188,6 +199,8 @@ def make_model(
     hidden_layers: int = 2,
     latent: LatentKind = "gaussian",
     layer_norm: bool = False,
+    latent_key: NestedKey = "latent",
+    action_key: NestedKey = "action",
 ) -> ProbabilisticTensorDictSequential:
     """Builds the latent model ``m(z' | z, a)``, a diagonal Gaussian like the encoder.
 
@@ -201,6 +214,9 @@ def make_model(
         latent (str): the kind of its latents, that of :func:`make_encoder`.
             Default: ``"gaussian"``.
         layer_norm (bool): a LayerNorm before each activation. Default: ``False``.
+        latent_key (NestedKey): entry to read; under ``"next"``, the one to write.
+            Default: ``"latent"``.
+        action_key (NestedKey): entry to read. Default: ``"action"``.
 
     Returns:
         ProbabilisticTensorDictSequential: writes ``next_latent_loc``,
@@ -221,8 +237,9 @@ def make_model(
         hidden_layers=check_integer("hidden_layers", hidden_layers),
         layer_norm=layer_norm,
     )
-    keys: list[NestedKey] = ["latent", "action"]
-    return _make_gaussian(net, keys, "next_latent", ("next", "latent"), latent)
+    return _make_gaussian(
+        net, [latent_key, action_key], latent_key, latent, following=True
+    )
 
 
 def make_qvalue(
@@ -231,6 +248,9 @@ def make_qvalue(
     latent_dim: int = LATENT_DIM,
     hidden_dim: int = HIDDEN_DIM,
     layer_norm: bool = False,
+    latent_key: NestedKey = "latent",
+    action_key: NestedKey = "action",
+    state_action_value_key: NestedKey = "state_action_value",
 ) -> TensorDictModule:
     """Builds the twin critic ``Q1, Q2 (z, a)``.
 
@@ -241,6 +261,10 @@ def make_qvalue(
         latent_dim (int): size of the latent, L. Default: ``50``.
         hidden_dim (int): width (LayerNorm and tanh, then ELU). Default: ``512``.
         layer_norm (bool): a LayerNorm before the ELU too. Default: ``False``.
+        latent_key (NestedKey): entry to read. Default: ``"latent"``.
+        action_key (NestedKey): likewise. Default: ``"action"``.
+        state_action_value_key (NestedKey): entry to write.
+            Default: ``"state_action_value"``.
 
     Returns:
         TensorDictModule: writes ``state_action_value`` ``[*, 2]``. A critic of yours
@@ -255,7 +279,7 @@ def make_qvalue(
     """
     check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
     net = TwinCritic(latent_dim + action_dim, hidden_dim, layer_norm=layer_norm)
-    return TensorDictModule(net, ["latent", "action"], ["state_action_value"])
+    return TensorDictModule(net, [latent_key, action_key], [state_action_value_key])
 
 
 def make_reward(
@@ -264,6 +288,9 @@ def make_reward(
     latent_dim: int = LATENT_DIM,
     hidden_dim: int = HIDDEN_DIM,
     layer_norm: bool = False,
+    latent_key: NestedKey = "latent",
+    action_key: NestedKey = "action",
+    predicted_reward_key: NestedKey = "predicted_reward",
 ) -> TensorDictModule:
     """Builds the reward model ``r(z, a)`` (Eq. 11).
 
@@ -274,6 +301,10 @@ def make_reward(
         latent_dim (int): size of the latent, L. Default: ``50``.
         hidden_dim (int): width (LayerNorm and tanh, then ELU). Default: ``512``.
         layer_norm (bool): a LayerNorm before the ELU too. Default: ``False``.
+        latent_key (NestedKey): entry to read. Default: ``"latent"``.
+        action_key (NestedKey): likewise. Default: ``"action"``.
+        predicted_reward_key (NestedKey): entry to write.
+            Default: ``"predicted_reward"``.
 
     Returns:
         TensorDictModule: writes ``predicted_reward`` ``[*, 1]``.
@@ -288,7 +319,7 @@ def make_reward(
     check_sizes(action_dim=action_dim, latent_dim=latent_dim, hidden_dim=hidden_dim)
     in_dim = latent_dim + action_dim
     net = make_value_mlp(in_dim, hidden_dim, 1, layer_norm=layer_norm)
-    return TensorDictModule(net, ["latent", "action"], ["predicted_reward"])
+    return TensorDictModule(net, [latent_key, action_key], [predicted_reward_key])
 
 
 def make_classifier(
@@ -298,6 +329,9 @@ def make_classifier(
     hidden_dim: int = HIDDEN_DIM,
     layer_norm: bool = False,
     linear: bool = False,
+    latent_key: NestedKey = "latent",
+    action_key: NestedKey = "action",
+    logits_key: NestedKey = "logits",
 ) -> TensorDictModule:
     """Builds the classifier ``C(z, a, z')`` of real against imagined latents (Eq. 9).
 
@@ -310,6 +344,10 @@ def make_classifier(
         layer_norm (bool): a LayerNorm before the ELU too. Default: ``False``.
         linear (bool): logits linear in ``(z, a, z')``, without hidden layers (Fig. 16).
             Default: ``False``.
+        latent_key (NestedKey): entry to read, now and under ``"next"``.
+            Default: ``"latent"``.
+        action_key (NestedKey): entry to read. Default: ``"action"``.
+        logits_key (NestedKey): entry to write. Default: ``"logits"``.
 
     Returns:
         TensorDictModule: writes ``logits`` ``[*, 2]``; index 1 is "from the encoder".
@@ -327,11 +365,17 @@ def make_classifier(
         net = MLP(OutputLinear(in_dim, 2))
     else:
         net = make_value_mlp(in_dim, hidden_dim, 2, layer_norm=layer_norm)
-    return TensorDictModule(net, ["latent", "action", ("next", "latent")], ["logits"])
+    keys = [latent_key, action_key, ("next", latent_key)]
+    return TensorDictModule(net, keys, [logits_key])
 
 
 def make_decoder(
-    observation_dim: int, *, latent_dim: int = LATENT_DIM, hidden_dim: int = HIDDEN_DIM
+    observation_dim: int,
+    *,
+    latent_dim: int = LATENT_DIM,
+    hidden_dim: int = HIDDEN_DIM,
+    latent_key: NestedKey = "latent",
+    reconstruction_key: NestedKey = "reconstruction",
 ) -> TensorDictModule:
     """Builds the decoder ``d(s | z)``: the mean of a unit Gaussian over observations.
 
@@ -344,6 +388,9 @@ def make_decoder(
     Keyword Args:
         latent_dim (int): size of the latent, L. Default: ``50``.
         hidden_dim (int): width of both hidden layers. Default: ``512``.
+        latent_key (NestedKey): entry to read. Default: ``"latent"``.
+        reconstruction_key (NestedKey): entry to write.
+            Default: ``"reconstruction"``.
 
     Returns:
         TensorDictModule: writes ``reconstruction`` ``[*, S]``.
@@ -359,7 +406,7 @@ def make_decoder(
         observation_dim=observation_dim, latent_dim=latent_dim, hidden_dim=hidden_dim
     )
     net = make_elu_mlp(latent_dim, hidden_dim, observation_dim)
-    return TensorDictModule(net, ["latent"], ["reconstruction"])
+    return TensorDictModule(net, [latent_key], [reconstruction_key])
 
 
 def _latent_head(
@@ -387,22 +434,39 @@ def _latent_head(
 def _make_gaussian(
     net: nn.Module,
     in_keys: list[NestedKey],
-    prefix: str,
-    out_key: NestedKey,
+    latent_key: NestedKey,
     kind: LatentKind,
+    *,
+    following: bool = False,
 ) -> ProbabilisticTensorDictSequential:
-    loc, scale = f"{prefix}_loc", f"{prefix}_scale"
+    """Draws the latent, or the following one, from what the network gives."""
+    prefix = "next_" if following else ""
+    loc = key_beside(latent_key, prefix + "{}_loc")
+    scale = key_beside(latent_key, prefix + "{}_scale")
     return ProbabilisticTensorDictSequential(
         TensorDictModule(net, in_keys, [loc, scale]),
         ProbabilisticTensorDictModule(
             in_keys={"loc": loc, "scale": scale},
-            out_keys=[out_key],
+            out_keys=[("next", latent_key) if following else latent_key],
             distribution_class=IndependentNormal if kind == "gaussian" else PointNormal,
             # Non-finite parameters must reach the loss, where they are reported.
             distribution_kwargs={"validate_args": False},
             default_interaction_type=InteractionType.RANDOM,
         ),
     )
+
+
+def key_beside(key: NestedKey, name: str) -> NestedKey:
+    """The key in the same place with another name, in which {} stands for the old."""
+    if isinstance(key, str):
+        return name.format(key)
+    *place, last = unravel_key(key)
+    return (*place, name.format(last))
+
+
+def listed(keys: NestedKey | list[NestedKey]) -> list[NestedKey]:
+    """One key or several as a list."""
+    return keys if isinstance(keys, list) else [keys]
 
 
 def check_sizes(**sizes: int) -> None:

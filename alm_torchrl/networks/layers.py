@@ -148,7 +148,7 @@ class GaussianHead(nn.Module):
 
 
 class FixedScale(nn.Module):
-    """Returns its input as the mean, and a constant standard deviation."""
+    """Returns its inputs, concatenated, as the mean, and a constant deviation."""
 
     scale: Tensor
 
@@ -156,7 +156,8 @@ class FixedScale(nn.Module):
         super().__init__()
         self.register_buffer("scale", scale)
 
-    def forward(self, loc: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        loc = _concatenated(inputs)
         return loc, self.scale.expand_as(loc)
 
 
@@ -222,7 +223,7 @@ class MLP(nn.Sequential):
     """Sequential that concatenates its inputs first."""
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        output = torch.cat(inputs, -1) if len(inputs) > 1 else inputs[0]
+        output = _concatenated(inputs)
         for layer in self:
             output = layer(output)
         return output
@@ -254,6 +255,10 @@ def make_value_mlp(
         *_hidden(hidden_dim, hidden_dim, nn.ELU(inplace=True), layer_norm),
         OutputLinear(hidden_dim, out_dim),
     )
+
+
+def _concatenated(inputs: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat(inputs, -1) if len(inputs) > 1 else inputs[0]
 
 
 def _hidden(

@@ -9,6 +9,7 @@ import shlex
 import tomllib
 from pathlib import Path
 
+import mujoco
 import pytest
 import torch
 import tyro
@@ -82,6 +83,15 @@ def test_python_runs(code, tmp_path, monkeypatch):
         assert cli.main(["train", task, "--run-dir", folder, *TINY.split()]) == 0
     space = {"__name__": "printed", "torch": torch, "Tensor": torch.Tensor}
     exec(compile(code, "printed", "exec"), space)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", cases(lambda text: blocks(text, "py")))
+def test_python_with_a_package_of_its_own_runs(code):
+    pytest.importorskip("dm_control.suite", exc_type=ImportError)
+    if mujoco.__version__ >= "4":
+        pytest.skip("dm_control 1.0.50 fails with MuJoCo 4")
+    exec(compile(code, "printed", "exec"), {"__name__": "printed"})
 
 
 @pytest.fixture

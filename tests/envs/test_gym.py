@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import gymnasium
@@ -133,7 +134,12 @@ def test_clamp_keeps_the_bounds_and_warns_beyond_one():
         (spaces.Box(0, 255, (8, 8, 3), np.uint8), UNIT, r"vectors of .*uint8.*images"),
         (spaces.Box(0.0, 1.0, (0,)), UNIT, r"vectors of .*\(0,\)"),
         (spaces.Box(-1.0, 1.0, (2, 2)), UNIT, r"one dimension.*\(2, 2\)"),
-        (spaces.Dict(a=UNIT), UNIT, r"Dict\('a'.*FlattenObservation"),
+        (
+            spaces.Dict(a=UNIT, b=spaces.Discrete(3)),
+            UNIT,
+            r"Dict\('a'.*FlattenObservation",
+        ),
+        (spaces.Tuple([spaces.Box(0, 1, (2, 2))]), UNIT, r"vectors of .*Tuple"),
         (spaces.Discrete(4), UNIT, r"Discrete\(4\).*FlattenObservation"),
         (FLAT, spaces.Discrete(3), r"actions that are vectors .*Discrete\(3\)"),
         (FLAT, spaces.Box(0, 3, (2,), np.int64), r"actions .* of floats.*int64"),
@@ -166,6 +172,37 @@ def test_vectors_of_other_numbers_become_float32(register, dtype):
     first = env.reset()["observation"]
     assert first.dtype == torch.float32
     assert env.observation_spec["observation"].is_in(first)
+
+
+COUNTS = spaces.Box(0, 9, (3,), np.int64)
+
+
+@pytest.mark.parametrize(
+    ("space", "flat"),
+    [
+        (spaces.Dict(b=UNIT, a=COUNTS), lambda o: [*o["b"], *o["a"]]),
+        (spaces.Tuple([UNIT, COUNTS]), lambda o: [*o[0], *o[1]]),
+        (
+            spaces.Dict(t=spaces.Tuple([UNIT, spaces.Dict(z=COUNTS)]), s=FLAT),
+            lambda o: [*o["t"][0], *o["t"][1]["z"], *o["s"]],
+        ),
+    ],
+)
+def test_dictionaries_and_tuples_of_vectors_are_flattened(register, space, flat):
+    task = register(space, UNIT)
+    with pytest.warns(UserWarning, match=f"{task}.* are flattened to one ve") as record:
+        env = make_env(task)
+    assert [w.filename for w in record] == [__file__]
+    space.seed(0)
+    twin = copy.deepcopy(space)
+    first, second = (np.float32(flat(twin.sample())) for _ in range(2))
+    data = env.reset()
+    assert data["observation"].dtype == torch.float32
+    np.testing.assert_array_equal(data["observation"], first)
+    data = env.step(data.set("action", torch.zeros(2)))
+    np.testing.assert_array_equal(data["next", "observation"], second)
+    assert env.observation_spec["observation"].is_in(data["observation"])
+    assert env.unwrapped.action.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(

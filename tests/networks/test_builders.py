@@ -171,7 +171,17 @@ KEYS = {
         {("deep", "state"): 5},
         LATENT,
     ),
+    "two entries": (
+        make_encoder(5, observation_key=["x", ("deep", "v")], normalize=True, **SMALL),
+        {"x": 2, ("deep", "v"): 3},
+        LATENT,
+    ),
     "identity": (make_identity_encoder(4), {"observation": 4}, LATENT),
+    "identity of two": (
+        make_identity_encoder(4, observation_key=["x", "v"], latent_key=("a", "z")),
+        {"x": 1, "v": 3},
+        {("a", "z_loc"): 4, ("a", "z_scale"): 4, ("a", "z"): 4},
+    ),
     "model": (
         make_model(2, **SMALL),
         PAIR,
@@ -184,6 +194,43 @@ KEYS = {
     "classifier": (make_classifier(2, **SMALL), TRIPLE, {"logits": 2}),
     "linear": (make_classifier(2, linear=True, **SMALL), TRIPLE, {"logits": 2}),
     "decoder": (make_decoder(5, **SMALL), {"latent": 4}, {"reconstruction": 5}),
+}
+OWN = {"latent_key": ("a", "z"), "action_key": ("a", "u"), **SMALL}
+OWN_PAIR = {("a", "z"): 4, ("a", "u"): 2}
+OWN_ACTION = {("a", f"u_{name}"): 2 for name in ("loc", "scale", "low", "high")}
+OWN_ACTION |= {("a", "u"): 2}
+KEYS |= {
+    "own model": (
+        make_model(2, **OWN),
+        OWN_PAIR,
+        {("a", "next_z_loc"): 4, ("a", "next_z_scale"): 4, ("next", "a", "z"): 4},
+    ),
+    "own actor": (make_actor(*BOUNDS, **OWN), {("a", "z"): 4}, OWN_ACTION),
+    "own stochastic": (
+        make_stochastic_actor(*BOUNDS, **OWN),
+        {("a", "z"): 4},
+        OWN_ACTION,
+    ),
+    "own qvalue": (
+        make_qvalue(2, state_action_value_key=("a", "q"), **OWN),
+        OWN_PAIR,
+        {("a", "q"): 2},
+    ),
+    "own reward": (
+        make_reward(2, predicted_reward_key="r", **OWN),
+        OWN_PAIR,
+        {"r": 1},
+    ),
+    "own classifier": (
+        make_classifier(2, logits_key=("a", "c"), **OWN),
+        {**OWN_PAIR, ("next", "a", "z"): 4},
+        {("a", "c"): 2},
+    ),
+    "own decoder": (
+        make_decoder(5, latent_key=("a", "z"), reconstruction_key="s", **SMALL),
+        {("a", "z"): 4},
+        {"s": 5},
+    ),
 }
 
 
