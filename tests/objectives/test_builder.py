@@ -169,7 +169,7 @@ def test_keys_of_the_environment_are_used(batch):
     loss.observe(data)
     [norm] = [m for m in loss.encoder.modules() if isinstance(m, RunningNorm)]
     seen = torch.cat([data["robot", "x"], data["v"]], -1).reshape(-1, 5)
-    torch.testing.assert_close(norm.mean, seen.mean(0))
+    torch.testing.assert_close(norm.mean, seen.double().mean(0))
     losses = loss(data)
     assert all(value.isfinite().all() for value in losses.values())
     sum(losses[f"loss_{name}"] for name in ("model", "actor")).backward()
