@@ -21,7 +21,7 @@ class RunningNorm(nn.Module):
     ``clip((x - mean) / sqrt(var + 1e-8), -10, 10)``; before the first row the mean is
     0 and the variance 1. Nothing but :meth:`update` changes the statistics. They are
     buffers in double precision, so that an entry that never changes gives 0 and not the
-    rounding of its mean in units of a tiny deviation: they travel with the
+    rounding of its mean in units of a tiny deviation. They travel with the
     ``state_dict``, and a compiled update follows them.
 
     Args:

@@ -132,7 +132,7 @@ class TrainConfig:
     latent_dim: Size = 50
     """Size of the latent state."""
     hidden_dim: Size = 512
-    """Units per hidden layer of the other networks."""
+    """Units per hidden layer, but for the latent model and the reward model."""
     model_hidden_dim: Size = 1024
     """Units per hidden layer of the latent model."""
     reward_hidden_dim: Size | None = None
