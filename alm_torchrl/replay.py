@@ -262,7 +262,7 @@ def _first_reads(index: torch.Tensor) -> torch.Tensor:
 
 
 def _check_trajectories(rows: TensorDictBase) -> None:
-    """Raises a ValueError unless no trajectory of rows [E, T] is in two environments."""
+    """Raises a ValueError unless rows [E, T] have a trajectory in one place only."""
     ids = rows.get(TRAJECTORY_KEY, None)
     if ids is None:
         got = "none"
@@ -273,7 +273,7 @@ def _check_trajectories(rows: TensorDictBase) -> None:
             return
         got = "some that environments share"
     raise ValueError(
-        f"tensordicts: expected {TRAJECTORY_KEY}, which a Collector numbers, with other "
+        f"tensordicts: expected {TRAJECTORY_KEY}, which a Collector writes, with other "
         f"numbers in each of the {len(rows)} environments, got {got}."
     )
 

@@ -195,7 +195,7 @@ def test_steps_of_a_batched_collector_are_stored_in_the_order_of_time():
     buffer = make_replay_buffer(40, horizon=3, batch_size=64)
     for steps in rows.split(4, dim=1):
         buffer.extend(steps)
-    assert "index" not in rows.keys()
+    assert ("index",) not in rows.keys(True)
     assert buffer[:]["observation"][:6].tolist() == [
         *([0, 0, 0], [1, 0, 0], [2, 0, 0]),
         *([0, 0, 1], [1, 0, 1], [2, 0, 1]),
