@@ -120,7 +120,6 @@ class StoredWindows:
         capacity = len(self._next)
         positions = new % capacity
         self._next[positions] = positions
-        self._previous[positions] = -1
         if len(new) == 0:
             return
         data = stored_rows(storage)
