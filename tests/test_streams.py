@@ -26,15 +26,19 @@ STREAMS = st.lists(
 )
 
 
-def make_stream(number, lengths, first_id):
-    """Rows whose observation says the environment, its episode and the step."""
-    rows = []
+def make_stream(number, lengths, first_id, renew=True):
+    """Rows whose observation says the environment, its episode and the step.
+
+    Without ``renew`` an episode that ends leaves its id to the next one.
+    """
+    rows, number_of_ids = [], 0
     for episode, length in enumerate(lengths):
         steps = abs(length)
         done = torch.zeros(steps, 1, dtype=torch.bool)
         done[-1] = length > 0
         observation = torch.tensor([[number, episode, t] for t in range(steps)]).float()
-        collector = {"traj_ids": torch.full((steps,), first_id + episode)}
+        collector = {"traj_ids": torch.full((steps,), first_id + number_of_ids)}
+        number_of_ids += renew or length < 0
         rows.append(
             TensorDict(
                 {
@@ -48,8 +52,10 @@ def make_stream(number, lengths, first_id):
     return torch.cat(rows)
 
 
-def make_streams(streams):
-    return [make_stream(e, lengths, 100 * e) for e, lengths in enumerate(streams)]
+def make_streams(streams, renew=True):
+    return [
+        make_stream(e, lengths, 100 * e, renew) for e, lengths in enumerate(streams)
+    ]
 
 
 def interleave(streams, turns):
@@ -98,12 +104,14 @@ def wrong(observation):
     spare=st.integers(0, 12),
     n_step=st.integers(1, 4),
     short=st.booleans(),
+    renew=st.booleans(),
     chunks=st.lists(st.tuples(st.integers(1, 17), st.booleans()), min_size=1),
 )
 def test_windows_of_interleaved_streams_match_brute_force(
-    streams, turns, horizon, spare, n_step, short, chunks
+    streams, turns, horizon, spare, n_step, short, renew, chunks
 ):
-    data, capacity = interleave(make_streams(streams), turns), horizon + spare
+    data = interleave(make_streams(streams, renew), turns)
+    capacity = horizon + spare
     options = {"horizon": horizon, "n_step": n_step, "short_slices": short}
     buffer, loaded = (
         make_replay_buffer(

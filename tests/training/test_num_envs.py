@@ -117,7 +117,7 @@ def test_a_natively_batched_environment_trains(rate, end):
     assert trainer.collected_frames == end == len(trainer.replay_buffer)
     assert trainer.optimization_stepper.optimizer_step_count == 30
     assert trainer._optim_count == 30
-    assert loss.noise_schedule.step_count == 30
+    assert int(loss.noise_schedule.count) == 30
     steps = [row["training_step"] for row in rows]
     # At the first turn of the environments that reaches a multiple of the interval.
     assert [step // 10 for step in steps] == [0, 1, 2, 3]
