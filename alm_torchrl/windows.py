@@ -123,16 +123,16 @@ class StoredWindows:
         if len(new) == 0:
             return
         data = stored_rows(storage)
-        done = _read(data.get(DONE_KEY), positions).any(axis=1)
+        done = np.logical_or.reduce(_read(data.get(DONE_KEY), positions), axis=1)
         column = data.get(TRAJECTORY_KEY, None)
-        ids: np.ndarray = np.zeros(len(new), dtype=np.int64)
+        ids = np.zeros(len(new), dtype=np.int64)
         if column is not None:
             ids = _read(column, positions)[:, 0]
         edges = np.zeros(1, dtype=np.int64)  # Where another trajectory begins.
         if len(new) > 1:
             order = np.argsort(ids, kind="stable")
             new, done, ids = new[order], done[order], ids[order]
-            same = np.equal(ids[1:], ids[:-1])
+            same = ids[1:] == ids[:-1]
             goes_on = same & ~done[:-1]
             self._connect(new[:-1][goes_on], new[1:][goes_on])
             edges = np.append(edges, np.flatnonzero(~same) + 1)

@@ -27,4 +27,3 @@ def test_another_number_of_environments_is_another_run(tmp_path, capsys):
     assert run(tmp_path / "run", *MANY) == 0
     line = refused(capsys, run, tmp_path / "run", "--num-envs", "2", *MANY[2:])
     assert "num_envs: 3 in the run, 2 now" in line
-    assert "num_envs: expected" in refused(capsys, run, tmp_path, "--num-envs", "0")
