@@ -28,11 +28,10 @@ from alm_torchrl.checks import check_device, check_integer, check_number, check_
 from alm_torchrl.compat import last_written, storage_revision, stored_rows
 from alm_torchrl.windows import (
     DONE_KEY,
+    SINGLE_KEY,
     TRAJECTORY_KEY,
-    check_storage,
-    follow_rows,
+    StoredWindows,
     recent_age,
-    window_offsets,
 )
 
 __all__ = ["UniformWindowSampler", "make_replay_buffer"]
@@ -62,20 +61,21 @@ def _split(data: TensorDictBase, horizon: int) -> tuple[TensorDictBase, TensorDi
 class UniformWindowSampler(Sampler):
     """Draws windows of consecutive steps uniformly.
 
-    A window is ``horizon`` consecutive rows of one ``("collector", "traj_ids")``
-    (where that key is stored), of which only the last may have ``("next", "done")``
-    set. So it never crosses an episode's end, a time limit, the place where the ring
-    is being overwritten, or a resume that starts a fresh episode. Every valid window is
-    equally likely. (`torchrl.data.SliceSampler` draws trajectories uniformly, which
-    favours steps of short ones.) In the buffer of `make_replay_buffer` it draws single
-    rows, too: every stored row is equally likely, and independent of the windows. There
-    it adds the rows that follow a single one, as far as the episode was recorded.
+    A window is ``horizon`` consecutive steps of one trajectory, of which only the last
+    may have ``("next", "done")`` set. So it never crosses an episode's end, a time
+    limit, the place where the ring is being overwritten, or a resume that starts a
+    fresh episode. Any number of environments may write their steps in turns, if
+    ``("collector", "traj_ids")`` tells them apart; without that key all rows are those
+    of one. Every valid window is equally likely. (`torchrl.data.SliceSampler` draws
+    trajectories uniformly, which favours steps of short ones.) In the buffer of
+    `make_replay_buffer` it draws single rows, too: every stored row is equally likely,
+    and independent of the windows. There it adds the rows that follow a single one, as
+    far as the episode was recorded, and marks these columns in the entry "is_single".
 
-    A queue holds the rows at which a window may start, oldest first. A write appends
-    new starts and drops overwritten ones, so the cost of a draw does not grow with what
-    is stored. After writes other than ``add`` and ``extend`` of the buffer, the next
-    draw rebuilds the queue. Its order depends on the stored rows alone: a loaded
-    buffer draws what the saved one draws.
+    The cost of a draw does not grow with what is stored: links between rows and a queue
+    of starts follow each ``add`` and ``extend`` of the buffer, in other processes too,
+    if it is shared. After other writes the next draw rebuilds them. Their order depends
+    on the stored rows alone: a loaded buffer draws what the saved one draws.
 
     Draws come from the buffer's generator, or else from torch's global one.
 
@@ -127,32 +127,28 @@ class UniformWindowSampler(Sampler):
         # Columns from a single row on; set by the buffer that tells them from windows.
         self.n_step = 0
         self.short = False  # Whether windows may be short; set by that buffer, too.
-        self._last_row: int | None = None
-        self._revision = -1  # of the storage, after the writes that were seen
-        self._pending = 0  # rows written since the last draw
-        # Rows are numbered in the order of writing: row r is at r % capacity.
-        self._written = 0
-        # Circular queue of the rows that start a valid window.
-        self._starts = np.empty(0, dtype=np.int64)
-        self._head = 0
-        self._count = 0
+        # Writes, the rows in them, and the position of the last row, or -1; of all
+        # processes that the sampler is sent to.
+        self._log = torch.tensor([0, 0, -1]).share_memory_()
+        # The same, and the storage's revision, at the last draw.
+        self._seen = (-1, 0, 0)
+        self._windows: StoredWindows | None = None
 
     def add(self, index: int | torch.Tensor) -> None:
         """Records that a row was written at an index."""
-        self._last_row = int(index)
-        self._pending += 1
-        self._revision += 1
+        self._record(1, int(index))
 
     def extend(self, index: torch.Tensor) -> None:
         """Records that rows were written at the indices [N], in this order."""
-        self._last_row = int(index[-1])
-        self._pending += len(index)
-        self._revision += 1
+        self._record(len(index), int(index[-1]))
+
+    def _record(self, rows: int, last: int) -> None:
+        writes, before, _ = self._log.tolist()
+        self._log.copy_(torch.tensor([writes + 1, before + rows, last]))
 
     def can_sample(self, storage: Storage, batch_size: int) -> bool:
         """Whether the storage holds a valid window; draws are with replacement."""
-        self._settle(storage)
-        return len(storage) > 0 if self.short else self._count > 0
+        return len(storage) > 0 if self.short else self._settled(storage).count > 0
 
     def sample(
         self, storage: Storage, batch_size: int
@@ -173,33 +169,34 @@ class UniformWindowSampler(Sampler):
             ValueError: if ``batch_size`` is not a positive integer.
         """
         batch_size = check_integer("batch_size", batch_size)
-        self._settle(storage)
-        stored, capacity = len(storage), storage.max_size
+        windows, stored = self._settled(storage), len(storage)
         if not self.can_sample(storage, batch_size):
             raise RuntimeError(
                 f"No valid window among the {stored} stored rows: horizon "
                 f"{self.horizon} needs {self.horizon} consecutive steps of one episode."
             )
         if self.short:
-            starts = self._draw_rows(storage, batch_size)
-            index = follow_rows(storage, starts, self.horizon, self._written)
+            starts = self._draw_rows(storage, windows, batch_size)
         else:
-            rank = self._draw(self._count, batch_size)
-            starts = self._starts[(self._head + rank) % capacity]
-            index = (starts[:, None] + np.arange(self.horizon)) % capacity
-        if self.n_step:
-            rows = self._draw_rows(storage, batch_size)
-            ahead = follow_rows(storage, rows, self.n_step, self._written)
-            index = np.concatenate((index, ahead), axis=1)
-        return torch.from_numpy(index), {}
+            starts = windows.starts(self._draw(windows.count, batch_size))
+        index = windows.follow(starts, self.horizon)
+        if not self.n_step:
+            return torch.from_numpy(index), {}
+        rows = self._draw_rows(storage, windows, batch_size)
+        ahead = windows.follow(rows, self.n_step)
+        index = np.concatenate((index, ahead), axis=1)
+        is_single = torch.arange(index.shape[1]) >= self.horizon
+        return torch.from_numpy(index), {SINGLE_KEY: is_single.expand(index.shape)}
 
-    def _draw_rows(self, storage: Storage, size: int) -> np.ndarray:
+    def _draw_rows(
+        self, storage: Storage, windows: StoredWindows, size: int
+    ) -> np.ndarray:
         """Positions [size] of stored rows."""
         stored = len(storage)
         rank = self._draw(stored, size)
         if self.recency_decay == 1:
             return rank
-        return (self._written - stored + rank) % storage.max_size
+        return (windows.written - stored + rank) % storage.max_size
 
     def _draw(self, high: int, size: int) -> np.ndarray:
         """Ranks [size] below ``high``, where the oldest comes first."""
@@ -213,56 +210,34 @@ class UniformWindowSampler(Sampler):
         drawn = torch.randint(high, (size,), generator=self._rng, device=device)
         return drawn.cpu().numpy()
 
-    def _settle(self, storage: Storage) -> None:
-        """Brings the queue of starts up to date with the storage."""
-        # Whether only the pending rows have changed since the last draw.
-        is_known = self._revision == storage_revision(storage)
-        if is_known and self._pending == 0:
-            return
-        stored, capacity = len(storage), storage.max_size
-        if is_known:
-            new = self._written
-            written = new + self._pending
-        else:
-            check_storage(storage)
-            self._starts = np.empty(capacity, dtype=np.int64)
-            self._head = self._count = 0
-            written = stored if stored < capacity else capacity + self._cursor(storage)
-            new = written - stored
-        oldest = written - stored
-        # Each written row overwrites at most one start, the oldest first.
-        front = self._starts[self._slots(0, min(self._count, self._pending))]
-        expired = int((front < oldest).sum())
-        self._head = (self._head + expired) % capacity
-        self._count -= expired
-        # The first windows that end in a new row start before that row.
-        first = max(new - self.horizon + 1, oldest)
-        starts = first + window_offsets(storage, first, written, self.horizon)
-        self._starts[self._slots(self._count, len(starts))] = starts
-        self._count += len(starts)
-        self._written = written
-        self._pending = 0
-        self._revision = storage_revision(storage)
-
-    def _cursor(self, storage: Storage) -> int:
-        """Position of a full storage's oldest row, which is overwritten next."""
-        last = self._last_row
-        if last is None:  # written by another buffer, or full from the start
-            last = last_written(storage)
-        return 0 if last is None else (last + 1) % storage.max_size
-
-    def _slots(self, offset: int, length: int) -> np.ndarray:
-        """Positions in the circular queue, from ``offset`` after its head."""
-        positions = np.arange(self._head + offset, self._head + offset + length)
-        return positions % len(self._starts)
+    def _settled(self, storage: Storage) -> StoredWindows:
+        """The windows in the storage as it is now."""
+        revision = storage_revision(storage)
+        writes, rows, last = self._log.tolist()
+        known_revision, known_writes, known_rows = self._seen
+        windows = self._windows
+        # Each write that was recorded has changed the storage once.
+        if windows is None or revision - known_revision != writes - known_writes:
+            stored, capacity = len(storage), storage.max_size
+            if last < 0:  # written by another buffer, or full from the start
+                written_last = last_written(storage)
+                last = -1 if written_last is None else written_last
+            written = stored if stored < capacity else capacity + last + 1
+            windows = self._windows = StoredWindows(storage, self.horizon, written)
+        elif rows > known_rows:
+            windows.append(storage, rows - known_rows)
+        self._seen = (revision, writes, rows)
+        return windows
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the last row written; the rest follows from the storage."""
-        return {"last_row": self._last_row}
+        last = int(self._log[2])
+        return {"last_row": None if last < 0 else last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the state."""
-        self._last_row = state_dict["last_row"]
+        last = state_dict["last_row"]
+        self._log[2] = -1 if last is None else last
 
     def dumps(self, path: str | Path) -> None:
         """Writes the state into a directory, which is made if missing."""
@@ -286,6 +261,23 @@ def _first_reads(index: torch.Tensor) -> torch.Tensor:
     return functional.pad(index.diff(dim=1) != 0, (1, 0), value=True)
 
 
+def _check_trajectories(rows: TensorDictBase) -> None:
+    """Raises a ValueError unless rows [E, T] have a trajectory in one place only."""
+    ids = rows.get(TRAJECTORY_KEY, None)
+    if ids is None:
+        got = "none"
+    else:
+        ids = ids.reshape(rows.batch_size)
+        pairs = torch.stack((torch.arange(len(ids)).expand_as(ids.T).T, ids.cpu()), -1)
+        if len(pairs.flatten(0, 1).unique(dim=0)) == len(ids.unique()):
+            return
+        got = "some that environments share"
+    raise ValueError(
+        f"tensordicts: expected {TRAJECTORY_KEY}, which a Collector writes, with other "
+        f"numbers in each of the {len(rows)} environments, got {got}."
+    )
+
+
 class WindowReplayBuffer(TensorDictReplayBuffer):
     """A `TensorDictReplayBuffer` that samples slices and single transitions.
 
@@ -302,27 +294,31 @@ class WindowReplayBuffer(TensorDictReplayBuffer):
     def extend(
         self, tensordicts: TensorDictBase, *, update_priority: bool | None = None
     ) -> torch.Tensor:
-        """Stores rows [N] in the order of their time steps.
+        """Stores rows [N] in the order of time, or [E, T] of E environments.
 
         Raises:
-            ValueError: if there are more rows than the buffer can hold, or the batch
-                size has another number of dimensions than one.
+            ValueError: if there are more rows than the buffer can hold, the batch size
+                has another number of dimensions, or nothing tells E environments apart.
             KeyError: if the rows have other entries than those stored.
         """
         check_type("tensordicts", tensordicts, TensorDictBase)
         self._check_entries(tensordicts)
-        capacity = self._storage.max_size
-        if tensordicts.batch_dims != 1 or len(tensordicts) == 0:
+        capacity, shape = self._storage.max_size, tensordicts.batch_size
+        if len(shape) not in (1, 2) or shape.numel() == 0:
             raise ValueError(
-                "tensordicts: expected batch size [N], steps in the order of time and "
-                f"breaks between episodes marked by {DONE_KEY} or {TRAJECTORY_KEY}, "
-                f"got {list(tensordicts.batch_size)}."
+                "tensordicts: expected batch size [N] or [E, T], steps in the order of "
+                f"time and breaks between episodes marked by {DONE_KEY} or "
+                f"{TRAJECTORY_KEY}, got {list(shape)}."
             )
-        if len(tensordicts) > capacity:
+        if shape.numel() > capacity:
             raise ValueError(
                 f"tensordicts: expected at most {capacity} rows (the buffer's "
-                f"capacity) at once, got {len(tensordicts)}."
+                f"capacity) at once, got {shape.numel()}."
             )
+        if len(shape) == 2:
+            if shape[0] > 1:
+                _check_trajectories(tensordicts)
+            tensordicts = tensordicts.transpose(0, 1).reshape(-1)
         return super().extend(tensordicts, update_priority=update_priority)
 
     def add(self, data: TensorDictBase) -> int:
@@ -363,6 +359,7 @@ class WindowReplayBuffer(TensorDictReplayBuffer):
             RuntimeError: if no valid window is stored.
         """
         data, info = super().sample(batch_size, return_info=True)
+        del data[SINGLE_KEY], info[SINGLE_KEY]
         horizon = data.shape[1] - self.n_step
         slices, transitions = _split(data, horizon)
         if self.short:
@@ -410,9 +407,11 @@ def make_replay_buffer(
     true where its steps are real: TorchRL's losses and ALM's leave out the others.
 
     Write steps in the order of time, with the keys of a TorchRL collector:
-    ("next", "done"), and ("collector", "traj_ids") where an episode may break off
-    without "done", as in ``env.rollout(n)`` or after a resume that starts a fresh
-    episode. A window may cross a break that nothing marks.
+    ("next", "done"), and ("collector", "traj_ids") where several environments write, or
+    an episode may break off without "done", as in ``env.rollout(n)`` or after a resume
+    that starts a fresh episode. A window may cross a break that nothing marks.
+    ``extend`` takes [N] rows, such as a step of N environments, or [E, T], such as T
+    steps of E. For writers in other processes, call ``share()`` after the first write.
 
     Args:
         capacity (int): rows to keep; the oldest is overwritten.

@@ -13,6 +13,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
 from alm_torchrl.compat import mask_keys
+from alm_torchrl.windows import SINGLE_KEY
 
 if TYPE_CHECKING:
     from alm_torchrl.objectives.alm import ALMLoss
@@ -123,8 +124,19 @@ def read_column(tensordict: TensorDictBase, key: NestedKey, like: Tensor) -> Ten
 def read_part(
     tensordict: TensorDictBase, key: NestedKey, action_key: NestedKey
 ) -> TensorDictBase:
-    """The entry ``key`` of a two-draw batch, or the plain batch itself."""
+    """The entry ``key`` of a two-draw batch, or the plain batch itself.
+
+    Raises:
+        KeyError: if it has no action.
+        ValueError: if it has windows and single rows in one.
+    """
     part = tensordict.get(key, default=tensordict)
+    if part.get(SINGLE_KEY, default=None) is not None:
+        raise ValueError(
+            f"tensordict: expected {key!r} apart from other rows, as the buffer of "
+            "make_replay_buffer gives it, got windows and single rows in one, which "
+            "another buffer drew with its sampler."
+        )
     if part.get(action_key, default=None) is None:
         raise KeyError(
             f"tensordict: expected the entry {action_key!r}, alone or under {key!r}, "

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from itertools import cycle
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from alm_torchrl.checks import check_choice, check_discount, check_number
+from alm_torchrl.checks import (
+    check_choice,
+    check_discount,
+    check_integer,
+    check_number,
+)
 
 __all__ = ["RewardScale"]
 
@@ -38,6 +44,7 @@ class RewardScale(nn.Module):
     Keyword Args:
         gamma (float): discount of G, in [0, 1). Default: ``0.99``.
         limit (float): largest magnitude of G when scaled, above 0. Default: ``5.0``.
+        num_envs (int): environments whose steps are observed, E. Default: ``1``.
 
     Raises:
         ValueError: if ``by`` is neither of the two, or a number is out of range.
@@ -58,13 +65,16 @@ class RewardScale(nn.Module):
         *,
         gamma: float = 0.99,
         limit: float = 5.0,
+        num_envs: int = 1,
     ) -> None:
         super().__init__()
         self.by = check_choice("by", by, ("returns", "rewards"))
         self.gamma = check_discount("gamma", gamma)
         self.limit = check_number("limit", limit, open_low=True)
-        # G now; steps; mean, variance and largest magnitude of G; mean magnitude of R.
-        statistics = torch.zeros(6, dtype=torch.float64)
+        self.num_envs = check_integer("num_envs", num_envs)
+        # G now, of each environment; steps; mean, variance and largest magnitude of G;
+        # mean magnitude of R.
+        statistics = torch.zeros(num_envs + 5, dtype=torch.float64)
         self.register_buffer("statistics", statistics)
         self.register_buffer("scale", torch.ones(()))
 
@@ -73,24 +83,25 @@ class RewardScale(nn.Module):
         return reward / self.scale.to(reward.dtype)
 
     def observe(self, reward: Tensor, done: Tensor) -> None:
-        """Adds steps of one stream of episodes, in their order.
+        """Adds steps in the order of time.
 
         Args:
-            reward (Tensor): rewards of N steps, any shape.
+            reward (Tensor): rewards of T steps of the environments, of T * E numbers in
+                any shape, where those of a step stand together.
             done (Tensor): whether the episode ended with the step, likewise.
         """
-        now, count, mean, variance, largest, size = self.statistics.tolist()
+        *returns, count, mean, variance, largest, size = self.statistics.tolist()
         steps = zip(reward.flatten().tolist(), done.flatten().tolist(), strict=True)
-        for reward_t, done_t in steps:
-            now = self.gamma * now + reward_t
+        for (reward_t, done_t), env in zip(steps, cycle(range(self.num_envs))):
+            now = self.gamma * returns[env] + reward_t
             count += 1
             shift = now - mean
             mean += shift / count
             variance += (shift * (now - mean) - variance) / count
             largest = max(largest, abs(now))
             size += (abs(reward_t) - size) / count
-            now = 0.0 if done_t else now
-        found = [now, count, mean, variance, largest, size]
+            returns[env] = 0.0 if done_t else now
+        found = [*returns, count, mean, variance, largest, size]
         self.statistics.copy_(torch.tensor(found, dtype=torch.float64))
         of_returns = max(math.sqrt(variance), largest / self.limit)
         scale = of_returns if self.by == "returns" else size

@@ -173,7 +173,9 @@ def _build_alm(
     elif config.log_reward != "none":
         parts["reward_transform"] = _REWARD_TRANSFORMS[config.log_reward]
     if config.reward_scale != "none":
-        parts["reward_transform"] = RewardScale(config.reward_scale, gamma=config.gamma)
+        parts["reward_transform"] = RewardScale(
+            config.reward_scale, gamma=config.gamma, num_envs=config.num_envs
+        )
     if config.actor_objective != "bound":
         parts["policy_objective"] = QValueObjective()
     if config.actor_objective == "scaled_qvalue":

@@ -22,6 +22,7 @@ from alm_torchrl.runs.loading import (
     use_moments,
 )
 from alm_torchrl.runs.options import DiagnoseOptions
+from alm_torchrl.runs.settings import TrainConfig
 
 __all__ = [
     "bias_history",
@@ -217,17 +218,18 @@ class _Diagnosis:
         for name in shown:
             first, last = logged[name]["value"][[0, -1]].tolist()
             self.say(f"  {figures.TERMS[name]:36} {first:>10.4g} {last:>10.4g}")
-        warmup = self.settings["warmup_steps"]
+        pace = TrainConfig.from_dict(self.settings).pace
         steps = torch.cat([e["step"] for e in logged.values()]).unique().tolist()
         columns = {
-            "training_step": [step - warmup for step in steps],
+            "training_step": [pace.updates(step) for step in steps],
             "environment_step": steps,
         }
         for name, entry in logged.items():
             at, values = entry["step"].tolist(), entry["value"].tolist()
             by_step = dict(zip(at, values, strict=True))
             columns[name] = [by_step.get(step, "") for step in steps]
-            entry["step"] -= warmup
+            due = [pace.updates(step) for step in entry["step"].tolist()]
+            entry["step"] = torch.tensor(due)
         self._write("terms.csv", columns)
         if shown:
             title = f"{self.task}: terms of the objective"
@@ -333,7 +335,7 @@ def read_logged(run: Path) -> dict[str, TensorDict]:
 def _training_step(metadata: Mapping[str, Any]) -> int:
     """Updates before a checkpoint; the run's best checkpoint has another entry."""
     frames = metadata.get("environment_step", metadata.get("collected_frames"))
-    return max(frames - metadata["settings"]["warmup_steps"], 0)
+    return TrainConfig.from_dict(metadata["settings"]).pace.updates(frames)
 
 
 def _notes(loss: Any) -> Iterator[str]:  # noqa: ANN401

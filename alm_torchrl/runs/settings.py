@@ -26,6 +26,7 @@ from alm_torchrl.checks import (
     check_number,
     check_steps,
 )
+from alm_torchrl.training.pace import Pace
 
 __all__ = [
     "PRESETS",
@@ -112,9 +113,13 @@ class TrainConfig:
     max_episode_steps: Count | None = None
     """Time limit of an episode in steps; None: the one that the task names."""
     total_steps: Count = 300_000
-    """Training steps (updates), one per environment step after the warm-up."""
+    """Training steps (updates) after the warm-up."""
     warmup_steps: Count = 5000
     """Uniformly random environment steps before the first update."""
+    num_envs: Count = 1
+    """Environments in turns; on a CPU no gain at an update for each of their steps."""
+    updates_per_step: Positive = 1.0
+    """Updates per environment step after the warm-up; less for fast simulators."""
     capacity: Count | None = None
     """Transitions kept for replay; None: 1e6 for Humanoid-v*, else 1e5."""
     batch_size: Count = 512
@@ -266,6 +271,11 @@ class TrainConfig:
         if self.capacity is not None:
             return self.capacity
         return 1_000_000 if re.match(r"Humanoid-v\d", self.task) else 100_000
+
+    @property
+    def pace(self) -> Pace:
+        """How environment steps and updates alternate."""
+        return Pace(self.warmup_steps, self.num_envs, self.updates_per_step)
 
     @property
     def changes(self) -> dict[str, Any]:

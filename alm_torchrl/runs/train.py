@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torchrl import torchrl_logger
 from torchrl.checkpoint import CheckpointError
-from torchrl.envs import TransformedEnv
+from torchrl.envs import EnvBase, SerialEnv, TransformedEnv
 from torchrl.record.loggers import Logger
 
 from alm_torchrl.evaluation import evaluate_policy, random_policy, zero_policy
@@ -104,7 +105,7 @@ def train(
             starts = find_starts(config, resume)
             start = next(starts)
             if _is_complete(config, start):
-                done = start.step - config.warmup_steps
+                done = config.pace.updates(start.step)
                 where = start.checkpoint or path
                 where = where if start.elsewhere else path
                 print(
@@ -142,18 +143,17 @@ def _compile_mode(
     return "on" if pays and can else "off"
 
 
-def _build_envs(config: TrainConfig) -> tuple[TransformedEnv, TransformedEnv]:
+def _build_envs(config: TrainConfig) -> tuple[EnvBase, TransformedEnv]:
     """The environments of training and evaluation."""
-    settings = config.to_dict()
-    return (
-        build_env(settings, trust=True, seed=config.seed),
-        build_env(settings, trust=True),
-    )
+    build = partial(build_env, config.to_dict(), trust=True)
+    if config.num_envs == 1:
+        return build(seed=config.seed), build()
+    return SerialEnv(config.num_envs, build), build()
 
 
 def _is_complete(config: TrainConfig, start: Start) -> bool:
     """Whether the last step was made, and evaluated."""
-    if start.step < config.warmup_steps + config.total_steps:
+    if start.step < config.pace.environment_steps(config.total_steps):
         return False
     metrics = config.run_path / "metrics.csv"
     rows = read_metrics(metrics) if metrics.exists() else []
@@ -168,12 +168,13 @@ def _train_in_folder(
     config: TrainConfig,
     device: str,
     starts: Iterator[Start],
-    envs: tuple[TransformedEnv, TransformedEnv],
+    envs: tuple[EnvBase, TransformedEnv],
     fresh_episode: bool,
 ) -> int:
     path, settings = config.run_path, config.to_dict()
     watch, made = watch_folder(path), [envs]
-    print(f"Task    {config.task}: {config.warmup_steps:,} random environment steps,")
+    pace = config.pace
+    print(f"Task    {config.task}: {pace.warmup_steps:,} random environment steps,")
     print(f"        then {config.total_steps:,} training steps")
     threads, mode = torch.get_num_threads(), "eager"
     if config.compile == "on":
@@ -184,7 +185,7 @@ def _train_in_folder(
     def make(start: Start) -> tuple[ALMTrainer, TransformedEnv]:
         # Those that were built first serve once.
         env, eval_env = made.pop() if made else _build_envs(config)
-        spaces = describe_spaces(env)
+        spaces = describe_spaces(eval_env)
         torch.manual_seed(config.seed)
         loss = build_loss(settings, spaces).to(device)
         began = time.monotonic() - start.wall_time

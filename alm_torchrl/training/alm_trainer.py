@@ -11,9 +11,10 @@ from torchrl.checkpoint import CheckpointError
 from torchrl.trainers import Trainer
 
 from alm_torchrl.training.checkpoint import read_manifest
-from alm_torchrl.training.episode import EpisodeEnv
+from alm_torchrl.training.episode import episode_steps
 from alm_torchrl.training.episode_length import EpisodeLengthError
 from alm_torchrl.training.hooks import EvaluationHook, ProgressBar
+from alm_torchrl.training.pace import Pace
 from alm_torchrl.training.stepper import NonFiniteError
 
 __all__ = ["ALMTrainer"]
@@ -42,11 +43,17 @@ class ALMTrainer(Trainer):
 
     bar: ProgressBar | None = None
     evaluation: EvaluationHook | None = None
-    env: EpisodeEnv
+    pace: Pace
+    total_steps: int
     stop_requested = False
     """Whether :meth:`request_stop` was called."""
     whole_at: int | None = 0
-    """Steps of the running episode between two training steps, ``None`` in one."""
+    """Steps of the running episodes between two training steps, ``None`` in one."""
+
+    @property
+    def training_steps(self) -> int:
+        """Updates so far."""
+        return min(self.pace.updates(self.collected_frames), self.total_steps)
 
     def train(self) -> None:
         """Trains until the end, a stop that was requested, or an error.
@@ -73,7 +80,7 @@ class ALMTrainer(Trainer):
                 UserWarning,
                 stacklevel=2,
             )
-        self.whole_at = self.env.steps
+        self.whole_at = episode_steps(self.collector.env)
         try:
             if self.collected_frames < self.total_frames:
                 super().train()
@@ -89,7 +96,7 @@ class ALMTrainer(Trainer):
             raise
         except Exception:
             # A step of the environment that raises does not count, a reset may.
-            if self.whole_at == self.env.steps:
+            if self.whole_at == episode_steps(self.collector.env):
                 # The disk, or the folder, may be the reason.
                 with suppress(OSError, CheckpointError):
                     self.save_trainer(force_save=True)

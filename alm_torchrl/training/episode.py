@@ -42,7 +42,13 @@ from alm_torchrl.envs.normalizers import env_layers, load_moments, moments_of
 from alm_torchrl.evaluation import isolated_rng
 from alm_torchrl.training.state_checks import check_names, check_state
 
-__all__ = ["CollectorState", "EpisodeEnv", "EpisodeError"]
+__all__ = [
+    "CollectorState",
+    "EpisodeEnv",
+    "EpisodeError",
+    "episode_steps",
+    "repeatable",
+]
 
 _DIGEST_BYTES = 8
 _MAX_SEED = 2**31
@@ -358,6 +364,36 @@ class CollectorState:
             UserWarning,
             stacklevel=3,
         )
+
+
+def repeatable(env: EnvBase) -> EnvBase:
+    """The environment, made to repeat its running episodes where that is possible.
+
+    Args:
+        env (EnvBase): a single environment, which gets an :class:`EpisodeEnv` around
+            it, or a ``SerialEnv`` of such, whose workers get one each. Any other, as
+            ``ParallelEnv`` and natively batched ones, stays as it is.
+
+    Returns:
+        EnvBase: the environment to step.
+    """
+    if not env.batch_size:
+        return EpisodeEnv(env)
+    serial = env
+    while isinstance(serial, TransformedEnv):
+        serial = serial.base_env
+    if isinstance(serial, SerialEnv):
+        serial.start()
+        workers = serial_workers(serial)
+        for number, worker in enumerate(workers):
+            if not worker.batch_size and not _episode_envs(worker):
+                workers[number] = EpisodeEnv(worker).set_spec_lock_()
+    return env
+
+
+def episode_steps(env: EnvBase) -> int:
+    """Steps of the running episodes that ``env`` can repeat."""
+    return sum(each.steps for each in _episode_envs(env))
 
 
 def _episode_envs(env: EnvBase) -> list[EpisodeEnv]:

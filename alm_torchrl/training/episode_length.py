@@ -27,7 +27,6 @@ class EpisodeLengthCheck(Hook):
         buffer (ReplayBuffer): holds the steps of the warm-up.
 
     Keyword Args:
-        warmup_steps (int): environment steps of the warm-up.
         horizon (int): length of the slices.
         eval_env (EnvBase, optional): environment of the evaluations.
 
@@ -42,18 +41,17 @@ class EpisodeLengthCheck(Hook):
         self,
         buffer: ReplayBuffer,
         *,
-        warmup_steps: int,
         horizon: int,
         eval_env: EnvBase | None,
     ) -> None:
         self.buffer = buffer
-        self.warmup_steps = warmup_steps
         self.horizon = horizon
         self.eval_env = eval_env
 
     def __call__(self, batch: TensorDictBase) -> None:
         """Looks once the warm-up has ended."""
-        if self.trainer.collected_frames != self.warmup_steps:
+        warmup_steps = self.trainer.pace.warmup_steps
+        if self.trainer.collected_frames != warmup_steps:
             return
         rows = self.buffer[:]
         _, lengths = rows["collector", "traj_ids"].unique(return_counts=True)
@@ -61,13 +59,13 @@ class EpisodeLengthCheck(Hook):
         if longest < self.horizon:
             raise EpisodeLengthError(
                 f"horizon: expected at most {longest}, the length of the longest "
-                f"episode in {self.warmup_steps} random steps, got {self.horizon} "
+                f"episode in {warmup_steps} random steps, got {self.horizon} "
                 f"(the command takes --horizon {longest})"
             )
         endless = self.eval_env is not None and time_limit(self.eval_env) is None
         if endless and not rows["next", "done"].any():
             raise EpisodeLengthError(
-                f"max_episode_steps: no episode ended in {self.warmup_steps} random "
+                f"max_episode_steps: no episode ended in {warmup_steps} random "
                 "steps, and the task names no time limit, so that an evaluation might "
                 "never end; give make_env a limit, such as max_episode_steps=1000 "
                 "(the command takes --max-episode-steps 1000)"

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 from torchrl.objectives import LossModule
-from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import TrainerHookBase
 
 from alm_torchrl.envs import Normalizers
@@ -23,6 +23,8 @@ from alm_torchrl.training.stepper import ALMOptimizationStepper
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+    from alm_torchrl.training.alm_trainer import ALMTrainer
 
 __all__ = [
     "BestCheckpoint",
@@ -38,9 +40,9 @@ class Hook(TrainerHookBase):
     """A hook without state, registered at one stage of its trainer."""
 
     stage: str
-    trainer: Trainer
+    trainer: ALMTrainer
 
-    def register(self, trainer: Trainer, name: str = "") -> None:
+    def register(self, trainer: ALMTrainer, name: str = "") -> None:
         """Registers the hook at its stage."""
         self.trainer = trainer
         trainer.register_op(self.stage, self)
@@ -66,7 +68,6 @@ class EvaluationHook(Hook):
         policy (callable): policy to evaluate, its mode taken as action.
 
     Keyword Args:
-        warmup_steps (int): environment steps before training step 0.
         interval (int): training steps between evaluations. Default: ``5000``.
         episodes (int): whole episodes of each. Default: ``5``.
         seed (int): seed of the run. Default: ``0``.
@@ -89,7 +90,6 @@ class EvaluationHook(Hook):
         >>> EvaluationHook(
         ...     make_env("Pendulum-v1", action_bounds="rescale"),
         ...     loss.acting_policy(),
-        ...     warmup_steps=8,
         ...     episodes=1,
         ...     on_evaluation=rows.append,
         ... ).register(trainer)
@@ -105,7 +105,6 @@ class EvaluationHook(Hook):
         env: EnvBase,
         policy: Policy,
         *,
-        warmup_steps: int,
         interval: int = 5000,
         episodes: int = 5,
         seed: int = 0,
@@ -114,7 +113,6 @@ class EvaluationHook(Hook):
     ) -> None:
         self.env = env
         self.policy = policy
-        self.warmup_steps = warmup_steps
         self.interval = interval
         self.episodes = episodes
         self.seed = seed
@@ -123,11 +121,14 @@ class EvaluationHook(Hook):
 
     def __call__(self, batch: TensorDictBase | None) -> None:
         """Evaluates if it is time."""
-        frames = self.trainer.collected_frames
-        step = frames - self.warmup_steps
-        due = step % self.interval == 0 or frames >= self.trainer.total_frames
-        if step >= 0 and due:
+        frames, pace = self.trainer.collected_frames, self.trainer.pace
+        step = self.trainer.training_steps
+        if frames in (pace.warmup_steps, self.trainer.total_frames):
             self.evaluate(step)
+        elif frames > pace.warmup_steps:
+            before = pace.updates(frames - pace.num_envs)
+            if step // self.interval > before // self.interval:
+                self.evaluate(step)
 
     def evaluate(self, step: int) -> None:
         """Evaluates now; ``step`` is the training step and part of the seed."""
@@ -176,7 +177,8 @@ class EvaluationHook(Hook):
 class EpisodeLog(Hook):
     """Logs return and length of the training episodes that end.
 
-    Keys ``train/return`` and ``train/length``.
+    Keys ``train/return`` and ``train/length``, their means over the environments in
+    which one ends.
 
     Args:
         env (EnvBase): the training environment, for its reward and done keys.
@@ -199,39 +201,50 @@ class EpisodeLog(Hook):
     def __init__(self, env: EnvBase) -> None:
         self.reward_key = ("next", env.reward_key)
         self.done_keys = [("next", key) for key in env.done_keys]
-        self._trajectory: int | None = None
-        self._return = 0.0
-        self._length = 0
+        self._shape = env.batch_size
+        self._trajectory = np.full(self._shape, -1)
+        self._return = np.zeros(self._shape)
+        self._length = np.zeros(self._shape, dtype=np.int64)
 
-    def register(self, trainer: Trainer, name: str = "episode_log") -> None:
+    def register(self, trainer: ALMTrainer, name: str = "episode_log") -> None:
         """Registers the hook, and the sums of the running episode for checkpoints."""
         super().register(trainer)
         trainer.register_module(name, self)
 
     def __call__(self, batch: TensorDictBase) -> dict[str, float] | None:
-        """Adds one environment step; returns the sums where an episode ended."""
-        trajectory = int(batch.get(("collector", "traj_ids")))
-        if trajectory != self._trajectory:
-            self._trajectory, self._return, self._length = trajectory, 0.0, 0
-        self._return += batch.get(self.reward_key).sum().item()
-        self._length += batch.numel()
-        if not any(batch.get(key).any().item() for key in self.done_keys):
+        """Adds a step of the environments; returns means where episodes ended."""
+        step = batch.reshape(*self._shape, 1)
+        trajectory = step.get(("collector", "traj_ids")).cpu().numpy()
+        trajectory = trajectory.reshape(self._shape)
+        goes_on = trajectory == self._trajectory
+        reward = step.get(self.reward_key).flatten(len(self._shape)).sum(-1)
+        self._trajectory = trajectory.copy()
+        self._return = self._return * goes_on + reward.cpu().numpy()
+        self._length = self._length * goes_on + 1
+        ended = np.zeros(self._shape, dtype=bool)
+        for key in self.done_keys:
+            done = step.get(key).flatten(len(self._shape)).any(-1)
+            ended |= done.cpu().numpy()
+        if not ended.any():
             return None
-        return {"train/return": self._return, "train/length": float(self._length)}
+        return {
+            "train/return": float(self._return[ended].mean()),
+            "train/length": float(self._length[ended].mean()),
+        }
 
     def state_dict(self) -> dict[str, Any]:
-        """The running episode: its number, and return and length so far."""
+        """The running episodes: their numbers, and returns and lengths so far."""
         return {
-            "trajectory": self._trajectory,
-            "return": self._return,
-            "length": self._length,
+            "trajectory": self._trajectory.tolist(),
+            "return": self._return.tolist(),
+            "length": self._length.tolist(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""
-        self._trajectory = state_dict["trajectory"]
-        self._return = state_dict["return"]
-        self._length = state_dict["length"]
+        self._trajectory = np.array(state_dict["trajectory"])
+        self._return = np.array(state_dict["return"])
+        self._length = np.array(state_dict["length"])
 
 
 class BestCheckpoint:
@@ -316,7 +329,7 @@ class NonFiniteCheck(Hook):
         self.stepper = stepper
         self.interval = interval
 
-    def register(self, trainer: Trainer, name: str = "") -> None:
+    def register(self, trainer: ALMTrainer, name: str = "") -> None:
         """Registers the check after each step and at the end."""
         super().register(trainer, name)
         trainer.register_op("shutdown", self.stepper.raise_if_nonfinite)
@@ -348,7 +361,7 @@ class ProgressBar(Hook):
         self._make_bar = tqdm
         self._bar: tqdm | None = None
 
-    def register(self, trainer: Trainer, name: str = "") -> None:
+    def register(self, trainer: ALMTrainer, name: str = "") -> None:
         """Registers the bar after each step and its ends at the trainer's."""
         super().register(trainer, name)
         trainer.register_op("setup", self.open)

@@ -29,6 +29,8 @@ class MilestoneRotation(CheckpointRotation):
     Keyword Args:
         keep_last: how many of the newest to keep.
         keep_every: steps between milestones. Default: ``None``, no milestones.
+        stride: steps from one possible checkpoint to the next; the first at or after a
+            multiple of ``keep_every`` is the milestone. Default: ``1``.
 
     Examples:
         >>> import tempfile
@@ -42,15 +44,21 @@ class MilestoneRotation(CheckpointRotation):
     """
 
     def __init__(
-        self, directory: str | Path, *, keep_last: int, keep_every: int | None = None
+        self,
+        directory: str | Path,
+        *,
+        keep_last: int,
+        keep_every: int | None = None,
+        stride: int = 1,
     ) -> None:
         super().__init__(directory, keep_last=keep_last)
         self.keep_every = keep_every
+        self.stride = stride
         self.saved: Path | None = None
 
     def is_milestone(self, step: int) -> bool:
         """Whether the checkpoint of a step is to stay for good."""
-        return self.keep_every is not None and step % self.keep_every == 0
+        return self.keep_every is not None and step % self.keep_every < self.stride
 
     def save(
         self,

@@ -25,7 +25,11 @@ from alm_torchrl.training.checkpoint import (
     clear_leftovers,
 )
 from alm_torchrl.training.collector import OpenCollector
-from alm_torchrl.training.episode import CollectorState, EpisodeEnv
+from alm_torchrl.training.episode import (
+    CollectorState,
+    episode_steps,
+    repeatable,
+)
 from alm_torchrl.training.episode_length import (
     EpisodeLengthCheck,
 )
@@ -37,6 +41,7 @@ from alm_torchrl.training.hooks import (
     NonFiniteCheck,
     ProgressBar,
 )
+from alm_torchrl.training.pace import Pace
 from alm_torchrl.training.rotation import MilestoneRotation
 from alm_torchrl.training.stepper import ALMOptimizationStepper, NonFiniteError
 
@@ -49,6 +54,7 @@ def make_trainer(
     *,
     total_steps: int,
     warmup_steps: int = 5000,
+    updates_per_step: float = 1.0,
     batch_size: int = 512,
     horizon: int = 3,
     short_slices: bool = False,
@@ -83,8 +89,9 @@ def make_trainer(
 
     ``warmup_steps`` uniformly random environment steps without updates, then one
     update per environment step: the action of training step n uses the noise of
-    step n - 1, its update that of step n. Evaluation, logging and saving change
-    nothing in the training: its parameters are bit-equal with and without them.
+    step n - 1, its update that of step n. E environments make a step each, then come
+    E updates. Evaluation, logging and saving change nothing in the training: its
+    parameters are bit-equal with and without them.
 
     The result is an ordinary :class:`~torchrl.trainers.Trainer`: register further
     hooks on it, then call ``train()``. Its frames include the warm-up.
@@ -92,11 +99,13 @@ def make_trainer(
     A trainer made with the same arguments continues exactly where another one was
     saved, bit by bit on an eager CPU, if ``load_from_file(checkpoint)`` is called
     before ``train()``. The running episode is repeated for it: see
-    :class:`~alm_torchrl.EpisodeEnv`, which is put around ``env`` and gives each
-    episode a seed of its own.
+    :class:`~alm_torchrl.EpisodeEnv`, which is put around ``env``, or around each
+    environment in a ``SerialEnv``, and gives each episode a seed of its own. With
+    ``ParallelEnv`` and natively batched environments it starts fresh episodes.
 
     Args:
-        env (EnvBase): environment to train in, without batch dimensions.
+        env (EnvBase): environment to train in, of batch size [], or [E] for E
+            environments: ``SerialEnv``, ``ParallelEnv``, or a natively batched one.
         loss (ALMLoss or BaselineLoss): the loss, on the device to train on. It
             decides the algorithm: see :mod:`alm_torchrl.baselines` for TD3, SAC and
             REDQ.
@@ -104,7 +113,11 @@ def make_trainer(
     Keyword Args:
         total_steps (int): training steps (updates), warm-up excluded.
         warmup_steps (int): random steps before them, at least ``horizon`` and
-            ``batch_size`` and at most ``capacity``. Default: ``5000``.
+            ``batch_size`` and at most ``capacity``; rounded up to a multiple of E.
+            Default: ``5000``.
+        updates_per_step (float): updates for each environment step after them, above
+            0; less than 1 for simulators that are much faster than an update.
+            Default: ``1.0``.
         batch_size (int): slices, and transitions, per update. REDQ draws a batch for
             each of its updates. Default: ``512``.
         horizon (int): length K of the slices. The baselines use transitions only.
@@ -163,8 +176,10 @@ def make_trainer(
 
     Raises:
         ValueError: if a number is out of range, ``warmup_steps`` does not lie between
-            ``batch_size`` and ``capacity``, ``eval_env`` is ``env``, or one of them
-            has batch dimensions or does not fit the networks; if ``cudagraph`` or
+            ``batch_size`` and ``capacity``, ``eval_env`` is ``env`` or has batch
+            dimensions, ``env`` has more than one, or one of them does not fit the
+            networks; if the loss has a ``RewardScale`` of another number of
+            environments; if ``cudagraph`` or
             ``"tf32"`` is asked for without CUDA; or if ``precision``, ``compile`` or
             ``cudagraph`` is asked for with a baseline.
         TypeError: if an environment or the loss is of another type.
@@ -213,12 +228,21 @@ def make_trainer(
         if environment is None:
             continue
         check_type(name, environment, EnvBase, "make_env makes one")
-        if environment.batch_size:
+        most = 1 if name == "env" else 0
+        if len(environment.batch_size) > most:
             raise ValueError(
-                f"{name} must have no batch dimensions, got batch size "
-                f"{list(environment.batch_size)}."
+                f"{name} must have {'at most one' if most else 'no'} batch dimension, "
+                f"got batch size {list(environment.batch_size)}."
             )
         check_fit(name, environment, loss)
+    pace = Pace(warmup_steps, env.batch_size.numel(), updates_per_step)
+    observers = [m for m in loss.modules() if isinstance(m, RewardScale)]
+    for observer in observers:
+        if observer.num_envs != pace.num_envs:
+            raise ValueError(
+                f"loss: expected RewardScale(num_envs={pace.num_envs}), the number of "
+                f"environments in env, got num_envs={observer.num_envs}."
+            )
     normalizers = Normalizers(env)
     carried = {"normalizers": normalizers} if normalizers.names else {}
     if eval_env is not None and Normalizers(eval_env).names != normalizers.names:
@@ -227,16 +251,16 @@ def make_trainer(
             f"got {Normalizers(eval_env).names}."
         )
     torch.manual_seed(seed)
-    env = EpisodeEnv(env)
+    env = repeatable(env)
     env.set_seed(seed)
     policy = loss.acting_policy()
     device = next(loss.parameters()).device
     collector = OpenCollector(
         env,
         policy,
-        frames_per_batch=1,
+        frames_per_batch=pace.num_envs,
         total_frames=-1,
-        init_random_frames=warmup_steps,
+        init_random_frames=pace.warmup_steps,
         policy_device=None if device.type == "cpu" else device,
         # Without it the collector would not wait for an action's way to the CPU.
         env_device=None if device.type == "cpu" else env.device,
@@ -285,16 +309,19 @@ def make_trainer(
             rng=RandomState(), collector=CollectorState(collector), **carried
         )
         rotation = MilestoneRotation(
-            checkpoint_dir, keep_last=keep_checkpoints, keep_every=keep_every
+            checkpoint_dir,
+            keep_last=keep_checkpoints,
+            keep_every=keep_every,
+            stride=pace.num_envs,
         )
         best = BestCheckpoint(
             loss, checkpoint_dir / "best", metadata=metadata, **carried
         )
     trainer = ALMTrainer(
         collector=collector,
-        total_frames=warmup_steps + total_steps,
+        total_frames=pace.environment_steps(total_steps),
         frame_skip=1,
-        optim_steps_per_batch=1,
+        optim_steps_per_batch=pace.updates(pace.warmup_steps + pace.num_envs) + 1,
         loss_module=loss,
         optimization_stepper=stepper,
         replay_buffer=buffer,
@@ -308,29 +335,30 @@ def make_trainer(
         save_trainer_interval=checkpoint_interval - 1,
     )
     keep_last_logs(trainer)
-    trainer.env = env
+    trainer.pace, trainer.total_steps = pace, total_steps
 
     stored = [*loss.in_keys, ("next", "done"), ("collector", "traj_ids")]
     schedule = loss.noise_schedule
-    observers = [m for m in loss.modules() if isinstance(m, RewardScale)]
 
     def extend(batch: TensorDictBase) -> None:
         trainer.whole_at = None
-        row = batch.select(*stored)[0]
-        for key, value in row.items(include_nested=True, leaves_only=True):
+        # The time dimension, of one step, comes last.
+        rows = batch.select(*stored)[..., 0]
+        for key, value in rows.items(include_nested=True, leaves_only=True):
             if value.is_floating_point() and not value.isfinite().all():
                 name = key if isinstance(key, str) else "/".join(key)
-                step = trainer.collected_frames + 1
+                step = trainer.collected_frames + pace.num_envs
                 raise NonFiniteError(name, step, unit="environment step")
-        # A batch of one row would be written by index, which takes half as long again.
-        buffer.add(row)
+        if rows.batch_size:
+            buffer.extend(rows)
+        else:  # A batch of one row would take half as long again.
+            buffer.add(rows)
         for observer in observers:
-            observer.observe(row["next", "reward"], row["next", "done"])
+            observer.observe(rows["next", "reward"], rows["next", "done"])
 
     def sample(_: TensorDictBase) -> TensorDictBase:
-        # The Trainer would update after the last random step already, and has
-        # counted that update.
-        if trainer.collected_frames <= warmup_steps:
+        # The Trainer asks for one update too many, and has counted it.
+        if stepper.optimizer_step_count >= trainer.training_steps:
             uncount_update(trainer)
             raise StopIteration
         if schedule is not None:
@@ -338,7 +366,7 @@ def make_trainer(
         return cast("TensorDictBase", buffer.sample()).to(device)
 
     def end_step(_: TensorDictBase) -> None:
-        trainer.whole_at = env.steps
+        trainer.whole_at = episode_steps(env)
 
     trainer.register_op("batch_process", extend)
     trainer.register_op("process_optim_batch", sample)
@@ -351,7 +379,6 @@ def make_trainer(
     trainer.register_op("post_steps_log", end_step)
     EpisodeLengthCheck(
         buffer,
-        warmup_steps=warmup_steps,
         horizon=1 if short_slices else horizon,
         eval_env=eval_env,
     ).register(trainer)
@@ -370,7 +397,6 @@ def make_trainer(
         trainer.evaluation = EvaluationHook(
             eval_env,
             policy,
-            warmup_steps=warmup_steps,
             interval=eval_interval,
             episodes=eval_episodes,
             seed=seed,

@@ -54,7 +54,8 @@ def test_the_paper_preset_is_table_3():
         (ALMLoss, {"entropy"}),
         *((loss, set()) for loss in (make_alm_loss, make_td3_loss)),
         # Published with narrower layers than ALM's.
-        *((loss, {"hidden_dim"}) for loss in (make_sac_loss, make_redq_loss)),
+        (make_sac_loss, {"hidden_dim"}),
+        (make_redq_loss, {"hidden_dim", "updates_per_step"}),
         (ALMOptimizationStepper, {"compile"}),
         (BaselineOptimizationStepper, set()),
     ],

@@ -16,18 +16,24 @@ from alm_torchrl.training.hooks import (
     NonFiniteCheck,
     ProgressBar,
 )
+from alm_torchrl.training.pace import Pace
 
 
 class FakeTrainer:
     """What the hooks read of a trainer; keeps what they register."""
 
     logger = None
+    pace = Pace(warmup_steps=10)
 
     def __init__(self, total_frames=0):
         self.collected_frames = 0
         self.total_frames = total_frames
         self.ops: dict[str, list] = {}
         self.modules: dict = {}
+
+    @property
+    def training_steps(self):
+        return self.pace.updates(self.collected_frames)
 
     def register_op(self, stage, op):
         self.ops.setdefault(stage, []).append(op)
@@ -67,7 +73,7 @@ def test_evaluation_seeds_differ_by_step_and_run_and_can_be_repeated(monkeypatch
     for seed in (0, 0, 1, 2, 2**40):
         seeds.clear()
         trainer = FakeTrainer(60)
-        hook = EvaluationHook(None, None, warmup_steps=10, interval=1, seed=seed)
+        hook = EvaluationHook(None, None, interval=1, seed=seed)
         hook.register(trainer)
         for _ in range(60):
             trainer.step(None)
@@ -91,7 +97,9 @@ def episode_step(trajectory, reward, *, terminated=False):
 
 
 def test_episode_log_continues_a_saved_episode_and_drops_one_that_was_lost():
-    keys = SimpleNamespace(reward_key="gain", done_keys=["terminated", "truncated"])
+    keys = SimpleNamespace(
+        reward_key="gain", done_keys=["terminated", "truncated"], batch_size=()
+    )
     first, trainer = EpisodeLog(keys), FakeTrainer()
     first.register(trainer)
     trainer.step(episode_step(4, 1.0))
