@@ -94,7 +94,7 @@ def make_sweep(sweep: Sweep, options: ExecutionOptions, say: Say) -> int:
     engine, how = choose_engine(options)
     done = sum(map(is_complete, configs))
     say(textwrap.fill(sweep.title, 80))
-    say(f"Scale: {sweep.note}")
+    say(textwrap.fill(f"Scale: {sweep.note}", 80))
     say(f"Runs: {len(planned)}, {done} of them complete, {how}")
     try:
         runs, failures = make_runs(configs, engine)
@@ -148,7 +148,8 @@ def _write(
         for group in groups
     ]
     table = score_rows(groups)
-    say(f"\nLast evaluation, {sweep.note}\n{format_scores(table)}")
+    heading = textwrap.fill(f"Last evaluation, {sweep.note}", 80)
+    say(f"\n{heading}\n{format_scores(table)}")
     written.append(write_rows(table, folder / f"{stem}.csv"))
     picture = folder / f"{stem}.png"
     if kind == "curves":

@@ -47,10 +47,12 @@ def stop_on_signal(trainer: ALMTrainer) -> Iterator[list[int]]:
 def interrupt_on_signal() -> Iterator[None]:
     """Lets SIGTERM and SIGHUP do what Ctrl-C does, in the main thread.
 
-    They raise :class:`KeyboardInterrupt` with the number of the signal.
+    :class:`KeyboardInterrupt` leaves the block with the number of the signal.
     """
+    signals: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
         raise KeyboardInterrupt(number)
 
     # nohup ignores SIGHUP.
@@ -60,7 +62,11 @@ def interrupt_on_signal() -> Iterator[None]:
         if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN
     ]
     with _handling(names, interrupt):
-        yield
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            # A library may have raised another one in its place.
+            raise KeyboardInterrupt((signals or [signal.SIGINT])[0]) from error
 
 
 @contextmanager
