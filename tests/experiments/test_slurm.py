@@ -16,7 +16,7 @@ from tests.experiments.tiny import tiny, worker_that_has_saved
 from tests.runs.small_runs import same_end
 
 pytestmark = pytest.mark.slow
-STEPS = 300
+STEPS = 100
 
 
 @pytest.fixture(scope="module")
