@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import errno
 import io
-import logging
 import os
 import signal
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from alm_torchrl.checks import check_integer, check_output
-from alm_torchrl.runs.options import DiagnoseOptions, ReproduceOptions
+from alm_torchrl.runs.options import DiagnoseOptions
 from alm_torchrl.runs.settings import (
     PRESETS,
     Preset,
@@ -29,6 +28,13 @@ from alm_torchrl.runs.settings import (
 
 try:
     import tyro
+
+    from alm_torchrl.experiments.commands import (
+        Curves,
+        Reproduce,
+        SweepCommand,
+        sweep_defaults,
+    )
 except ImportError as error:
     raise ImportError(
         "the command line needs tyro: pip install 'alm_torchrl[cli]'"
@@ -37,10 +43,6 @@ except ImportError as error:
 __all__ = ["COMMANDS", "main"]
 
 Count = Annotated[int, tyro.conf.arg(metavar="N")]
-Curves = Annotated[
-    tuple[Path, ...],
-    tyro.conf.arg(metavar="CSV...", help_behavior_hint="(default: none)"),
-]
 Checkpoint = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
 Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 Trust = tyro.conf.FlagCreatePairsOff[bool]
@@ -315,44 +317,6 @@ class Tasks:
         return 0
 
 
-@dataclass(frozen=True)
-class Reproduce(ReproduceOptions):
-    """Rerun an experiment of the paper: its runs, then its table and figure."""
-
-    name: Annotated[
-        tyro.conf.Positional[str],
-        tyro.conf.arg(metavar="[NAME]", help_behavior_hint="(see --list)"),
-    ] = ""
-    """Experiment to rerun; runs that are complete are not made again."""
-    tasks: Annotated[
-        tuple[str, ...],
-        tyro.conf.arg(metavar="TASK...", help_behavior_hint="(default: all)"),
-    ] = ()
-    """Some of the experiment's tasks."""
-    reference: Curves = ()
-    """Published learning curves (the authors' scores/*.csv) to draw as well."""
-    list: bool = False
-    """List the experiments, what the paper found, and stop."""
-
-    def run(self) -> int:
-        """Reproduces."""
-        from torchrl import torchrl_logger
-
-        from alm_torchrl.experiments.reproduce import describe_experiments, reproduce
-
-        if self.list:
-            print(describe_experiments())
-            return 0
-        torchrl_logger.setLevel(logging.WARNING)
-        try:
-            with user_errors():
-                check_output("output", self.output)
-                return reproduce(self.name, self, _say)
-        except KeyboardInterrupt:
-            _say("\nInterrupted; the runs are saved. The same command continues them.")
-            return 130
-
-
 COMMANDS: dict[str, type] = {
     "train": Train,
     "evaluate": Evaluate,
@@ -363,6 +327,7 @@ COMMANDS: dict[str, type] = {
     "verify": Verify,
     "tasks": Tasks,
     "reproduce": Reproduce,
+    "sweep": SweepCommand,
 }
 """The commands by name; each is called with :meth:`run`."""
 
@@ -436,6 +401,8 @@ def _run(arguments: Sequence[str]) -> int:
     options: dict[str, Any] = {}
     if name == "train":
         options["default"] = _train_defaults(rest)
+    if name == "sweep" and (file := _value_of("--file", rest)):
+        options["default"] = sweep_defaults(Path(file))
     command = tyro.cli(
         COMMANDS[name],
         args=rest,

@@ -1,7 +1,7 @@
 """The figures of the experiments: one panel for each task, one line per variant.
 
-Each function takes the experiment, a note on its scale and what to draw, and writes the
-picture ``output``, whose ending chooses the format. It returns ``output``.
+Each function takes the title and what to draw, and writes the picture ``output``, whose
+ending chooses the format. It returns ``output``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alm_torchrl.analysis.figures import panels, save
-from alm_torchrl.experiments.catalogue import Experiment
 from alm_torchrl.experiments.tables import Group, Row, over_seeds
 from alm_torchrl.runs.curves import Curve, curve_of, draw_curves
 
@@ -24,35 +23,33 @@ __all__ = ["plot_bias", "plot_curves", "plot_rollouts"]
 
 
 def plot_curves(
-    experiment: Experiment,
-    note: str,
+    title: str,
     groups: Sequence[Group],
     output: Path,
     references: Sequence[Curve] = (),
+    timed: bool = False,
 ) -> Path:
-    """Draws learning curves, over wall time too where the experiment is timed.
+    """Draws learning curves, over wall time too where they are ``timed``.
 
     Published curves (``references``) are dashed and stand in each panel.
     """
     tasks = list(dict.fromkeys(group.task for group in groups))
-    figure, axes = _figure(experiment, note, len(tasks), rows=1 + experiment.timed)
+    figure, axes = _figure(title, len(tasks), rows=1 + timed)
     for column, task in enumerate(tasks):
         shown = [group for group in groups if group.task == task]
         curves = [curve_of(group.label, group.runs) for group in shown]
         draw_curves(axes[column], curves, references)
         axes[column].set_title(task)
         axes[column].set_ylabel("return, mean and deviation" if column == 0 else "")
-        if experiment.timed:
+        if timed:
             _draw_over_time(axes[len(tasks) + column], shown, curves)
     return _finish(figure, axes[0], output)
 
 
-def plot_bias(
-    experiment: Experiment, note: str, rows: Sequence[Row], output: Path
-) -> Path:
+def plot_bias(title: str, rows: Sequence[Row], output: Path) -> Path:
     """Draws mean and deviation of the bias in training, the ``rows`` of bias_rows."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure, axes = _figure(experiment, note, len(tasks), rows=2)
+    figure, axes = _figure(title, len(tasks), rows=2)
     bounded = {row["variant"] for row in rows if row["estimate"] == "bound"}
     labelled = [row | {"line": _line(row, bounded)} for row in rows]
     for index, panel in enumerate(axes):
@@ -65,12 +62,10 @@ def plot_bias(
     return _finish(figure, axes[0], output)
 
 
-def plot_rollouts(
-    experiment: Experiment, note: str, rows: Sequence[Row], output: Path
-) -> Path:
+def plot_rollouts(title: str, rows: Sequence[Row], output: Path) -> Path:
     """Draws the error of latent predictions by length, the ``rows`` of rollout_rows."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure, axes = _figure(experiment, note, len(tasks))
+    figure, axes = _figure(title, len(tasks))
     for panel, task in zip(axes, tasks, strict=True):
         _draw_rows(panel, rows, task, "variant", "steps", "error")
         panel.axhline(1, color="0.6", linewidth=0.8, linestyle=":")
@@ -100,13 +95,10 @@ def _line(row: Row, bounded: Collection[str]) -> str:
     return f"{row['variant']} {'min Q' if row['variant'] in bounded else 'Q'}"
 
 
-def _figure(
-    experiment: Experiment, note: str, columns: int, rows: int = 1
-) -> tuple[Any, list[Axes]]:
+def _figure(title: str, columns: int, rows: int = 1) -> tuple[Any, list[Axes]]:
     size = (max(6.4, 3.6 * columns), 1.2 + 2.9 * rows)
     figure, axes = panels(rows, columns, size)
-    text = f"{experiment.source}: {experiment.question} ({note})"
-    figure.suptitle(textwrap.fill(text, int(12 * size[0])), fontsize=10)
+    figure.suptitle(textwrap.fill(title, int(12 * size[0])), fontsize=10)
     return figure, axes
 
 

@@ -213,11 +213,15 @@ def _convert_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def lock_run(path: Path) -> Iterator[None]:
+def lock_run(path: Path, timeout: float = 0.0) -> Iterator[None]:
     """Keeps other processes from training in a folder; makes it if it is missing.
 
     The operating system frees the lock when the process ends. A folder that was made
     here and stays empty is removed again.
+
+    Args:
+        path: the folder.
+        timeout: seconds to wait for the lock. Default: ``0.0``.
 
     Raises:
         BlockingIOError: if another process holds the lock.
@@ -227,7 +231,7 @@ def lock_run(path: Path) -> Iterator[None]:
     file = path / ".lock"
     lock = FileLock(file)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=timeout)
     except Timeout as error:
         raise BlockingIOError(
             f"{path} is in use: another process trains in it"

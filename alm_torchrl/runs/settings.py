@@ -30,6 +30,7 @@ from alm_torchrl.training.pace import Pace
 
 __all__ = [
     "PRESETS",
+    "Agent",
     "Preset",
     "TrainConfig",
     "UserError",
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 Preset = Literal["quick", "paper", "plus"]
+Agent = Literal["alm", "td3", "sac", "redq"]
 
 # Each kind of number carries its check.
 Count = Annotated[int, check_integer]
@@ -94,7 +96,7 @@ class TrainConfig:
     """Gymnasium task with flat observations and continuous actions."""
     preset: Preset = "paper"
     """Other defaults: a run of minutes, the paper's Table 3, or the best agent."""
-    agent: Literal["alm", "td3", "sac", "redq"] = "alm"
+    agent: Agent = "alm"
     """Algorithm: ALM, or a baseline with ALM's settings as far as it has them."""
     seed: Seed = 0
     """Seed of networks, exploration, replay and environment."""

@@ -1,20 +1,22 @@
-"""Signals that stop a training, which is saved."""
+"""Signals that stop a training, which is saved, or what waits for several."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 from alm_torchrl.training.alm_trainer import ALMTrainer
 
-__all__ = ["stop_on_signal"]
+__all__ = ["interrupt_on_signal", "stop_on_signal"]
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+
+Handler = Callable[[int, FrameType | None], None]
 
 
 @contextmanager
@@ -26,7 +28,6 @@ def stop_on_signal(trainer: ALMTrainer) -> Iterator[list[int]]:
     can handle signals; elsewhere, and where a scheduler handles one, nothing changes.
     """
     signals: list[int] = []
-    previous: dict[int, Any] = {}
 
     def request_stop(number: int, frame: FrameType | None) -> None:
         signals[:] = signals or [number]
@@ -37,22 +38,57 @@ def stop_on_signal(trainer: ALMTrainer) -> Iterator[list[int]]:
         with suppress(OSError):
             os.write(2, b"\nStopping after this step; Ctrl-C again stops at once.\n")
 
-    if threading.current_thread() is threading.main_thread():
-        for name in _SIGNALS:
-            number = getattr(signal, name, None)
-            if number is not None and _is_free(number):
-                previous[number] = signal.signal(number, request_stop)
-    try:
+    free = [name for name in _SIGNALS if _is_free(name)]
+    with _handling(free, request_stop) as previous:
         yield signals
+
+
+@contextmanager
+def interrupt_on_signal() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP do what Ctrl-C does, in the main thread.
+
+    :class:`KeyboardInterrupt` leaves the block with the number of the signal.
+    """
+    signals: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt(number)
+
+    # nohup ignores SIGHUP.
+    names = [
+        name
+        for name in ("SIGTERM", "SIGHUP")
+        if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN
+    ]
+    with _handling(names, interrupt):
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            # A library may have raised another one in its place.
+            raise KeyboardInterrupt((signals or [signal.SIGINT])[0]) from error
+
+
+@contextmanager
+def _handling(names: Sequence[str], handler: Handler) -> Iterator[dict[int, Any]]:
+    """Handles signals, in the main thread only; yields the handlers before."""
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in names:
+            number = getattr(signal, name)
+            previous[number] = signal.signal(number, handler)
+    try:
+        yield previous
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
-def _is_free(number: int) -> bool:
-    """Whether a signal has no other handler."""
+def _is_free(name: str) -> bool:
+    """Whether a signal exists and has no other handler."""
+    number = getattr(signal, name, None)
     free = [signal.SIG_DFL, signal.default_int_handler]
-    if number == signal.SIGINT:
+    if name == "SIGINT":
         # Ignored by those that start runs in the background.
         free.append(signal.SIG_IGN)
-    return signal.getsignal(number) in free
+    return number is not None and signal.getsignal(number) in free

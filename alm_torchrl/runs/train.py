@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal
 
 import torch
@@ -63,12 +64,16 @@ def train(
     resume: Path | None = None,
     fresh: bool = False,
     fresh_episode: bool = False,
+    on_evaluation: Callable[[dict[str, Any]], object] | None = None,
+    stop: Event | None = None,
+    lock_timeout: float = 0.0,
 ) -> int:
     """Trains an agent in its run folder, and continues the run that is in it.
 
     :mod:`alm_torchrl.runs.start` says what each state of the folder leads to. In the
     main thread, SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 stop the training once
-    the current step is done and saved, unless they have another handler.
+    the current step is done and saved, unless they have another handler. In another
+    thread, ``stop`` does.
 
     Args:
         config: the settings; ``config.run_path`` is the folder.
@@ -78,10 +83,14 @@ def train(
             Default: ``False``.
         fresh_episode: continue with a fresh episode, not the one that was running.
             Default: ``False``.
+        on_evaluation: receives each new row of ``metrics.csv``. Default: ``None``.
+        stop: once set, stops the training as SIGINT does. Default: ``None``.
+        lock_timeout: seconds to wait for another process that trains in the folder.
+            Default: ``0.0``.
 
     Returns:
         int: 0, or 128 and the number of the signal that stopped the training, such
-        as 130 after SIGINT (Ctrl-C).
+        as 130 after SIGINT (Ctrl-C) or ``stop``.
 
     Raises:
         UserError: if the task cannot be used, the folder is in use, the run in it has
@@ -99,7 +108,7 @@ def train(
         with user_errors():
             envs = _build_envs(config)
             _check_logger(config.logger)
-            stack.enter_context(lock_run(path))
+            stack.enter_context(lock_run(path, lock_timeout))
             if fresh and holds_run(path):
                 print(f"The run before is now in {set_run_aside(path)}")
             starts = find_starts(config, resume)
@@ -118,7 +127,13 @@ def train(
                 return 0
             config = replace(config, compile=_compile_mode(config, device, start))
         return _train_in_folder(
-            config, device, chain([start], starts), envs, fresh_episode
+            config,
+            device,
+            chain([start], starts),
+            envs,
+            fresh_episode,
+            on_evaluation,
+            stop,
         )
 
 
@@ -170,6 +185,8 @@ def _train_in_folder(
     starts: Iterator[Start],
     envs: tuple[EnvBase, TransformedEnv],
     fresh_episode: bool,
+    on_row: Callable[[dict[str, Any]], object] | None,
+    stop: Event | None,
 ) -> int:
     path, settings = config.run_path, config.to_dict()
     watch, made = watch_folder(path), [envs]
@@ -204,6 +221,8 @@ def _train_in_folder(
             row = {name: result[name] for name in METRICS_FIELDS if name in result}
             own = {"seed": config.seed, "task": config.task, "wall_time": wall_time()}
             writer.write(row | own)
+            if on_row is not None:
+                on_row(row | own)
 
         def metadata() -> dict[str, Any]:
             watch()
@@ -229,6 +248,13 @@ def _train_in_folder(
         print(trainer.loss_module, flush=True)
         writer = _open_folder(config, device, start, trainer)
     with stop_on_signal(trainer) as signals:
+
+        def obey() -> None:
+            if stop is not None and stop.is_set():
+                signals[:] = signals or [signal.SIGINT]
+                trainer.request_stop("stop")
+
+        trainer.register_op("post_steps", obey)
         try:
             _run_trainer(config, trainer, start, signals, writer.rows)
         except UserError:

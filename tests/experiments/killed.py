@@ -6,5 +6,5 @@ import os
 import signal
 
 
-def train_killed(config):
+def make_killed(config):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import gymnasium
@@ -14,22 +15,26 @@ import pytest
 from torchrl.envs import TransformedEnv
 
 from alm_torchrl.cli import main
-from alm_torchrl.experiments import execution, figures, reproduce
+from alm_torchrl.experiments import engine_local, execution, figures
 from alm_torchrl.experiments.catalogue import EXPERIMENTS, SCALES, plan
-from alm_torchrl.experiments.execution import is_complete, make_runs
+from alm_torchrl.experiments.display import is_complete
+from alm_torchrl.experiments.engine_local import run_locally
+from alm_torchrl.experiments.execution import make_runs
 from alm_torchrl.experiments.tables import (
     Group,
     format_scores,
     iqm_interval,
     over_seeds,
 )
+from alm_torchrl.experiments.worker import make_run
 from alm_torchrl.runs.curves import reference_curve
 from alm_torchrl.runs.folder import METRICS_FIELDS, Run
 from alm_torchrl.runs.options import ReproduceOptions
 from alm_torchrl.runs.settings import UserError
-from tests.experiments.killed import train_killed
+from tests.experiments.killed import make_killed
 
 TASK = "InvertedPendulum-v5"
+ALONE = partial(run_locally, jobs=1)
 ONCE = ("--scale", "smoke", "--jobs", 1)
 
 
@@ -109,7 +114,7 @@ def test_a_line_for_each_variant_and_estimate(tmp_path, monkeypatch):
         for seed in (0, 1)
         for step in (0, 3)
     ]
-    figures.plot_bias(EXPERIMENTS["fig4"], "a note", rows, tmp_path / "bias.png")
+    figures.plot_bias("a title", rows, tmp_path / "bias.png")
     (figure,) = drawn
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [*labels.values()]
@@ -134,8 +139,8 @@ def test_timed_curves_are_drawn_over_minutes_too(tmp_path, monkeypatch):
     config = plan(EXPERIMENTS["fig3"], "smoke")[0][1]
     runs = [Run(tmp_path, config, metrics) for metrics in rows]
     group = Group(TASK, "alm", "ALM(3)", runs)
-    figures.plot_curves(EXPERIMENTS["fig3"], "a note", [group], tmp_path / "a.png")
-    figures.plot_curves(EXPERIMENTS["fig4"], "a note", [group], tmp_path / "a.png")
+    figures.plot_curves("a title", [group], tmp_path / "a.png", timed=True)
+    figures.plot_curves("a title", [group], tmp_path / "a.png")
     timed, plain = drawn
     lines = [panel.get_lines()[0] for panel in timed.axes]
     assert [line.get_xdata().tolist() for line in lines] == [[0, 5], [2, 2]]
@@ -161,7 +166,7 @@ def test_complete_runs_are_not_made_again(folder, monkeypatch):
     def fails(env, **kwargs):
         raise RuntimeError("the simulator hangs")
 
-    monkeypatch.setattr(execution, "_train", never)
+    monkeypatch.setattr(engine_local, "make_run", never)
     # An error in closing costs no measurement.
     monkeypatch.setattr(TransformedEnv, "close", fails)
     assert command(folder, "fig7", *ONCE) == 0
@@ -187,9 +192,9 @@ def in_folder(name, folder):
 
 def test_runs_that_were_interrupted_are_continued(tmp_path, monkeypatch):
     first, second = in_folder("table1", tmp_path)
-    assert execution._train(dataclasses.replace(first, total_steps=3)) == ""
+    assert make_run(dataclasses.replace(first, total_steps=3)) == (0, "")
     assert not is_complete(first)
-    runs, failures = make_runs([first, second], jobs=1)
+    runs, failures = make_runs([first, second], ALONE)
     assert not failures
     assert [run.path for run in runs] == [first.run_path, second.run_path]
     assert "Continues from" in (first.run_path / "train.log").read_text()
@@ -198,10 +203,10 @@ def test_runs_that_were_interrupted_are_continued(tmp_path, monkeypatch):
     # Ctrl-C in a run makes the training return 130: no further run starts.
     begun = []
     monkeypatch.setattr(
-        "alm_torchrl.runs.train.train", lambda c: begun.append(c) or 130
+        "alm_torchrl.runs.train.train", lambda c, **_: begun.append(c) or 130
     )
-    with pytest.raises(KeyboardInterrupt):
-        make_runs(in_folder("fig15", tmp_path / "others"), jobs=1)
+    with pytest.raises(KeyboardInterrupt, match="2"):
+        make_runs(in_folder("fig15", tmp_path / "others"), ALONE)
     assert len(begun) == 1
 
 
@@ -213,14 +218,14 @@ def test_runs_that_were_interrupted_are_continued(tmp_path, monkeypatch):
     ],
 )
 def test_the_reason_of_a_failure_is_given(error, reason, folder, tmp_path, monkeypatch):
-    def fails(config):
+    def fails(config, **kwargs):
         raise error
 
-    make_runs(in_folder("table1", folder / "runs"), jobs=1)
+    make_runs(in_folder("table1", folder / "runs"), ALONE)
     monkeypatch.setattr("alm_torchrl.runs.train.train", fails)
     complete, _ = in_folder("table1", folder / "runs")
     failing, _ = in_folder("table1", tmp_path)
-    runs, failures = make_runs([complete, failing], jobs=1)
+    runs, failures = make_runs([complete, failing], ALONE)
     assert [run.path for run in runs] == [complete.run_path]
     assert failures[failing.run_path].startswith(reason)
 
@@ -228,10 +233,10 @@ def test_the_reason_of_a_failure_is_given(error, reason, folder, tmp_path, monke
 def test_a_run_that_is_killed_is_named_and_the_others_are_drawn(
     folder, tmp_path, monkeypatch, capsys
 ):
-    make_runs(in_folder("table1", folder / "runs"), jobs=1)
+    make_runs(in_folder("table1", folder / "runs"), ALONE)
     killed, complete = in_folder("table1", tmp_path / "runs")
     shutil.copytree(folder / "runs" / complete.run_name, complete.run_path)
-    monkeypatch.setattr(execution, "_train", train_killed)
+    monkeypatch.setattr(engine_local, "make_run", make_killed)
     assert command(tmp_path, "table1", "--scale", "smoke", "--jobs", 2) == 1
     printed = capsys.readouterr().out
     assert f"Failed: {killed.run_path}: its process was killed" in printed
@@ -242,15 +247,17 @@ def test_a_run_that_is_killed_is_named_and_the_others_are_drawn(
 def test_jobs_are_the_cores_that_the_process_may_use(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 8}, raising=False)
-    assert reproduce._default_jobs(ReproduceOptions(device="cpu")) == 3
+    assert execution._default_jobs(ReproduceOptions(device="cpu")) == 3
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert reproduce._default_jobs(ReproduceOptions(device="cpu")) == 64
+    assert execution._default_jobs(ReproduceOptions(device="cpu")) == 64
 
 
 @pytest.mark.slow
 def test_several_at_once_equal_one_after_another(tmp_path):
-    alone, _ = make_runs(in_folder("fig16", tmp_path / "one"), jobs=1)
-    several, _ = make_runs(in_folder("fig16", tmp_path / "many"), jobs=2)
+    alone, _ = make_runs(in_folder("fig16", tmp_path / "one"), ALONE)
+    several, _ = make_runs(
+        in_folder("fig16", tmp_path / "many"), partial(run_locally, jobs=2)
+    )
     for one, other in zip(alone, several, strict=True):
         pairs = zip(one.metrics, other.metrics, strict=True)
         assert all(a["mean_return"] == b["mean_return"] for a, b in pairs)
@@ -367,7 +374,7 @@ class TestReferenceCurve:
 
 def test_plot_draws_published_curves(tmp_path, folder):
     configs = in_folder("table1", folder / "runs")
-    make_runs(configs, jobs=1)
+    make_runs(configs, ALONE)
     published = tmp_path / "published.csv"
     published.write_text("Step,r,r\n3,10,12\n6,20,30\n900,1,1\n")
     plain, other = tmp_path / "plain.png", tmp_path / "other.png"
