@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import io
+import logging
 import os
 import signal
 import sys
