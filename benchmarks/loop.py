@@ -160,7 +160,7 @@ def compare_loops(
     with TemporaryDirectory() as folder:
         trainer = _trainer(problem, arguments, (rounds + 2) * steps, Path(folder))
         meter.watch(
-            simulator=(gymnasium_env(trainer.env.base_env).unwrapped, "step"),
+            simulator=(gymnasium_env(trainer.collector.env.base_env).unwrapped, "step"),
             env=(trainer.collector.env, "step_and_maybe_reset"),
             policy=(trainer.collector.policy, "forward"),
             collector=(trainer.collector, "rollout"),

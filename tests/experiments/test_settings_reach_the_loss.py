@@ -155,6 +155,8 @@ FLAGS = {
     "max_episode_steps": (19, {"env.max_episode_steps": [19] * 2}),
     "total_steps": (11, {"trainer.total_steps": 11}),
     "warmup_steps": (999, {"trainer.warmup_steps": 999}),
+    "num_envs": (3, {"trainer.env": [3]}),
+    "updates_per_step": (0.5, {"trainer.updates_per_step": 0.5}),
     "capacity": (7777, {"trainer.capacity": 7777}),
     "batch_size": (5, {"trainer.batch_size": 5}),
     "horizon": (2, {"trainer.horizon": 2}),
@@ -364,6 +366,7 @@ def call(tmp_path_factory):
         @wraps(training.make_trainer)  # keeps its signature
         def trainer(env, loss, **arguments):
             found.update({f"trainer.{name}": arguments[name] for name in arguments})
+            found["trainer.env"] = list(env.batch_size)
             found.update(facts(loss))
             raise Stopped
 

@@ -51,12 +51,13 @@ def trainer(folder, rows, **kwargs):
 def test_evaluations_checkpoints_and_resumes_share_the_moments(tmp_path):
     rows, again = [], []
     one = trainer(tmp_path, rows)
+    trained = one.collector.env
     one.train()
     # What acts with the saved networks and moments scores what was logged.
     newest, best = one.checkpoint_rotation.latest(), tmp_path / "best"
     env = make()
     use_moments(env, newest)
-    expected = Normalizers(one.env).state_dict()["1.NormalizeObservation"]["mean"]
+    expected = Normalizers(trained).state_dict()["1.NormalizeObservation"]["mean"]
     found = Normalizers(env).state_dict()["1.NormalizeObservation"]["mean"]
     assert (found == expected).all()
     assert (found != 0).all()
