@@ -12,6 +12,7 @@ from torchrl.envs import EnvBase, TransformedEnv
 
 from alm_torchrl.baselines.builders import make_redq_loss, make_sac_loss, make_td3_loss
 from alm_torchrl.baselines.losses import BaselineLoss
+from alm_torchrl.checks import check_integer
 from alm_torchrl.envs import LockstepEnv, make_env
 from alm_torchrl.functional import floored_log, shifted_log
 from alm_torchrl.networks import NoiseSchedule, make_decoder, make_identity_encoder
@@ -97,13 +98,13 @@ def build_eval_env(
         LockstepEnv: of batch size [E], an environment for each episode, at most 16.
 
     Raises:
-        ValueError: as :func:`build_env`.
+        ValueError: as :func:`build_env`, and if ``episodes`` is out of range.
 
     Example:
         >>> build_eval_env({"task": "Pendulum-v1"}, episodes=3).batch_size
         torch.Size([3])
     """
-    num_envs = min(episodes, _MOST_EVAL_ENVS)
+    num_envs = min(check_integer("episodes", episodes), _MOST_EVAL_ENVS)
     return LockstepEnv([build_env(settings, trust=trust) for _ in range(num_envs)])
 
 
