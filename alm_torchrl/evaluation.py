@@ -205,7 +205,7 @@ def random_policy(env: EnvBase) -> RandomPolicy:
         >>> random_policy(env)(env.reset())["action"].shape
         torch.Size([1])
     """
-    return RandomPolicy(env.action_spec, action_key=env.action_key)
+    return RandomPolicy(env.full_action_spec[env.action_key], action_key=env.action_key)
 
 
 def zero_policy(env: EnvBase) -> TensorDictModule:
@@ -224,7 +224,8 @@ def zero_policy(env: EnvBase) -> TensorDictModule:
         >>> zero_policy(env)(env.reset())["action"]
         tensor([0., 0., 0., 0., 0., 0.])
     """
-    action = env.action_spec.project(env.action_spec.zero())
+    spec = env.full_action_spec[env.action_key]
+    action = spec.project(spec.zero())
     return TensorDictModule(action.clone, in_keys=[], out_keys=[env.action_key])
 
 

@@ -40,6 +40,7 @@ from alm_torchrl.training.hooks import (
     EvaluationHook,
     NonFiniteCheck,
     ProgressBar,
+    episode_ends,
 )
 from alm_torchrl.training.pace import Pace
 from alm_torchrl.training.rotation import MilestoneRotation
@@ -337,13 +338,14 @@ def make_trainer(
     keep_last_logs(trainer)
     trainer.pace, trainer.total_steps = pace, total_steps
 
-    stored = [*loss.in_keys, ("next", "done"), ("collector", "traj_ids")]
+    stored = [*loss.in_keys, ("collector", "traj_ids")]
     schedule = loss.noise_schedule
 
     def extend(batch: TensorDictBase) -> None:
         trainer.whole_at = None
         # The time dimension, of one step, comes last.
         rows = batch.select(*stored)[..., 0]
+        rows["next", "done"] = ends = episode_ends(batch, env)[..., 0, :]
         for key, value in rows.items(include_nested=True, leaves_only=True):
             if value.is_floating_point() and not value.isfinite().all():
                 name = key if isinstance(key, str) else "/".join(key)
@@ -354,7 +356,7 @@ def make_trainer(
         else:  # A batch of one row would take half as long again.
             buffer.add(rows)
         for observer in observers:
-            observer.observe(rows["next", "reward"], rows["next", "done"])
+            observer.observe(rows["next", env.reward_key], ends)
 
     def sample(_: TensorDictBase) -> TensorDictBase:
         # The Trainer asks for one update too many, and has counted it.
