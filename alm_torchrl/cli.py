@@ -117,7 +117,7 @@ class Evaluate:
     def run(self) -> int:
         """Evaluates, and prints the scores."""
         from alm_torchrl.evaluation import evaluate_policy
-        from alm_torchrl.runs.agents import build_env
+        from alm_torchrl.runs.agents import build_eval_env
         from alm_torchrl.runs.loading import (
             checkpoint_metadata,
             find_checkpoint,
@@ -128,7 +128,7 @@ class Evaluate:
         with user_errors():
             file = find_checkpoint(self.checkpoint)
             config = TrainConfig.from_dict(checkpoint_metadata(file)["settings"])
-            env = build_env(config.to_dict(), trust=self.trust)
+            env = build_eval_env(config.to_dict(), self.episodes, trust=self.trust)
             use_moments(env, file)
             scores = evaluate_policy(
                 env,

@@ -51,8 +51,10 @@ def evaluate_policy(
     move; other state of it that outlives resets does.
 
     Args:
-        env: environment without batch dimensions whose episodes end. Time limits of
-            TorchRL (``StepCounter``) and Gymnasium count as ends.
+        env: environment of batch size [] or [E] whose episodes end. Time limits of
+            TorchRL (``StepCounter``) and Gymnasium count as ends. With [E], as of
+            ``SerialEnv`` or ``ParallelEnv``, the policy acts in E episodes at once,
+            which takes less time; episode i is one of environment i % E.
         policy: reads and writes tensordicts; an ``nn.Module`` runs in evaluation mode.
             It may be on another device than ``env``.
 
@@ -72,8 +74,8 @@ def evaluate_policy(
     Raises:
         TypeError: if ``env`` is not a TorchRL environment or ``policy`` not callable.
         KeyError: if ``policy`` reads an entry that ``env`` lacks, or writes no action.
-        ValueError: if ``episodes`` or ``seed`` is out of range, ``env`` has batch
-            dimensions, or its reward is not a single number.
+        ValueError: if ``episodes`` or ``seed`` is out of range, ``env`` has several
+            batch dimensions, or its reward is not a single number.
         EvaluationStopped: if ``should_stop`` asked for it.
 
     Example:
@@ -85,7 +87,7 @@ def evaluate_policy(
         >>> bool((scores["return"] < 0).all())
         True
     """
-    check_env(env)
+    check_env(env, batch_dims=1)
     if not callable(policy):
         raise TypeError(
             "policy: expected a callable that reads and writes tensordicts, got "
@@ -105,28 +107,26 @@ def evaluate_policy(
         Normalizers(env).frozen(),
     ):
         env.set_seed(seed)
-        scores = [
-            _run_episode(env, policy_on_env, should_stop) for _ in range(episodes)
-        ]
-    returns, lengths = zip(*scores, strict=True)
+        returns, lengths = _run_episodes(env, policy_on_env, episodes, should_stop)
     return TensorDict(
         {
-            "return": torch.tensor(returns, dtype=torch.float32),
-            "length": torch.tensor(lengths, dtype=torch.int64),
+            "return": torch.from_numpy(returns).float(),
+            "length": torch.from_numpy(lengths),
         },
         batch_size=[episodes],
     )
 
 
-def check_env(env: EnvBase) -> None:
-    """Raises an error unless ``env`` is a single environment with one reward."""
+def check_env(env: EnvBase, *, batch_dims: int = 0) -> None:
+    """Raises an error if ``env`` has more batch dimensions, or not one reward."""
     check_type("env", env, EnvBase, "make_env makes one from a Gymnasium task")
-    if env.batch_size:
+    if len(env.batch_size) > batch_dims:
         raise ValueError(
-            f"env: expected no batch dimensions, got batch size {env.batch_size}"
+            f"env: expected {'at most one' if batch_dims else 'no'} batch dimension, "
+            f"got batch size {list(env.batch_size)}"
         )
     rewards = {key: env.full_reward_spec[key].shape for key in env.reward_keys}
-    if [shape.numel() for shape in rewards.values()] != [1]:
+    if [shape.numel() for shape in rewards.values()] != [env.batch_size.numel()]:
         raise ValueError(f"env: expected one reward of one number, got {rewards}")
 
 
@@ -205,7 +205,7 @@ def random_policy(env: EnvBase) -> RandomPolicy:
         >>> random_policy(env)(env.reset())["action"].shape
         torch.Size([1])
     """
-    return RandomPolicy(env.action_spec, action_key=env.action_key)
+    return RandomPolicy(env.full_action_spec[env.action_key], action_key=env.action_key)
 
 
 def zero_policy(env: EnvBase) -> TensorDictModule:
@@ -224,16 +224,21 @@ def zero_policy(env: EnvBase) -> TensorDictModule:
         >>> zero_policy(env)(env.reset())["action"]
         tensor([0., 0., 0., 0., 0., 0.])
     """
-    action = env.action_spec.project(env.action_spec.zero())
+    spec = env.full_action_spec[env.action_key]
+    action = spec.project(spec.zero())
     return TensorDictModule(action.clone, in_keys=[], out_keys=[env.action_key])
 
 
-def _run_episode(
-    env: EnvBase, policy: Policy, should_stop: Callable[[], bool] | None
-) -> tuple[float, int]:
-    """Return and length of one episode."""
-    reward_key, done_keys = env.reward_key, env.done_keys
-    total, length = 0.0, 0
+def _run_episodes(
+    env: EnvBase,
+    policy: Policy,
+    episodes: int,
+    should_stop: Callable[[], bool] | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns and lengths of episodes; row j of [E] has the episodes j, j + E, ..."""
+    rows = env.batch_size.numel()
+    returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
+    running = np.arange(rows)  # The episode of each row; past the last one, none.
     tensordict = env.reset()
     while True:
         if should_stop is not None and should_stop():
@@ -244,13 +249,35 @@ def _run_episode(
                 f"policy: expected it to write {env.action_key!r}, got "
                 f"{sorted(acted.keys(True, True), key=str)}"
             )
+        scored = running < episodes
+        if not scored.all():
+            acted.set("_step", torch.from_numpy(scored).to(env.device))
         tensordict = env.step(acted)
         following = tensordict.get("next")
-        total += following.get(reward_key).item()
-        length += 1
-        if any(following.get(key).item() for key in done_keys):
-            return total, length
-        tensordict = env.step_mdp(tensordict)
+        reward = following.get(env.reward_key).reshape(rows).cpu().numpy()
+        returns[running[scored]] += reward[scored]
+        lengths[running[scored]] += 1
+        ended = scored & np.logical_or.reduce(
+            [following.get(key).reshape(rows).cpu().numpy() for key in env.done_keys]
+        )
+        running = running + rows * ended
+        if (running >= episodes).all():
+            return returns, lengths
+        tensordict = _restart(env, env.step_mdp(tensordict), ended)
+
+
+def _restart(
+    env: EnvBase, tensordict: TensorDictBase, rows: np.ndarray
+) -> TensorDictBase:
+    """Resets the rows of a mask, [E]."""
+    if not rows.any():
+        return tensordict
+    if rows.all():
+        return env.reset()
+    for key, group in zip(env.reset_keys, env.done_keys_groups, strict=True):
+        shape = env.full_done_spec[group[0]].shape
+        tensordict.set(key, torch.from_numpy(rows).reshape(shape).to(env.device))
+    return env.reset(tensordict)
 
 
 def _with_transfers(policy: Policy, env: EnvBase) -> Policy:

@@ -27,7 +27,7 @@ from torchrl.envs import (
 )
 from torchrl.envs.utils import exploration_type, set_exploration_type
 
-from alm_torchrl.envs import make_env
+from alm_torchrl.envs import LockstepEnv, make_env
 from alm_torchrl.evaluation import evaluate_policy, random_policy, zero_policy
 
 
@@ -141,6 +141,72 @@ def test_returns_and_lengths_of_whole_episodes(limited):
         torch.float32,
         torch.int64,
     )
+
+
+def jerking(tensordict):
+    """A policy that gives each row the same bits, whatever rows are beside it."""
+    observation = tensordict["observation"]
+    action = torch.remainder(1000 * observation[..., :1], 2) - 1
+    actions = 3 if observation.shape[-1] == 11 else 1  # Hopper's, or Pendulum's
+    return tensordict.set("action", action.expand(*action.shape[:-1], actions))
+
+
+HOPPER = {"task": "Hopper-v5"}
+PENDULUM = {"task": "Pendulum-v1", "action_bounds": "rescale", "max_episode_steps": 30}
+
+
+def one_after_another(env, policy, episodes, seed):
+    """Scores as a plain loop over a single environment finds them."""
+    scores = []
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        env.set_seed(seed)
+        for _ in range(episodes):
+            steps = env.rollout(1000, policy)
+            scores.append((steps["next", "reward"].double().sum().item(), len(steps)))
+    return scores
+
+
+@pytest.mark.parametrize("kwargs", [HOPPER, PENDULUM])
+@pytest.mark.parametrize(("num_envs", "episodes"), [(1, 3), (3, 3), (4, 3), (3, 8)])
+def test_side_by_side_is_as_one_after_another(kwargs, num_envs, episodes):
+    expected = one_after_another(make_env(**kwargs), jerking, episodes, seed=5)
+    env = LockstepEnv([make_env(**kwargs) for _ in range(num_envs)])
+    for _ in range(2):
+        scores = evaluate_policy(env, jerking, episodes=episodes, seed=5)
+        assert scores["length"].tolist() == [length for _, length in expected]
+        assert scores["return"].tolist() == pytest.approx(
+            [total for total, _ in expected], rel=1e-6
+        )
+    assert kwargs is PENDULUM or len({length for _, length in expected}) > 2
+
+
+@pytest.mark.parametrize(("num_envs", "episodes"), [(2, 7), (3, 3), (5, 3)])
+def test_each_environment_has_its_share_of_the_episodes(num_envs, episodes):
+    env = SerialEnv(num_envs, countdown)
+    scores = evaluate_policy(env, constant(0.5), episodes=episodes, seed=4)
+    counts, worker_seed = [], 4
+    for _ in range(num_envs):
+        counts.append(starts(worker_seed, episodes))
+        worker_seed = countdown().set_seed(worker_seed)
+    own = [counts[i % num_envs][i // num_envs] for i in range(episodes)]
+    assert scores["length"].tolist() == own
+    assert scores["return"].tolist() == [n * (n + 1) / 2 + 0.5 * n for n in own]
+
+
+def test_ended_episodes_are_not_stepped(monkeypatch):
+    steps = []
+
+    def step(self, action, _step=Countdown.step):
+        assert self.count > 0
+        steps.append(1)
+        return _step(self, action)
+
+    monkeypatch.setattr(Countdown, "step", step)
+    envs = [TransformedEnv(countdown()) for _ in range(3)]
+    for env in LockstepEnv(envs), SerialEnv(3, countdown):
+        steps.clear()
+        scores = evaluate_policy(env, constant(0.0), episodes=5)
+        assert len(steps) == scores["length"].sum()
 
 
 @pytest.mark.parametrize("make", [countdown, Shared])
@@ -266,7 +332,11 @@ def two_rewards():
     ("env", "error", "message"),
     [
         (object, TypeError, "env: expected EnvBase, got object"),
-        (lambda: SerialEnv(2, Shared), ValueError, r"env: .*\[2\]"),
+        (
+            lambda: SerialEnv(2, lambda: SerialEnv(3, Shared)),
+            ValueError,
+            r"env: .*at most one.*\[2, 3\]",
+        ),
         (two_rewards, ValueError, r"one reward of one number.*\[2\]"),
     ],
 )

@@ -2,7 +2,8 @@
 
 from alm_torchrl.envs.dynamics_noise import DynamicsNoise
 from alm_torchrl.envs.gym import make_env
+from alm_torchrl.envs.lockstep import LockstepEnv
 from alm_torchrl.envs.normalizers import Normalizers
 from alm_torchrl.envs.tasks import TASKS, Task
 
-__all__ = ["TASKS", "DynamicsNoise", "Normalizers", "Task", "make_env"]
+__all__ = ["TASKS", "DynamicsNoise", "LockstepEnv", "Normalizers", "Task", "make_env"]

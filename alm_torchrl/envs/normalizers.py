@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import gymnasium
@@ -12,6 +13,7 @@ from gymnasium.wrappers import NormalizeObservation, NormalizeReward
 from torchrl.envs import EnvBase, GymWrapper, TransformedEnv
 
 from alm_torchrl.compat import gymnasium_env
+from alm_torchrl.envs.lockstep import LockstepEnv
 
 __all__ = [
     "Normalizers",
@@ -29,8 +31,9 @@ class Normalizers:
     they let it act and be scored with the same ones.
 
     Args:
-        env (EnvBase): a single environment; any other than one around a Gymnasium task
-            has none of these wrappers.
+        env (EnvBase): a single environment, or a :class:`LockstepEnv` of such, which
+            have the same moments; any other than one around a Gymnasium task has none
+            of these wrappers.
 
     Example:
         >>> from gymnasium.wrappers import NormalizeObservation
@@ -45,14 +48,11 @@ class Normalizers:
     """
 
     def __init__(self, env: EnvBase) -> None:
-        found = [
-            layer
-            for layer in env_layers(env)
-            if isinstance(layer, NormalizeObservation | NormalizeReward)
-        ]
+        each = env.envs if isinstance(env, LockstepEnv) else [env]
+        found = zip(*map(_normalizing_wrappers, each), strict=True)
         self._wrappers = {
-            f"{number}.{type(layer).__name__}": layer
-            for number, layer in enumerate(found)
+            f"{number}.{type(wrappers[0]).__name__}": wrappers
+            for number, wrappers in enumerate(found)
         }
 
     @property
@@ -62,7 +62,7 @@ class Normalizers:
 
     def state_dict(self) -> dict[str, Any]:
         """The moments of each wrapper."""
-        return {name: moments_of(wrapper) for name, wrapper in self._wrappers.items()}
+        return {name: moments_of(each[0]) for name, each in self._wrappers.items()}
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Checks a state without loading it.
@@ -78,8 +78,8 @@ class Normalizers:
                 f"env: expected the normalising wrappers {list(state_dict)}, got "
                 f"{self.names}"
             )
-        for name, wrapper in self._wrappers.items():
-            check_moments(wrapper, state_dict[name])
+        for name, wrappers in self._wrappers.items():
+            check_moments(wrappers[0], state_dict[name])
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Sets the moments of each wrapper.
@@ -91,24 +91,26 @@ class Normalizers:
             ValueError: as :meth:`check_state_dict`; nothing has changed then.
         """
         self.check_state_dict(state_dict)
-        for name, wrapper in self._wrappers.items():
-            load_moments(wrapper, state_dict[name])
+        for name, wrappers in self._wrappers.items():
+            for wrapper in wrappers:
+                load_moments(wrapper, state_dict[name])
 
     def freeze(self) -> None:
         """Has the moments stay as they are."""
-        for wrapper in self._wrappers.values():
+        for wrapper in chain.from_iterable(self._wrappers.values()):
             wrapper.update_running_mean = False
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Inside, no moments move; afterwards the wrappers are as they were."""
         state = self.state_dict()
-        moving = [each.update_running_mean for each in self._wrappers.values()]
+        wrappers = list(chain.from_iterable(self._wrappers.values()))
+        moving = [wrapper.update_running_mean for wrapper in wrappers]
         try:
             self.freeze()
             yield
         finally:
-            for wrapper, moves in zip(self._wrappers.values(), moving, strict=True):
+            for wrapper, moves in zip(wrappers, moving, strict=True):
                 wrapper.update_running_mean = moves
             self.load_state_dict(state)
 
@@ -124,6 +126,16 @@ def env_layers(env: EnvBase) -> Iterator[Any]:
         while isinstance(layer, gymnasium.Wrapper):
             layer = layer.env
             yield layer
+
+
+def _normalizing_wrappers(
+    env: EnvBase,
+) -> list[NormalizeObservation | NormalizeReward]:
+    return [
+        layer
+        for layer in env_layers(env)
+        if isinstance(layer, NormalizeObservation | NormalizeReward)
+    ]
 
 
 def moments_of(wrapper: NormalizeObservation | NormalizeReward) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from torchrl.envs import EnvBase, TransformedEnv
 
 from alm_torchrl.baselines.builders import make_redq_loss, make_sac_loss, make_td3_loss
 from alm_torchrl.baselines.losses import BaselineLoss
-from alm_torchrl.envs import make_env
+from alm_torchrl.checks import check_integer
+from alm_torchrl.envs import LockstepEnv, make_env
 from alm_torchrl.functional import floored_log, shifted_log
 from alm_torchrl.networks import NoiseSchedule, make_decoder, make_identity_encoder
 from alm_torchrl.objectives import (
@@ -34,8 +35,10 @@ from alm_torchrl.objectives import (
 from alm_torchrl.objectives.model_terms import ModelTerm
 from alm_torchrl.runs.settings import TrainConfig
 
-__all__ = ["build_env", "build_loss", "describe_spaces"]
+__all__ = ["build_env", "build_eval_env", "build_loss", "describe_spaces"]
 
+# More environments side by side hardly save time, and each holds a simulation.
+_MOST_EVAL_ENVS = 16
 _REWARD_TRANSFORMS = {"plain": floored_log, "shifted": shifted_log}
 
 
@@ -77,6 +80,32 @@ def build_env(
         max_episode_steps=config.max_episode_steps,
         **kwargs,
     )
+
+
+def build_eval_env(
+    settings: Mapping[str, Any], episodes: int, *, trust: bool = False
+) -> LockstepEnv:
+    """The environment in which the episodes of an evaluation run side by side.
+
+    Args:
+        settings: fields of ``TrainConfig``.
+        episodes: episodes of an evaluation.
+
+    Keyword Args:
+        trust: as in :func:`build_env`. Default: ``False``.
+
+    Returns:
+        LockstepEnv: of batch size [E], an environment for each episode, at most 16.
+
+    Raises:
+        ValueError: as :func:`build_env`, and if ``episodes`` is out of range.
+
+    Example:
+        >>> build_eval_env({"task": "Pendulum-v1"}, episodes=3).batch_size
+        torch.Size([3])
+    """
+    num_envs = min(check_integer("episodes", episodes), _MOST_EVAL_ENVS)
+    return LockstepEnv([build_env(settings, trust=trust) for _ in range(num_envs)])
 
 
 def describe_spaces(env: EnvBase) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.checkpoint import CheckpointError
 from torchrl.envs import EnvBase
@@ -193,6 +193,7 @@ class ActingPolicy(TensorDictModuleBase):
         deterministic: take the mode of the policy's action, or else draw it.
         bounds: smallest and largest action, ``[action_dim]`` each, to clamp to: the
             mean of ALM's actor is not clamped. Default: ``None``, as they come.
+        action_key: entry of the action, which may be nested. Default: ``"action"``.
 
     Example:
         >>> from tensordict import TensorDict
@@ -211,11 +212,13 @@ class ActingPolicy(TensorDictModuleBase):
         *,
         deterministic: bool,
         bounds: tuple[torch.Tensor, torch.Tensor] | None = None,
+        action_key: NestedKey = "action",
     ) -> None:
         super().__init__()
         self.policy = policy
         self.deterministic = deterministic
         self.bounds = bounds
+        self.action_key = action_key
         self.in_keys = policy.in_keys
         self.out_keys = policy.out_keys
 
@@ -226,9 +229,9 @@ class ActingPolicy(TensorDictModuleBase):
         with set_exploration_type(types[self.deterministic]):
             acted = self.policy(tensordict)
         if self.bounds is not None:
-            action = acted.get("action")
+            action = acted.get(self.action_key)
             low, high = (bound.to(action) for bound in self.bounds)
-            acted.set("action", action.clamp(low, high))
+            acted.set(self.action_key, action.clamp(low, high))
         return acted
 
 

@@ -20,11 +20,17 @@ from typing import Any, Literal
 import torch
 from torchrl import torchrl_logger
 from torchrl.checkpoint import CheckpointError
-from torchrl.envs import EnvBase, SerialEnv, TransformedEnv
+from torchrl.envs import EnvBase, SerialEnv
 from torchrl.record.loggers import Logger
 
+from alm_torchrl.envs import LockstepEnv
 from alm_torchrl.evaluation import evaluate_policy, random_policy, zero_policy
-from alm_torchrl.runs.agents import build_env, build_loss, describe_spaces
+from alm_torchrl.runs.agents import (
+    build_env,
+    build_eval_env,
+    build_loss,
+    describe_spaces,
+)
 from alm_torchrl.runs.curves import plot_runs
 from alm_torchrl.runs.film import draws_pictures
 from alm_torchrl.runs.folder import (
@@ -158,12 +164,14 @@ def _compile_mode(
     return "on" if pays and can else "off"
 
 
-def _build_envs(config: TrainConfig) -> tuple[EnvBase, TransformedEnv]:
+def _build_envs(config: TrainConfig) -> tuple[EnvBase, LockstepEnv]:
     """The environments of training and evaluation."""
-    build = partial(build_env, config.to_dict(), trust=True)
+    settings = config.to_dict()
+    eval_env = build_eval_env(settings, config.eval_episodes, trust=True)
+    build = partial(build_env, settings, trust=True)
     if config.num_envs == 1:
-        return build(seed=config.seed), build()
-    return SerialEnv(config.num_envs, build), build()
+        return build(seed=config.seed), eval_env
+    return SerialEnv(config.num_envs, build), eval_env
 
 
 def _is_complete(config: TrainConfig, start: Start) -> bool:
@@ -183,7 +191,7 @@ def _train_in_folder(
     config: TrainConfig,
     device: str,
     starts: Iterator[Start],
-    envs: tuple[EnvBase, TransformedEnv],
+    envs: tuple[EnvBase, LockstepEnv],
     fresh_episode: bool,
     on_row: Callable[[dict[str, Any]], object] | None,
     stop: Event | None,
@@ -199,7 +207,7 @@ def _train_in_folder(
     print(f"Device  {device}, CPU threads: {threads}\nUpdates {mode}")
     print(f"Folder  {path}", flush=True)
 
-    def make(start: Start) -> tuple[ALMTrainer, TransformedEnv]:
+    def make(start: Start) -> tuple[ALMTrainer, LockstepEnv]:
         # Those that were built first serve once.
         env, eval_env = made.pop() if made else _build_envs(config)
         spaces = describe_spaces(eval_env)
@@ -276,8 +284,8 @@ def _train_in_folder(
 
 def _load(
     starts: Iterator[Start],
-    make: Callable[[Start], tuple[ALMTrainer, TransformedEnv]],
-) -> tuple[Start, tuple[ALMTrainer, TransformedEnv]]:
+    make: Callable[[Start], tuple[ALMTrainer, LockstepEnv]],
+) -> tuple[Start, tuple[ALMTrainer, LockstepEnv]]:
     """The first start whose checkpoint loads, with a trainer that is there."""
     failure: CheckpointError | None = None
     for start in starts:
@@ -410,7 +418,7 @@ def _trust(config: TrainConfig) -> str:
     return " --trust" if ":" in config.task else ""
 
 
-def _print_scores(config: TrainConfig, env: TransformedEnv, rows: Rows) -> None:
+def _print_scores(config: TrainConfig, env: LockstepEnv, rows: Rows) -> None:
     scores = {}
     # Without a time limit, these might never end.
     references = (
@@ -434,7 +442,7 @@ def _print_scores(config: TrainConfig, env: TransformedEnv, rows: Rows) -> None:
         print(f"  {name:15}  {score:10.1f}")
 
 
-def _print_folder(config: TrainConfig, env: TransformedEnv) -> None:
+def _print_folder(config: TrainConfig, env: LockstepEnv) -> None:
     path, trust = config.run_path, _trust(config)
     folder = shlex.quote(str(path))
     names = (file.name for file in path.iterdir() if not file.name.startswith("."))
@@ -442,7 +450,7 @@ def _print_folder(config: TrainConfig, env: TransformedEnv) -> None:
     print("\nWhat to run next")
     print(f"  alm-torchrl evaluate {folder}{trust}")
     print(f"  alm-torchrl plot {folder}")
-    if draws_pictures(env):
+    if draws_pictures(env.envs[0]):
         print(f"  alm-torchrl render {folder}{trust}")
 
 

@@ -383,7 +383,8 @@ def repeatable(env: EnvBase) -> EnvBase:
     while isinstance(serial, TransformedEnv):
         serial = serial.base_env
     if isinstance(serial, SerialEnv):
-        serial.start()
+        if serial.is_closed:
+            serial.start()
         workers = serial_workers(serial)
         for number, worker in enumerate(workers):
             if not worker.batch_size and not _episode_envs(worker):

@@ -11,6 +11,7 @@ from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase, GymWrapper, StepCounter, TransformedEnv
 
 from alm_torchrl.compat import gymnasium_env
+from alm_torchrl.envs.lockstep import LockstepEnv
 from alm_torchrl.training.hooks import Hook
 
 __all__ = ["EpisodeLengthCheck", "EpisodeLengthError", "time_limit"]
@@ -87,6 +88,8 @@ def time_limit(env: EnvBase) -> float | None:
         >>> time_limit(make_env("Pendulum-v1", action_bounds="rescale"))
         200
     """
+    if isinstance(env, LockstepEnv):
+        env = env.envs[0]
     while isinstance(env, TransformedEnv):
         transforms = getattr(env.transform, "transforms", [env.transform])
         for transform in transforms:

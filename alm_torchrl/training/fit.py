@@ -36,10 +36,11 @@ def check_fit(name: str, env: EnvBase, loss: ALMLoss | BaselineLoss) -> None:
     observation = env.observation_spec.zero().to(device)
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
         action = _act(loss, observation)
-    if action.shape != env.action_spec.shape:
+    expected = env.full_action_spec[env.action_key].shape
+    if action.shape != expected:
         raise ValueError(
-            f"loss: expected actions of shape {list(env.action_spec.shape)}, those of "
-            f"{name}, got {list(action.shape)}."
+            f"loss: expected actions of shape {list(expected)}, those of {name}, got "
+            f"{list(action.shape)}."
         )
 
 

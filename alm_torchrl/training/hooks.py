@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from tensordict import TensorDictBase
+from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.objectives import LossModule
 from torchrl.trainers.trainers import TrainerHookBase
@@ -33,6 +35,7 @@ __all__ = [
     "Hook",
     "NonFiniteCheck",
     "ProgressBar",
+    "episode_ends",
 ]
 
 
@@ -174,6 +177,28 @@ class EvaluationHook(Hook):
             )
 
 
+def episode_ends(steps: TensorDictBase, env: EnvBase) -> Tensor:
+    """Whether an episode ends with each step, by any done key of the environment.
+
+    Args:
+        steps (TensorDictBase): steps of ``env`` [*].
+        env (EnvBase): the environment, whose keys may be nested.
+
+    Returns:
+        Tensor: booleans [*, 1].
+
+    Examples:
+        >>> from alm_torchrl import make_env
+        >>> env = make_env("Pendulum-v1", action_bounds="rescale")
+        >>> episode_ends(env.rollout(200), env)[-2:]
+        tensor([[False],
+                [ True]])
+    """
+    next_steps = steps.get("next")
+    flags = [next_steps.get(key).flatten(steps.ndim) for key in env.done_keys]
+    return torch.cat(flags, -1).any(-1, keepdim=True)
+
+
 class EpisodeLog(Hook):
     """Logs return and length of the training episodes that end.
 
@@ -199,8 +224,7 @@ class EpisodeLog(Hook):
     stage = "pre_steps_log"
 
     def __init__(self, env: EnvBase) -> None:
-        self.reward_key = ("next", env.reward_key)
-        self.done_keys = [("next", key) for key in env.done_keys]
+        self.env = env
         self._shape = env.batch_size
         self._trajectory = np.full(self._shape, -1)
         self._return = np.zeros(self._shape)
@@ -217,14 +241,11 @@ class EpisodeLog(Hook):
         trajectory = step.get(("collector", "traj_ids")).cpu().numpy()
         trajectory = trajectory.reshape(self._shape)
         goes_on = trajectory == self._trajectory
-        reward = step.get(self.reward_key).flatten(len(self._shape)).sum(-1)
+        reward = step.get(("next", self.env.reward_key)).reshape(self._shape)
         self._trajectory = trajectory.copy()
         self._return = self._return * goes_on + reward.cpu().numpy()
         self._length = self._length * goes_on + 1
-        ended = np.zeros(self._shape, dtype=bool)
-        for key in self.done_keys:
-            done = step.get(key).flatten(len(self._shape)).any(-1)
-            ended |= done.cpu().numpy()
+        ended = episode_ends(step, self.env).reshape(self._shape).cpu().numpy()
         if not ended.any():
             return None
         return {

@@ -40,6 +40,7 @@ from alm_torchrl.training.hooks import (
     EvaluationHook,
     NonFiniteCheck,
     ProgressBar,
+    episode_ends,
 )
 from alm_torchrl.training.pace import Pace
 from alm_torchrl.training.rotation import MilestoneRotation
@@ -143,8 +144,10 @@ def make_trainer(
             :class:`~alm_torchrl.ALMOptimizationStepper`. Default: ``False``.
         cudagraph (bool, optional): capture the update as a CUDA graph.
             Default: ``None``, where the loss is on CUDA.
-        eval_env (EnvBase, optional): environment for evaluations, not ``env`` itself.
-            Default: ``None``, no evaluations.
+        eval_env (EnvBase, optional): environment for evaluations, not ``env`` itself,
+            of batch size [] or [E], which runs E episodes at once
+            (:class:`~alm_torchrl.envs.LockstepEnv`). Default: ``None``, no
+            evaluations.
         eval_interval (int): training steps between evaluations, the first at
             training step 0. Default: ``5000``.
         eval_episodes (int): whole episodes of each. Default: ``5``.
@@ -176,10 +179,9 @@ def make_trainer(
 
     Raises:
         ValueError: if a number is out of range, ``warmup_steps`` does not lie between
-            ``batch_size`` and ``capacity``, ``eval_env`` is ``env`` or has batch
-            dimensions, ``env`` has more than one, or one of them does not fit the
-            networks; if the loss has a ``RewardScale`` of another number of
-            environments; if ``cudagraph`` or
+            ``batch_size`` and ``capacity``, ``eval_env`` is ``env``, one of them has
+            more than one batch dimension or does not fit the networks; if the loss has
+            a ``RewardScale`` of another number of environments; if ``cudagraph`` or
             ``"tf32"`` is asked for without CUDA; or if ``precision``, ``compile`` or
             ``cudagraph`` is asked for with a baseline.
         TypeError: if an environment or the loss is of another type.
@@ -228,11 +230,10 @@ def make_trainer(
         if environment is None:
             continue
         check_type(name, environment, EnvBase, "make_env makes one")
-        most = 1 if name == "env" else 0
-        if len(environment.batch_size) > most:
+        if len(environment.batch_size) > 1:
             raise ValueError(
-                f"{name} must have {'at most one' if most else 'no'} batch dimension, "
-                f"got batch size {list(environment.batch_size)}."
+                f"{name} must have at most one batch dimension, got batch size "
+                f"{list(environment.batch_size)}."
             )
         check_fit(name, environment, loss)
     pace = Pace(warmup_steps, env.batch_size.numel(), updates_per_step)
@@ -337,13 +338,14 @@ def make_trainer(
     keep_last_logs(trainer)
     trainer.pace, trainer.total_steps = pace, total_steps
 
-    stored = [*loss.in_keys, ("next", "done"), ("collector", "traj_ids")]
+    stored = [*loss.in_keys, ("collector", "traj_ids")]
     schedule = loss.noise_schedule
 
     def extend(batch: TensorDictBase) -> None:
         trainer.whole_at = None
         # The time dimension, of one step, comes last.
         rows = batch.select(*stored)[..., 0]
+        rows["next", "done"] = ends = episode_ends(batch, env)[..., 0, :]
         for key, value in rows.items(include_nested=True, leaves_only=True):
             if value.is_floating_point() and not value.isfinite().all():
                 name = key if isinstance(key, str) else "/".join(key)
@@ -354,7 +356,7 @@ def make_trainer(
         else:  # A batch of one row would take half as long again.
             buffer.add(rows)
         for observer in observers:
-            observer.observe(rows["next", "reward"], rows["next", "done"])
+            observer.observe(rows["next", env.reward_key], ends)
 
     def sample(_: TensorDictBase) -> TensorDictBase:
         # The Trainer asks for one update too many, and has counted it.

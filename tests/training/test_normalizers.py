@@ -8,7 +8,7 @@ import torch
 from gymnasium.wrappers import NormalizeObservation, NormalizeReward
 
 from alm_torchrl import evaluate_policy, make_alm_loss, make_env, make_trainer
-from alm_torchrl.envs import Normalizers
+from alm_torchrl.envs import LockstepEnv, Normalizers
 from alm_torchrl.runs.loading import use_moments
 from alm_torchrl.training.rotation import numbered_checkpoints
 
@@ -30,7 +30,11 @@ def make(name="Normalised-v0"):
     return make_env(name, action_bounds="rescale")
 
 
-def trainer(folder, rows, **kwargs):
+def make_two():
+    return LockstepEnv([make(), make()])
+
+
+def trainer(folder, rows, eval_env, **kwargs):
     env = make()
     torch.manual_seed(0)
     loss = make_alm_loss(env, hidden_dim=8, model_hidden_dim=8)
@@ -38,7 +42,7 @@ def trainer(folder, rows, **kwargs):
         env,
         loss,
         **{**STEPS, **kwargs},
-        eval_env=make(),
+        eval_env=eval_env,
         eval_interval=3,
         eval_episodes=2,
         on_evaluation=rows.append,
@@ -48,14 +52,15 @@ def trainer(folder, rows, **kwargs):
     )
 
 
-def test_evaluations_checkpoints_and_resumes_share_the_moments(tmp_path):
+@pytest.mark.parametrize("make_eval_env", [make, make_two])
+def test_evaluations_checkpoints_and_resumes_share_the_moments(tmp_path, make_eval_env):
     rows, again = [], []
-    one = trainer(tmp_path, rows)
+    one = trainer(tmp_path, rows, make_eval_env())
     trained = one.collector.env
     one.train()
     # What acts with the saved networks and moments scores what was logged.
     newest, best = one.checkpoint_rotation.latest(), tmp_path / "best"
-    env = make()
+    env = make_eval_env()
     use_moments(env, newest)
     expected = Normalizers(trained).state_dict()["1.NormalizeObservation"]["mean"]
     found = Normalizers(env).state_dict()["1.NormalizeObservation"]["mean"]
@@ -67,7 +72,7 @@ def test_evaluations_checkpoints_and_resumes_share_the_moments(tmp_path):
     assert scores["return"].mean().item() == rows[-1]["mean_return"]
     use_moments(env, best)
     # A run that goes on logs what the uninterrupted one does.
-    other = trainer(tmp_path / "again", again)
+    other = trainer(tmp_path / "again", again, make_eval_env())
     saved = dict(numbered_checkpoints(tmp_path))
     first = saved[min(step for step in saved if step > STEPS["warmup_steps"])]
     other.load_from_file(first)
