@@ -11,11 +11,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from alm_torchrl.experiments.display import is_complete
 from alm_torchrl.experiments.engine_local import run_locally
 from alm_torchrl.experiments.engine_ray import run_on_ray
 from alm_torchrl.experiments.execution import make_runs
+from alm_torchrl.training.files import read_state
 from tests.experiments.tiny import tiny, worker_that_has_saved
 from tests.runs.small_runs import contents, rows_of, same_end, steps_saved
 
@@ -75,10 +77,26 @@ def kill_in_mid_training(configs, raylet, killed):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def last_checkpoint(config):
-    """Each file of the state that a run ended with; its manifest has times."""
-    *_, last = sorted((config.run_path / "checkpoints").glob("checkpoint-*"))
-    return contents(last / "components")
+def assert_same_checkpoint(config, other):
+    """The last checkpoints of two runs; their manifests have times."""
+    ends = [
+        sorted((one.run_path / "checkpoints").glob("checkpoint-*"))[-1] / "components"
+        for one in (config, other)
+    ]
+    files = [contents(end) for end in ends]
+    assert files[0].keys() == files[1].keys()
+    differ = {path.as_posix() for path in files[0] if files[0][path] != files[1][path]}
+    # A random name, and generators that no training uses.
+    assert differ <= {"0002-replay_buffer/replay.npz", "0003-rng/state.npz"}
+    for file in differ:
+        states = [read_state(end / file) for end in ends]
+        kept = [
+            {k: v for k, v in state.items() if k not in ("id", "python", "numpy")}
+            for state in states
+        ]
+        assert str(kept[0]) == str(kept[1])
+        if "torch_cpu" in kept[0]:
+            assert torch.equal(kept[0]["torch_cpu"], kept[1]["torch_cpu"])
 
 
 @pytest.mark.parametrize(
@@ -101,7 +119,7 @@ def test_lost_workers_and_nodes_change_nothing(runs, cluster, tmp_path):
     for one, other in zip(configs, local, strict=True):
         metrics = [config.run_path / "metrics.csv" for config in (one, other)]
         assert rows_of(metrics[0]) == rows_of(metrics[1])
-        assert last_checkpoint(one) == last_checkpoint(other)
+        assert_same_checkpoint(one, other)
     logs = [(run.path / "train.log").read_text() for run in made]
     assert sum("Continues from" in log for log in logs) >= 2
 
