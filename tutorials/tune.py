@@ -126,7 +126,7 @@ def search() -> tune.ResultGrid:
 
 # %%
 if __name__ == "__main__":
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     results = search()
     ray.shutdown()
     assert results.num_errors == 0

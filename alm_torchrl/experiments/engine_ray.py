@@ -55,7 +55,7 @@ def run_on_ray(
         raise ImportError(
             "the engine ray needs Ray: pip install 'alm_torchrl[ray]'"
         ) from error
-    lost = (
+    losses = (
         exceptions.WorkerCrashedError,
         exceptions.NodeDiedError,
         exceptions.LocalRayletDiedError,
@@ -84,16 +84,18 @@ def run_on_ray(
             ready, _ = ray.wait(list(pending), num_returns=1, timeout=1.0)
             for reference in ready:
                 config = pending.pop(reference)
+                lost = False
                 try:
-                    _, reason = ray.get(reference)
-                except lost as error:
-                    if retries.again(config):
-                        waiting.append(config)
-                        continue
-                    reason = f"lost too often: {_line(error)}"
+                    code, reason = ray.get(reference)
+                    lost = code > 1
+                except losses as error:
+                    lost, reason = True, f"lost too often: {_line(error)}"
                 except exceptions.RayError as error:
                     reason = _line(error)
-                yield config, reason
+                if lost and retries.again(config):
+                    waiting.append(config)
+                else:
+                    yield config, reason
 
 
 def _connect(address: str | None) -> None:

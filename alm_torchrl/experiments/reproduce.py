@@ -44,18 +44,14 @@ def plan_experiment(name: str, options: ReproduceOptions) -> Sweep:
             f"expected one of {', '.join(EXPERIMENTS)}, got {name!r}; see --list"
         )
     experiment, scale = EXPERIMENTS[name], SCALES[options.scale]
-    planned = [
-        # The baselines keep fp32.
-        (line, run if run.agent != "alm" else replace(run, precision=options.precision))
-        for line, run in plan(
-            experiment,
-            options.scale,
-            seeds=options.seeds,
-            steps=options.steps,
-            tasks=options.tasks,
-            device=options.device,
-        )
-    ]
+    planned = plan(
+        experiment,
+        options.scale,
+        seeds=options.seeds,
+        steps=options.steps,
+        tasks=options.tasks,
+        device=options.device,
+    )
     return Sweep(
         name,
         f"{experiment.source}: {experiment.question}",

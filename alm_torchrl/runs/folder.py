@@ -8,7 +8,9 @@
 ``checkpoints/``          the newest checkpoints, milestones, ``best`` without the
                           replay, and in ``set-aside-TIME`` what was left behind
 ``tensorboard/``          losses and returns, unless another logger was chosen
+``train.log``             what the runs of ``reproduce`` and ``sweep`` printed
 ``.lock``                 held by the process that trains in the folder
+``.worker``               host and process that make the run of a sweep
 ========================  ======================================================
 
 ``config.json`` is an object with the keys

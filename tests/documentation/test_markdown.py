@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -25,6 +28,8 @@ FILES = {
     for path in sorted((ROOT / folder).glob("*.md"))
 }
 GUIDES = ("README.md", "CONTRIBUTING.md")
+# Its Python is one script.
+DISTRIBUTED = "docs/distributed.md"
 # A run of a second, where Python that is printed opens one.
 TINY = (
     "--warmup-steps 9 --total-steps 2 --batch-size 4 --latent-dim 4 --hidden-dim 8 "
@@ -75,7 +80,10 @@ def cases(find, names=FILES):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", cases(lambda text: blocks(text, "python")))
+@pytest.mark.parametrize(
+    "code",
+    cases(lambda text: blocks(text, "python"), [n for n in FILES if n != DISTRIBUTED]),
+)
 def test_python_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in re.findall(r'"(runs/[^"]+)"', code):
@@ -92,6 +100,30 @@ def test_python_with_a_package_of_its_own_runs(code):
     if mujoco.__version__ >= "4":
         pytest.skip("dm_control 1.0.50 fails with MuJoCo 4")
     exec(compile(code, "printed", "exec"), {"__name__": "printed"})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_python_on_ray_runs(tmp_path):
+    pytest.importorskip("ray")
+    script = tmp_path / "script.py"
+    script.write_text("\n".join(blocks(FILES[DISTRIBUTED], "python")))
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        # Where Ray's sockets are, whose paths must be short.
+        "RAY_TMPDIR": "/tmp",
+        # By default, Ray's workers let all other processes go first.
+        "RAY_worker_niceness": "0",
+    }
+    done = subprocess.run(
+        [sys.executable, script],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture
