@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -101,11 +103,16 @@ def run_on_ray(
 def _connect(address: str | None) -> None:
     import ray
 
+    given = address or os.environ.get("RAY_ADDRESS", "")
+    host, _, port = given.removeprefix("ray://").rpartition(":")
     try:
+        if port.isdigit():
+            # Ray itself would try for minutes.
+            socket.create_connection((host.strip("[]"), int(port)), 10).close()
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except ConnectionError as error:
+    except OSError as error:
         raise ValueError(
-            f"--address: expected that of a Ray cluster, got {address!r}: {error}"
+            f"--address: expected that of a Ray cluster, got {given!r}: {error}"
         ) from error
 
 

@@ -147,6 +147,35 @@ def test_a_signal_saves_and_the_next_sweep_continues(cluster, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_that_a_signal_stops_begins_again(cluster, tmp_path):
+    config = tiny(tmp_path, 0, total_steps=STEPS)
+
+    def stop():
+        while not (found := workers([config])):
+            time.sleep(0.02)
+        os.kill(found[0], signal.SIGUSR1)
+
+    threading.Thread(target=stop, daemon=True).start()
+    assert make_runs([config], partial(run_on_ray, address=cluster.address))[1] == {}
+    log = (config.run_path / "train.log").read_text()
+    assert "Interrupted. Saved in" in log
+    assert "Continues from" in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("from_environment", [False, True])
+def test_a_wrong_address_is_named(from_environment, tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    if from_environment:
+        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    runs = run_on_ray(
+        [tiny(tmp_path, 0)], address=None if from_environment else "127.0.0.1:1"
+    )
+    with pytest.raises(ValueError, match=r"got '127.0.0.1:1': .*refused"):
+        next(runs)
+
+
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_go_on(cluster, tmp_path):
     good = tiny(tmp_path, 0, total_steps=2)
     bad = tiny(tmp_path, 0, total_steps=2, task="Missing-v0")
