@@ -141,6 +141,7 @@ TINY = {
     "latent_dim": 4,
     "hidden_dim": 8,
     "model_hidden_dim": 16,
+    "eval_episodes": 1,
 }
 # Field: (a value, what it changes in the loss or in the calls).
 FLAGS = {
