@@ -166,12 +166,10 @@ def _compile_mode(
 
 def _build_envs(config: TrainConfig) -> tuple[EnvBase, LockstepEnv]:
     """The environments of training and evaluation."""
-    settings = config.to_dict()
-    eval_env = build_eval_env(settings, config.eval_episodes, trust=True)
+    settings, num_envs = config.to_dict(), config.num_envs
     build = partial(build_env, settings, trust=True)
-    if config.num_envs == 1:
-        return build(seed=config.seed), eval_env
-    return SerialEnv(config.num_envs, build), eval_env
+    env = build(seed=config.seed) if num_envs == 1 else SerialEnv(num_envs, build)
+    return env, build_eval_env(settings, config.eval_episodes, trust=True)
 
 
 def _is_complete(config: TrainConfig, start: Start) -> bool:

@@ -148,7 +148,7 @@ FLAGS = {
     "task": ("Other-v0", {"env.task": ["Other-v0"] * 2}),
     "preset": ("paper", {"trainer.lr": 1e-4, "trainer.total_steps": 300_000}),
     "agent": ("redq", {"loss": "REDQBaseline"}),
-    "seed": (5, {"trainer.seed": 5, "env.seed": [None, 5], "seeded with": 5}),
+    "seed": (5, {"trainer.seed": 5, "env.seed": [5, None], "seeded with": 5}),
     "device": ("cuda", {"device": "cuda"}),
     "threads": (2, {"threads": 2}),
     "action_bounds": ("rescale", {"env.action_bounds": ["rescale"] * 2}),
