@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Sequence
@@ -109,7 +110,7 @@ def _connect(address: str | None) -> None:
         if port.isdigit():
             # Ray itself would try for minutes.
             socket.create_connection((host.strip("[]"), int(port)), 10).close()
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except OSError as error:
         raise ValueError(
             f"--address: expected that of a Ray cluster, got {given!r}: {error}"
