@@ -86,8 +86,8 @@ class RewardScale(nn.Module):
         """Adds steps in the order of time.
 
         Args:
-            reward (Tensor): rewards of T steps of the environments, of T * E numbers in
-                any shape, where those of a step stand together.
+            reward (Tensor): rewards of T steps in E environments, T * E numbers in any
+                shape; those of one step stand together.
             done (Tensor): whether the episode ended with the step, likewise.
         """
         *returns, count, mean, variance, largest, size = self.statistics.tolist()

@@ -130,7 +130,7 @@ class SweepOptions(ExecutionOptions):
     seeds: int = 3
     """Number of seeds."""
     preset: Preset = "quick"
-    """Other settings: a run of minutes, the paper's Table 3, or the best agent."""
+    """Other settings: a run of minutes, the paper's Table 3, or one in development."""
     set: tuple[str, ...] = ()
     """Settings of train with their values, such as lr=1e-4,3e-4."""
 

@@ -95,7 +95,7 @@ class TrainConfig:
     task: str
     """Gymnasium task with flat observations and continuous actions."""
     preset: Preset = "paper"
-    """Other defaults: a run of minutes, the paper's Table 3, or the best agent."""
+    """Other defaults: a run of minutes, the paper's Table 3, or one in development."""
     agent: Agent = "alm"
     """Algorithm: ALM, or a baseline with ALM's settings as far as it has them."""
     seed: Seed = 0
@@ -119,7 +119,7 @@ class TrainConfig:
     warmup_steps: Count = 5000
     """Uniformly random environment steps before the first update."""
     num_envs: Count = 1
-    """Environments in turns; on a CPU no gain at an update for each of their steps."""
+    """Environments to train in; on a CPU no faster at one update per step."""
     updates_per_step: Positive = 1.0
     """Updates per environment step after the warm-up; less for fast simulators."""
     capacity: Count | None = None

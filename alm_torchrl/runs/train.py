@@ -121,8 +121,7 @@ def train(
             start = next(starts)
             if _is_complete(config, start):
                 done = config.pace.updates(start.step)
-                where = start.checkpoint or path
-                where = where if start.elsewhere else path
+                where = (start.elsewhere and start.checkpoint) or path
                 print(
                     f"The run in {where} is complete: {done:,} training steps. To "
                     "train longer:\n  "
@@ -255,12 +254,13 @@ def _train_in_folder(
         writer = _open_folder(config, device, start, trainer)
     with stop_on_signal(trainer) as signals:
 
-        def obey() -> None:
-            if stop is not None and stop.is_set():
+        def obey(stop: Event) -> None:
+            if stop.is_set():
                 signals[:] = signals or [signal.SIGINT]
                 trainer.request_stop("stop")
 
-        trainer.register_op("post_steps", obey)
+        if stop is not None:
+            trainer.register_op("post_steps", partial(obey, stop))
         try:
             _run_trainer(config, trainer, start, signals, writer.rows)
         except UserError:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import os
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
-from pathlib import Path
 
 import mujoco
 import pytest
@@ -20,8 +16,8 @@ import tyro
 from alm_torchrl import cli
 from benchmarks.__main__ import Options
 from benchmarks.problem import load_example
+from tests.documentation.scripts import ROOT, run_script
 
-ROOT = Path(__file__).parents[2]
 FILES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for folder in ("", "docs", "results")
@@ -108,22 +104,8 @@ def test_python_on_ray_runs(tmp_path):
     pytest.importorskip("ray")
     script = tmp_path / "script.py"
     script.write_text("\n".join(blocks(FILES[DISTRIBUTED], "python")))
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        # Where Ray's sockets are, whose paths must be short.
-        "RAY_TMPDIR": "/tmp",
-        # By default, Ray's workers let all other processes go first.
-        "RAY_worker_niceness": "0",
-    }
-    done = subprocess.run(
-        [sys.executable, script],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    # By default, Ray's workers let all other processes go first.
+    run_script(script, tmp_path, RAY_worker_niceness="0")
 
 
 @pytest.fixture

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import matplotlib
 import matplotlib.font_manager
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.documentation.scripts import ROOT, run_script
+
 TUTORIALS = sorted((ROOT / "tutorials").glob("*.py"))
 
 
@@ -24,26 +20,16 @@ def test_tutorial_runs(script, tmp_path):
     output, home, scratch = (tmp_path / name for name in ("out", "home", "scratch"))
     home.mkdir()
     scratch.mkdir()
-    environment = os.environ | {
-        "ALM_SMOKE": "1",
-        "ALM_OUTPUT": str(output),
-        "PYTHONPATH": str(ROOT),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "TMPDIR": str(scratch),
-        # Where Ray's sockets are, whose paths must be short.
-        "RAY_TMPDIR": "/tmp",
+    run_script(
+        script,
+        home,
+        ALM_SMOKE="1",
+        ALM_OUTPUT=str(output),
+        PYTHONDONTWRITEBYTECODE="1",
+        TMPDIR=str(scratch),
         # Its list of fonts, which importing it here has made.
-        "MPLCONFIGDIR": matplotlib.get_cachedir(),
-    }
-    done = subprocess.run(
-        [sys.executable, script],
-        env=environment,
-        cwd=home,
-        capture_output=True,
-        text=True,
-        check=False,
+        MPLCONFIGDIR=matplotlib.get_cachedir(),
     )
-    assert done.returncode == 0, done.stderr
     figures = [path for path in output.iterdir() if path.suffix in (".png", ".gif")]
     assert figures
     for path in figures:
