@@ -62,7 +62,13 @@ def test_a_job_that_ends_early_continues(name, tmp_path, local):
     assert same_end(config.run_path, local.run_path)
 
 
-def test_closing_the_sweep_saves(tmp_path, local):
+def test_closing_the_sweep_saves(tmp_path, local, monkeypatch):
+    from submitit import LocalJob
+
+    # What scancel sends. The local executor would kill the job after a second.
+    monkeypatch.setattr(
+        LocalJob, "cancel", lambda job, check: os.kill(int(job.job_id), signal.SIGTERM)
+    )
     config = tiny(tmp_path, 0, total_steps=STEPS)
     send_once_saved(signal.SIGTERM, config, os.getpid())
     engine = run_on_slurm([config], folder=tmp_path / ".submitit", cluster="local")
